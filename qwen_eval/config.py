@@ -1,0 +1,104 @@
+"""Schemas of the configuration: plain dataclasses that Hydra fills once, at the door (`cli.py`). No torch here.
+
+A variant is a yaml diff in `conf/`; a key that is not here does not exist. Task schemas stand beside their tasks and
+derive from `TaskSpec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING = "???"
+
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+QUANTS = ("none", "gptq-int4", "gptq-int8", "nf4", "int8")
+KV_CACHES = ("auto", "int8")
+ATTENTIONS = ("auto", "sdpa", "flash", "eager")
+HUBS = ("huggingface", "modelscope")
+PROTOCOLS = ("robust", "upstream")
+WEIGHTS = ("checkpoint", "random")
+
+
+@dataclass(kw_only=True)
+class RopeSpec:
+    """`dynamic_ntk`: "auto" follows the checkpoint's config, "true"/"false" override it."""
+
+    dynamic_ntk: str = "auto"
+
+
+@dataclass(kw_only=True)
+class ModelSpec:
+    """One row of a table: a checkpoint and how it is run."""
+
+    name: str = MISSING
+    hub_id: str | None = None  # e.g. Qwen/Qwen-7B-Chat
+    modelscope_id: str | None = None  # e.g. qwen/Qwen-7B-Chat, where it differs from hub_id
+    hub: str = "huggingface"
+    revision: str | None = None
+    path: str | None = None  # local directory: wins over the hub
+    asset: str | None = None  # a checkpoint embedded in the package, e.g. qwen-nano
+    weights: str = "checkpoint"  # or random: shapes of `arch` or of the checkpoint's config.json, marked as such
+    chat: bool = False  # an instruction-tuned checkpoint: tasks ask in chat form
+    dtype: str = "auto"  # auto: the checkpoint's on CUDA; on CPU bf16 where the CPU multiplies it natively, else fp32
+    quant: str = "none"
+    kv_cache: str = "auto"
+    rope: RopeSpec = field(default_factory=RopeSpec)
+    logn: str = "auto"  # auto | true | false
+    window: str = "none"  # none | layerwise | comma list of tokens per layer group, "2048,4096,8192"
+    attention: str = "auto"
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    seed: int = 0  # of random weights
+    arch: dict[str, Any] = field(default_factory=dict)  # config.json of the shape, for plans and random weights
+
+
+@dataclass(kw_only=True)
+class EngineSpec:
+    name: str = "native"
+    prefix_sharing: bool = True
+    max_batch_tokens: int | None = None  # tokens of one scoring forward; None: from the cost model
+    max_batch_size: int | None = None  # sequences of one batch or generation slots; None: from the cost model
+    prefill_chunk: int = 2048  # tokens of one chunk of a long prefill
+    memory_fraction: float = 0.85  # of the free memory that weights, cache and activations may take
+    num_threads: int | None = None
+    base_url: str | None = None  # openai engine
+    api_model: str | None = None
+    concurrency: int = 16  # openai engine: requests in flight
+    tensor_parallel: int = 1  # vllm engine
+    fake_reply: str = ""  # fake engine
+
+
+@dataclass(kw_only=True)
+class TaskSpec:
+    """What every benchmark has. `limit` draws a seeded, nested, stratified subset; the result is marked partial."""
+
+    name: str = MISSING
+    path: str | None = None  # local directory or file in the official format
+    data: str = "auto"  # auto: path if given, else the hub if reachable, else the bundled sample | bundled | hub
+    hub_id: str | None = None
+    revision: str | None = None
+    split: str = ""
+    shots: int = 0
+    mode: str = "auto"  # auto: chat for chat models, base otherwise | base | chat
+    limit: int | None = None
+    seed: int = 1234
+    subjects: list[str] = field(default_factory=list)  # only these groups
+    max_new_tokens: int = 512
+
+
+@dataclass(kw_only=True)
+class EvalSpec:
+    """`python -m qwen_eval`: one cell of a table."""
+
+    task: TaskSpec = field(default_factory=TaskSpec)
+    model: ModelSpec = field(default_factory=ModelSpec)
+    engine: EngineSpec = field(default_factory=EngineSpec)
+    protocol: str = "robust"
+    limit: int | None = None  # short for task.limit
+    seed: int | None = None  # short for task.seed
+    sandbox: str = "auto"  # auto | bubblewrap | namespaces | unsafe
+    runs_dir: str = "runs"
+    run_dir: str | None = None  # names the run directory outright
+    tag: str = "default"
+    overwrite: bool = False
+    quiet: bool = False

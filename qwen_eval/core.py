@@ -1,0 +1,332 @@
+"""The shared words of the project: prompts, requests, answers, samples, grades, records, metrics, engines and tasks.
+
+Everything here is plain data: no torch, no Hydra, nothing of ours is imported. A request's type fixes the type of its
+answer: `Choose -> ChoiceLogprobs`, `Score -> TokenLogprobs`, `Generate -> Completions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+JSON: TypeAlias = Any  # what json.dumps takes; mypy cannot say it shorter
+Protocol_: TypeAlias = Literal["robust", "upstream"]
+FinishReason: TypeAlias = Literal["stop", "eos", "length"]
+
+
+class QwenEvalError(Exception):
+    """The user's mistake or the machine's state, said in one line: the value, the rule, the way out. Exit code 2."""
+
+
+class ConfigError(QwenEvalError):
+    """A key, value or combination of options that cannot work."""
+
+
+class DataError(QwenEvalError):
+    """A benchmark file that is missing, damaged or not in its official format."""
+
+
+class ModelError(QwenEvalError):
+    """A checkpoint that is missing, damaged or not what its config says."""
+
+
+class EngineError(QwenEvalError):
+    """An engine that cannot be had, cannot do what was asked, or failed for good."""
+
+
+class StoreError(QwenEvalError):
+    """A run directory that cannot be written, or that holds another run."""
+
+
+# --- what is asked -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Exactly one of: raw `text`, a chat (`messages`), or exact token `ids`.
+
+    Never a pre-rendered chat string: ChatML is tokenised piecewise, so that text that looks like a special token stays
+    text. `prefill` is the beginning of the assistant's reply (chat only). `parse_special` lets surface forms of special
+    tokens in raw text become special tokens, as Qwen v1's default `tokenizer(text)` does.
+    """
+
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+    ids: tuple[int, ...] | None = None
+    prefill: str = ""
+    parse_special: bool = False
+
+    def __post_init__(self) -> None:
+        given = (self.text is not None) + bool(self.messages) + (self.ids is not None)
+        assert given == 1, f"a prompt is text, messages or ids, exactly one of them; {given} given"
+        assert not self.prefill or self.messages, "prefill goes with messages"
+
+    @staticmethod
+    def raw(text: str, *, parse_special: bool = False) -> Prompt:
+        return Prompt(text=text, parse_special=parse_special)
+
+    @staticmethod
+    def user(content: str, *, system: str = "You are a helpful assistant.", prefill: str = "") -> Prompt:
+        """One user turn under the default system message of Qwen."""
+        messages = (Message(role="system", content=system), Message(role="user", content=content))
+        return Prompt(messages=messages, prefill=prefill)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. Order of the original: repetition penalty, temperature, top-k, top-p.
+
+    `temperature=0` is greedy. `seed` belongs to the request: the same request gives the same text in any batch.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choose:
+    """Which of `choices` continues the prompt best. Each choice is tokenised by itself and appended.
+
+    `max_prompt_tokens`: keep only the last so many tokens of the prompt (the official MMLU script keeps 2047).
+    """
+
+    prompt: Prompt
+    choices: tuple[str, ...]
+    max_prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Log-probability of every token of a text given all before it.
+
+    `num_context` leading tokens are attended to but not scored. The very first token has nothing before it: it is
+    scored only when the prompt begins with a token the protocol put there (BOS / endoftext), so at least 1.
+    """
+
+    prompt: Prompt
+    num_context: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue the prompt. The stop string itself is not part of the returned text.
+
+    `stop` strings are matched across token boundaries. The end-of-text token and, in chats, `<|im_end|>` always end a
+    completion. `n` completions are drawn (with different derived seeds).
+    """
+
+    prompt: Prompt
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    n: int = 1
+
+
+Request: TypeAlias = Choose | Score | Generate
+
+
+# --- what is answered ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceLogprobs:
+    """Per choice: the sum of log-probabilities (full vocabulary, fp32) and its number of tokens.
+
+    `logits`: for single-token choices the raw fp32 logits, else (). `logsumexp` is that of the whole row (single-token
+    choices), so `logprobs[i] == logits[i] - logsumexp`.
+    """
+
+    logprobs: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    logits: tuple[float, ...] = ()
+    logsumexp: float | None = None
+
+    @property
+    def best(self) -> int:
+        """Index of the most likely choice; the earliest of equals, as in the original scripts."""
+        return max(range(len(self.logprobs)), key=lambda i: (self.logprobs[i], -i))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """`logprobs[i]` is the log-probability (nats, fp32) of `token_ids[i]` given all tokens before it; scored ones only."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    num_greedy: int = 0  # how many scored tokens were the most likely one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """`text` is cut before the stop string; `token_ids` are all generated tokens, including what ended it."""
+
+    text: str
+    finish_reason: FinishReason
+    num_tokens: int
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    completions: tuple[Completion, ...]
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+
+Answer: TypeAlias = ChoiceLogprobs | TokenLogprobs | Completions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One thing asked and what came back."""
+
+    request: Request
+    answer: Answer
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One item of a benchmark. `id` is unique and stable within the task; `group` is its subject (or document).
+
+    `cluster` names what is not independent of it (a document, a base problem); items of one cluster share one draw in
+    every interval. `data` holds the official row, `target` the gold answer as plain data.
+    """
+
+    id: str
+    group: str = ""
+    data: Mapping[str, JSON] = field(default_factory=dict)
+    target: JSON = None
+    cluster: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """The score of one sample (1.0 / 0.0 for right / wrong) and how it was read.
+
+    `extracted` is the answer our extractor read, `extracted_upstream` what the official script's would read and
+    `score_upstream` the score with it: both always recorded where they exist. `values` holds further numbers that
+    `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
+    "no_answer".
+    """
+
+    score: float | None
+    extracted: JSON = None
+    extracted_upstream: JSON = None
+    score_upstream: float | None = None
+    values: Mapping[str, JSON] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One graded sample as it stands in records.jsonl. `prompts` are the rendered texts, one a turn."""
+
+    sample_id: str
+    group: str
+    cluster: str
+    target: JSON
+    prompts: tuple[str, ...]
+    prompt_sha256: tuple[str, ...]  # of the token ids as little-endian int32, one a turn
+    num_prompt_tokens: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    grade: Grade
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """`value` in [`low`, `high`] (95 % interval) over `n` items. Shares are fractions in 0..1, shown as per cent.
+
+    `kind`: "share" (0..1), "ppl", "mean" or "count". `num_clusters` when items are not independent.
+    """
+
+    value: float
+    n: int
+    kind: Literal["share", "ppl", "mean", "count"] = "share"
+    low: float | None = None
+    high: float | None = None
+    num_clusters: int | None = None
+    higher_is_better: bool = True
+    unit: str = ""
+
+
+# --- who answers, who asks -----------------------------------------------------------------------------------------
+
+
+class Tokenizer(Protocol):
+    """What tasks may know of a tokenizer."""
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def render(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, ChatML built piecewise."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A prompt as the engine sees it. `ids` is empty for engines that never see token ids (remote APIs)."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Answers requests. `info` is recorded with the result: kernel, dtypes really used, device, fallbacks."""
+
+    @property
+    def info(self) -> Mapping[str, JSON]: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    def render(self, prompt: Prompt) -> Rendered: ...
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Yield (index into `requests`, its answer) in any order, each index exactly once."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Task(Protocol):
+    """A benchmark: its items, how to ask, how to grade, how to summarise. Pure: re-grading needs no model."""
+
+    name: str
+    version: int  # raise it when prompts, grading or aggregation change
+
+    def samples(self) -> Sequence[Sample]: ...
+
+    def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
+        """What to ask next, None when done. One-turn tasks return None when `turns` is not empty."""
+        ...
+
+    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade: ...
+
+    def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
+        """Metrics by name, the headline first; groups are named "accuracy/stem", subjects "accuracy/anatomy"."""
+        ...
+
+    def describe(self) -> Mapping[str, JSON]:
+        """What decides the numbers: split, shots, data sha256, prompt format ... Goes into spec.json."""
+        ...

@@ -1,0 +1,44 @@
+"""Which benchmark is which class. A module is imported only when its task is asked for (or to list the schemas)."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_eval.config import TaskSpec
+from qwen_eval.core import ConfigError, Task, Tokenizer
+
+TASKS = {
+    "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
+    "ceval": "qwen_eval.tasks.ceval:Ceval",
+    "cmmlu": "qwen_eval.tasks.cmmlu:Cmmlu",
+    "gsm8k": "qwen_eval.tasks.gsm8k:Gsm8k",
+    "math": "qwen_eval.tasks.math:Math",
+    "humaneval": "qwen_eval.tasks.humaneval:HumanEval",
+    "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
+    "bbh": "qwen_eval.tasks.bbh:Bbh",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskContext:
+    """What a task may know of its run beside its own spec. `tokenizer` is None for engines that have none."""
+
+    protocol: str = "robust"
+    is_chat: bool = False
+    tokenizer: Tokenizer | None = None
+    sandbox: str = "auto"
+
+
+def task_class(name: str) -> Any:
+    """The class of a registered task; it is built as `cls(spec, context)` and names its schema in `cls.Spec`."""
+    if name not in TASKS:
+        raise ConfigError(f"task.name={name}: not a task; one of {', '.join(sorted(TASKS))}")
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build(spec: TaskSpec, context: TaskContext) -> Task:
+    task: Task = task_class(spec.name)(spec, context)
+    return task
