@@ -1,0 +1,362 @@
+"""Tokenizers: Qwen v1's from `qwen.tiktoken`, those of Qwen1.5 and later from `tokenizer.json`.
+
+Chats are tokenised piecewise: text that looks like a special token inside a message stays text. Token ids above the
+last special token are padding of the embedding matrix: they decode to nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from qwen_eval.core import Message, ModelError, Prompt
+
+Errors: TypeAlias = Literal["replace", "ignore", "strict"]
+
+ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+NUM_EXTRA_TOKENS = 205  # <|extra_0|> .. <|extra_204|> of the published vocabulary
+V1_SYSTEM = "You are a helpful assistant."
+
+PRETOKEN = (  # single digits, unlike GPT-4's
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# No pre-token reaches from a line break into a letter or digit: the regex above ends every run of white space at its
+# last line break, and nothing composes with a line break under NFC. So text may be cut there without changing a token.
+_SAFE_CUT = re.compile(r"(?<=\n\n)(?=[^\W_])")
+
+
+class ChatTokenizer:
+    """What both kinds share: prompts to ids, ids to text. Implements `core.Tokenizer`.
+
+    `special_tokens` maps surface form to id; `vocab_size` counts defined ids (a model's embedding may have more rows).
+    """
+
+    special_tokens: dict[str, int]
+    vocab_size: int
+    default_system: str | None  # the system message of a chat that has none
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        raise NotImplementedError
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, b"" for ids that mean nothing (vocabulary padding, negative ids)."""
+        raise NotImplementedError
+
+    @property
+    def pad_id(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def endoftext_id(self) -> int:
+        return self._special(ENDOFTEXT)
+
+    @property
+    def im_start_id(self) -> int:
+        return self._special(IM_START)
+
+    @property
+    def im_end_id(self) -> int:
+        return self._special(IM_END)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a chat's reply. Raw text ends at `endoftext_id` alone: see `end_ids`."""
+        ends = (ENDOFTEXT, IM_START, IM_END)
+        return frozenset(self.special_tokens[token] for token in ends if token in self.special_tokens)
+
+    def end_ids(self, prompt: Prompt) -> frozenset[int]:
+        """The ids that end a completion of this prompt."""
+        return self.eos_ids if prompt.messages else frozenset((self.endoftext_id,))
+
+    def decode(self, ids: Sequence[int], *, errors: Errors = "replace", skip_special: bool = False) -> str:
+        """Bytes that are not UTF-8 (a character cut in two) follow `errors`; ids without a meaning vanish."""
+        skipped = self.special_ids if skip_special else frozenset[int]()
+        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", errors)
+
+    def render(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, ChatML built piecewise and ending in the assistant's header and the prefill."""
+        if prompt.ids is not None:
+            return list(prompt.ids)
+        if prompt.text is not None:
+            return self.encode(prompt.text, parse_special=prompt.parse_special)
+        ids: list[int] = []
+        newline = self.encode("\n")
+        for message in self._messages(prompt):
+            ids += [self.im_start_id, *self._block(message.role, message.content), self.im_end_id, *newline]
+        return [*ids, self.im_start_id, *self._block("assistant", prompt.prefill)]
+
+    def render_text(self, prompt: Prompt) -> str:
+        """The prompt as one string, for people to read: a special token and text that looks like it are the same."""
+        if prompt.ids is not None:
+            return self.decode(prompt.ids)
+        if prompt.text is not None:
+            return prompt.text
+        blocks = [f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in self._messages(prompt)]
+        return "".join(blocks) + f"{IM_START}assistant\n{prompt.prefill}"
+
+    def encode_batch(
+        self, texts: Sequence[str], *, parse_special: bool = False
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Left-padded ids and their attention mask (1 = token, 0 = padding), both as long as the longest text."""
+        return pad_left([self.encode(text, parse_special=parse_special) for text in texts], self.pad_id)
+
+    def _block(self, role: str, content: str) -> list[int]:
+        raise NotImplementedError
+
+    def _messages(self, prompt: Prompt) -> tuple[Message, ...]:
+        if self.default_system is None or prompt.messages[0].role == "system":
+            return prompt.messages
+        return (Message(role="system", content=self.default_system), *prompt.messages)
+
+    def _special(self, token: str) -> int:
+        if token not in self.special_tokens:
+            raise ModelError(f"the tokenizer has no {token}: this checkpoint cannot be asked in chat form")
+        return self.special_tokens[token]
+
+
+class QwenTokenizer(ChatTokenizer):
+    """Qwen v1: tiktoken ranks, then the specials in Qwen's order, whatever the number of ranks.
+
+    `encode(text, parse_special=True)` is what the original's `tokenizer(text)` does (NFC, surface forms of specials
+    become specials); `encode_direct` is what its GSM8K and HumanEval scripts for base models call.
+    """
+
+    default_system = V1_SYSTEM
+
+    def __init__(self, ranks: dict[bytes, int], *, num_extra_tokens: int = NUM_EXTRA_TOKENS) -> None:
+        import tiktoken
+
+        specials = [ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(num_extra_tokens))]
+        self.num_ranks = len(ranks)
+        self.special_tokens = {token: self.num_ranks + i for i, token in enumerate(specials)}
+        self.vocab_size = self.num_ranks + len(specials)
+        self._encoding = tiktoken.Encoding(
+            "qwen", pat_str=PRETOKEN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
+        self._bytes = [*sorted(ranks, key=ranks.__getitem__), *(token.encode() for token in specials)]
+        self._encode_paragraph = lru_cache(maxsize=4096)(self._encoding.encode_ordinary)
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """NFC first. Paragraphs are remembered: few-shot examples are tokenised once, not once a question."""
+        text = unicodedata.normalize("NFC", text)
+        if parse_special and "<|" in text:
+            return self.encode_allowing(text, self.special_tokens)
+        ids: list[int] = []
+        for paragraph in _SAFE_CUT.split(text):
+            ids += self._encode_paragraph(paragraph)
+        return ids
+
+    def encode_allowing(self, text: str, allowed: Iterable[str]) -> list[int]:
+        """NFC, and only the surface forms in `allowed` become special tokens; the others stay text."""
+        text = unicodedata.normalize("NFC", text)
+        ids: list[int] = self._encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
+        return ids
+
+    def encode_direct(self, text: str) -> list[int]:
+        """tiktoken's own encode: no NFC; ValueError if the text holds the surface form of a special token."""
+        ids: list[int] = self._encoding.encode(text)
+        return ids
+
+    def decode_upstream(self, ids: Sequence[int], *, errors: Errors = "replace", skip_special: bool = False) -> str:
+        """As the original: KeyError for vocabulary padding, OverflowError for negative ids."""
+        if skip_special:
+            ids = [i for i in ids if i < self.endoftext_id]
+        text: str = self._encoding.decode(list(ids), errors=errors)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    @property
+    def pad_id(self) -> int:
+        """`<|extra_0|>`, as the official evaluation scripts pad; endoftext in a vocabulary without extras."""
+        return self.special_tokens.get("<|extra_0|>", self.endoftext_id)
+
+    def _block(self, role: str, content: str) -> list[int]:
+        return [*self.encode(role), *self.encode("\n"), *self.encode(content)]
+
+
+class HfTokenizer(ChatTokenizer):
+    """Byte-level BPE of a `tokenizer.json`: Qwen1.5, 2, 2.5 and 3.
+
+    Their chat templates tokenise a block as one string ("user\\n" + content), so a message that begins with a line break
+    differs from v1. `template` is the checkpoint's Jinja text; only facts are read from it, it is never executed.
+    """
+
+    def __init__(self, content: str, *, template: str = "", pad_token: str = ENDOFTEXT) -> None:
+        from tokenizers import Tokenizer, decoders
+
+        self._tokenizer = Tokenizer.from_str(content)
+        if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+            raise ModelError("tokenizer.json is not a byte-level one as Qwen's are; use engine=hf for this model")
+        self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {i: token.content.encode() for i, token in added.items()}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.default_system = default_system_of(template)
+        self._drops_reasoning = "</think>" in template
+        self._pad_token = pad_token
+        can_cut = json.dumps(PRETOKEN)[1:-1] in content
+        self._cut = _SAFE_CUT.split if can_cut else lambda text: [text]
+        self._encode_paragraph = lru_cache(maxsize=4096)(self._encode_text)
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """NFC and the paragraph memory as in `QwenTokenizer`. Tokens such as `<think>` count as text: always parsed."""
+        pieces = self._special_pattern.split(text) if parse_special and self.special_tokens else [text]
+        ids: list[int] = []
+        for piece in pieces:
+            if parse_special and piece in self.special_tokens:
+                ids.append(self.special_tokens[piece])
+                continue
+            for paragraph in self._cut(piece):
+                ids += self._encode_paragraph(paragraph)
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id]
+        token = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        return bytes(_BYTE_OF[character] for character in token) if token is not None else b""
+
+    @property
+    def pad_id(self) -> int:
+        return self.special_tokens.get(self._pad_token, self.endoftext_id)
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def _encode_text(self, text: str) -> list[int]:
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as tiktoken does
+        return self._tokenizer.encode(whole, add_special_tokens=False).ids
+
+    def _block(self, role: str, content: str) -> list[int]:
+        return self.encode(f"{role}\n{content}")
+
+    def _messages(self, prompt: Prompt) -> tuple[Message, ...]:
+        messages = super()._messages(prompt)
+        if not self._drops_reasoning:
+            return messages
+        return tuple(without_reasoning(m) if m.role == "assistant" else m for m in messages)
+
+
+def default_system_of(template: str) -> str | None:
+    """The system message a chat template gives to a chat without one; None when it gives none (Qwen3)."""
+    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\n\\]+)<\|im_end\|>", template)
+    return found.group(1) if found else None
+
+
+def without_reasoning(message: Message) -> Message:
+    """An earlier reply of Qwen3 as its template shows it again: without what stands up to `</think>`."""
+    if "</think>" not in message.content:
+        return message
+    return Message(role=message.role, content=message.content.split("</think>")[-1].lstrip("\n"))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the rest from U+0100 on in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class StreamDecoder:
+    """Text of a growing list of ids: `feed` returns what the next token adds, complete characters only.
+
+    All returned pieces together are `decode(ids, errors="ignore", skip_special=True)` at every step.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+
+    def feed(self, token_id: int) -> str:
+        if token_id in self._tokenizer.special_ids:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
+    width = max(map(len, rows), default=0)
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return ids, mask
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """A `.tiktoken` file: one "base64 rank" a line, ranks 0..n-1 in order, all 256 bytes among them."""
+    ranks: dict[bytes, int] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ModelError(f"{path}: line {number} is not 'base64 rank'; get the file again") from error
+    if list(ranks.values()) != list(range(len(lines))) or any(bytes([i]) not in ranks for i in range(256)):
+        raise ModelError(f"{path}: {len(ranks)} ranks with gaps, doubles or missing bytes; get the file again")
+    return ranks
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def load_tokenizer(path: Path) -> ChatTokenizer:
+    """The tokenizer of a checkpoint directory: `qwen.tiktoken` (Qwen v1) or `tokenizer.json` (later ones).
+
+    A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says `"num_extra_tokens": N`.
+    """
+    folder = path if path.is_dir() else path.parent
+    config = read_json(folder / "tokenizer_config.json")
+    if (ranks := folder / "qwen.tiktoken").is_file():
+        num_extra = config.get("num_extra_tokens", NUM_EXTRA_TOKENS)
+        if type(num_extra) is not int or num_extra < 0:
+            raise ModelError(f"{folder}/tokenizer_config.json: num_extra_tokens={num_extra!r} is not a count")
+        return QwenTokenizer(read_ranks(ranks), num_extra_tokens=num_extra)
+    if (file := folder / "tokenizer.json").is_file():
+        return _load_hf(file, config)
+    raise ModelError(f"{folder}: no qwen.tiktoken and no tokenizer.json; copy the checkpoint's tokenizer files there")
+
+
+def _load_hf(file: Path, config: dict[str, Any]) -> HfTokenizer:
+    jinja = file.parent / "chat_template.jinja"  # where newer releases of transformers save it
+    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template", "")
+    pad = config.get("pad_token") or ENDOFTEXT
+    pad_token = pad["content"] if isinstance(pad, dict) else pad
+    try:
+        return HfTokenizer(file.read_text(encoding="utf-8"), template=template or "", pad_token=pad_token)
+    except ModelError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read
+        raise ModelError(f"{file}: not a readable tokenizer ({error}); get the file again") from error

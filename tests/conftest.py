@@ -1,0 +1,14 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded outputs of the original code; QWEN_EVAL_GOLDEN names another one of the same layout."""
+    return Path(os.environ.get("QWEN_EVAL_GOLDEN") or Path(__file__).parent / "golden")
