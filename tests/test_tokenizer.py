@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import unicodedata
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from qwen_eval.core import Message, ModelError, Prompt
 from qwen_eval.models.tokenizer import (
+    PRETOKEN,
     HfTokenizer,
     QwenTokenizer,
     StreamDecoder,
@@ -46,7 +48,7 @@ def test_encode_equals_the_original(golden: Path, qwen: QwenTokenizer) -> None:
         assert qwen.encode(text, parse_special=True) == ids
         assert qwen.encode(text) == row.get("ids_no_special", ids)
         some = {"<|im_start|>", "<|extra_0|>"}
-        assert qwen.encode_allowing(text, some) == row.get("ids_allow_imstart_extra0", row.get("ids_no_special", ids))
+        assert qwen.encode_allowing(text, some) == row.get("ids_allow_imstart_extra0", ids)
 
 
 def test_direct_encoding_equals_tiktoken_as_the_base_scripts_call_it(golden: Path, qwen: QwenTokenizer) -> None:
@@ -165,8 +167,40 @@ def test_raw_text_and_ids_are_taken_as_they_are(qwen: QwenTokenizer) -> None:
     assert qwen.end_ids(Prompt.user("x")) == {151643, 151644, 151645}
 
 
-FRAGMENTS = ["\n", "\r", "\n\n", " ", "  ", "\t", "A", "的", "é", "e\u0301", "\u0301", "1", ".", "。", '"', "'s", "\u00a0"]
-FRAGMENTS += ["\u3000", "\x1c", "\x85", "\u2028", "Q", "_", "²", "<|im_end|>", "\ud800", "😀", "word", " word", "\u200b"]
+FRAGMENTS = [
+    "\n",
+    "\r",
+    "\n\n",
+    " ",
+    "  ",
+    "\t",
+    "A",
+    "的",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "1",
+    ".",
+    "。",
+    '"',
+    "'s",
+    "\u00a0",
+]
+FRAGMENTS += [
+    "\u3000",
+    "\x1c",
+    "\x85",
+    "\u2028",
+    "Q",
+    "_",
+    "²",
+    "<|im_end|>",
+    "\ud800",
+    "😀",
+    "word",
+    " word",
+    "\u200b",
+]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -231,8 +265,126 @@ def test_a_damaged_vocabulary_is_refused(tmp_path: Path, damage: Any, message: s
 
 
 def test_a_folder_without_a_tokenizer_says_what_to_copy(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no qwen.tiktoken and no tokenizer.json"):
+    with pytest.raises(ModelError, match="copy the checkpoint's tokenizer files there"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"truncated": ')
     with pytest.raises(ModelError, match="not a readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN2_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TEXTS = [
+    "Hello, world!",
+    "",
+    "\nline\n\nQ: 12 + 30?\n\nA",
+    "你好，世界。\n\n答案",
+    "cafe\u0301 \u3000x",
+    "<think>\nhm</think>ok",
+    "😀",
+]
+
+
+@pytest.fixture(scope="module")
+def small_json() -> str:
+    """A byte-level tokenizer.json with Qwen's split, its NFC and its specials, trained on a few words."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKEN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS, "\n\n\n user assistant system helpful hello world you are"] * 5, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ADDED])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    text: str = tokenizer.to_str()
+    return text
+
+
+def test_tokenizer_json_equals_the_library(small_json: str) -> None:
+    from tokenizers import Tokenizer
+
+    ours, theirs = HfTokenizer(small_json), Tokenizer.from_str(small_json)
+    draw = random.Random(3)
+    mixed = ["".join(draw.choices([f for f in FRAGMENTS if f != "\ud800"], k=9)) for _ in range(500)]
+    for text in [*TEXTS, *mixed]:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, parse_special=True) == ids, repr(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    assert ours.special_ids.isdisjoint(ours.encode("a<|im_end|>b"))
+    assert ours.decode(ours.encode("a<|im_end|>b \ud800")) == "a<|im_end|>b \ufffd"
+    assert ours.decode([ours.vocab_size, -1, *ours.encode("x")]) == "x"
+
+
+def test_chats_are_those_of_the_chat_template(small_json: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(small_json)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": QWEN2_TEMPLATE,
+        "pad_token": "<|endoftext|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    check_against_transformers(tmp_path)
+
+
+def test_chats_are_those_of_the_template_of_qwen3() -> None:
+    folder = Path(os.environ.get("QWEN_EVAL_QWEN3_TOKENIZER", "absent"))
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("QWEN_EVAL_QWEN3_TOKENIZER names no folder with a tokenizer.json")
+    check_against_transformers(folder)
+
+
+def check_against_transformers(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for chat in chats():
+        turns = [{"role": message.role, "content": message.content} for message in chat]
+        text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = Prompt(messages=chat)
+        assert ours.render(prompt) == theirs.encode(text, add_special_tokens=False)
+        assert ours.render_text(prompt) == text
+        begun = Prompt(messages=chat, prefill="\nThe answer")
+        assert ours.render(begun) == theirs.encode(text + "\nThe answer", add_special_tokens=False)
+
+
+def chats() -> list[tuple[Message, ...]]:
+    system = Message(role="system", content="Be brief.")
+    reply = Message(role="assistant", content="<think>\nlong\n</think>\n\nYes.")
+    users = [Message(role="user", content=text) for text in TEXTS if "think" not in text]
+    single = [(user,) for user in users] + [(system, user) for user in users]
+    plain = Message(role="assistant", content="\nNo")
+    return [*single, (users[0], plain, users[2]), (system, users[0], reply, users[1], plain, users[3])]
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        (QWEN2_TEMPLATE, "You are a helpful assistant."),
+        (QWEN2_TEMPLATE.replace("\\n", "\n"), "You are a helpful assistant."),
+        ("{{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}", "You are Qwen."),
+        ("{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}", None),  # Qwen3: only what is given
+        ("", None),
+    ],
+)
+def test_the_default_system_message_is_the_templates(template: str, system: str | None) -> None:
+    assert default_system_of(template) == system
+
+
+def test_a_tokenizer_without_chat_tokens_refuses_chats(tmp_path: Path, small_json: str) -> None:
+    content = json.loads(small_json)
+    content["added_tokens"] = [token for token in content["added_tokens"] if "im_" not in token["content"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="cannot be asked in chat form"):
+        load_tokenizer(tmp_path).render(Prompt.user("Hi"))

@@ -192,8 +192,9 @@ class QwenTokenizer(ChatTokenizer):
 class HfTokenizer(ChatTokenizer):
     """Byte-level BPE of a `tokenizer.json`: Qwen1.5, 2, 2.5 and 3.
 
-    Their chat templates tokenise a block as one string ("user\\n" + content), so a message that begins with a line break
-    differs from v1. `template` is the checkpoint's Jinja text; only facts are read from it, it is never executed.
+    Their chat templates tokenise a block as one string ("user\\n" + content): a message that begins with a line break
+    gives other ids than under v1. `template` is the checkpoint's Jinja text: facts are read
+    from it, it is never executed.
     """
 
     def __init__(self, content: str, *, template: str = "", pad_token: str = ENDOFTEXT) -> None:
