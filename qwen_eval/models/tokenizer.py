@@ -95,8 +95,8 @@ class ChatTokenizer:
         ids: list[int] = []
         newline = self.encode("\n")
         for message in self._messages(prompt):
-            ids += [self.im_start_id, *self._block(message.role, message.content), self.im_end_id, *newline]
-        return [*ids, self.im_start_id, *self._block("assistant", prompt.prefill)]
+            ids += [self.im_start_id, *self.encode_block(message.role, message.content), self.im_end_id, *newline]
+        return [*ids, self.im_start_id, *self.encode_block("assistant", prompt.prefill)]
 
     def render_text(self, prompt: Prompt) -> str:
         """The prompt as one string, for people to read: a special token and text that looks like it are the same."""
@@ -113,7 +113,7 @@ class ChatTokenizer:
         """Left-padded ids and their attention mask (1 = token, 0 = padding), both as long as the longest text."""
         return pad_left([self.encode(text, parse_special=parse_special) for text in texts], self.pad_id)
 
-    def _block(self, role: str, content: str) -> list[int]:
+    def encode_block(self, role: str, content: str) -> list[int]:
         raise NotImplementedError
 
     def _messages(self, prompt: Prompt) -> tuple[Message, ...]:
@@ -185,7 +185,7 @@ class QwenTokenizer(ChatTokenizer):
         """`<|extra_0|>`, as the official evaluation scripts pad; endoftext in a vocabulary without extras."""
         return self.special_tokens.get("<|extra_0|>", self.endoftext_id)
 
-    def _block(self, role: str, content: str) -> list[int]:
+    def encode_block(self, role: str, content: str) -> list[int]:
         return [*self.encode(role), *self.encode("\n"), *self.encode(content)]
 
 
@@ -246,7 +246,7 @@ class HfTokenizer(ChatTokenizer):
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as tiktoken does
         return self._tokenizer.encode(whole, add_special_tokens=False).ids
 
-    def _block(self, role: str, content: str) -> list[int]:
+    def encode_block(self, role: str, content: str) -> list[int]:
         return self.encode(f"{role}\n{content}")
 
     def _messages(self, prompt: Prompt) -> tuple[Message, ...]:
