@@ -1,0 +1,252 @@
+"""Paired statistics: the same samples answered twice. Δ is always second minus first; p-values are two-sided.
+
+Tests: exact McNemar for independent right/wrong items, else a sign-flip permutation test over clusters (documents,
+base problems), exact up to 14 of them. Pinned against scipy and statsmodels in tests/test_report_paired.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_eval.metrics import ALPHA, ratio_variance, t_quantile
+
+POWER = 0.8
+NUM_FLIPS_DRAWN = 9_999
+MAX_EXACT_CLUSTERS = 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """`delta` in [`low`, `high`] (1 - alpha), how likely by chance, and the smallest effect this n would have shown.
+
+    `low`, `high` and `p_value` are None when there are fewer than two independent draws. `test` names the test.
+    """
+
+    delta: float
+    n: int
+    num_clusters: int
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    mde: float | None = None
+    test: str = ""
+
+
+def paired_share(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, alpha: float = ALPHA
+) -> Difference:
+    """Difference of two means of scores in 0..1 over the same samples."""
+    assert len(first) == len(second), (len(first), len(second))
+    n, groups = len(first), _real_clusters(clusters, len(first))
+    diffs = [b - a for a, b in zip(first, second)]
+    if n == 0:
+        return Difference(delta=math.nan, n=0, num_clusters=0)
+    is_binary = all(x in (0.0, 1.0) for x in first) and all(x in (0.0, 1.0) for x in second)
+    if not is_binary or groups is not None:
+        return _difference_of_means(diffs, groups, alpha=alpha, floor=True)
+    gains, losses = sum(d > 0 for d in diffs), sum(d < 0 for d in diffs)
+    low, high = bonett_price(gains, losses, n, alpha=alpha)
+    return Difference(
+        delta=(gains - losses) / n, n=n, num_clusters=n, low=low, high=high, p_value=mcnemar(gains, losses),
+        mde=share_mde(n, (gains + losses) / n, alpha=alpha), test="exact McNemar",
+    )  # fmt: skip
+
+
+def paired_mean(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, alpha: float = ALPHA
+) -> Difference:
+    """Difference of two means of any numbers over the same samples."""
+    assert len(first) == len(second), (len(first), len(second))
+    if not first:
+        return Difference(delta=math.nan, n=0, num_clusters=0)
+    diffs = [b - a for a, b in zip(first, second)]
+    return _difference_of_means(diffs, _real_clusters(clusters, len(diffs)), alpha=alpha, floor=False)
+
+
+def paired_perplexity(
+    first_nll: Sequence[float],
+    second_nll: Sequence[float],
+    num_tokens: Sequence[int],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    alpha: float = ALPHA,
+) -> Difference:
+    """ΔPPL of two models over the same tokens, jointly linearised; the draws are documents (or `clusters` of rows)."""
+    assert len(first_nll) == len(second_nll) == len(num_tokens)
+    total = float(sum(num_tokens))
+    if total <= 0:
+        return Difference(delta=math.nan, n=0, num_clusters=0)
+    groups = _real_clusters(clusters, len(num_tokens))
+    log_a, log_b = math.fsum(first_nll) / total, math.fsum(second_nll) / total
+    ppl_a, ppl_b = math.exp(log_a), math.exp(log_b)
+    influence = [
+        ppl_b * (b - log_b * t) - ppl_a * (a - log_a * t) for a, b, t in zip(first_nll, second_nll, num_tokens)
+    ]
+    variance, dof = ratio_variance(influence, [float(t) for t in num_tokens], groups)
+    diffs = [b - a for a, b in zip(first_nll, second_nll)]
+    return _interval(ppl_b - ppl_a, variance, dof, diffs, groups, alpha=alpha, n=int(total))
+
+
+def speed_ratio(first: Sequence[float], second: Sequence[float], *, alpha: float = ALPHA) -> Difference:
+    """log(second / first) of two sets of repeats (not paired): Welch's t on logarithms. `mde` is on the same scale."""
+    a, b = np.log(np.asarray(first, dtype=float)), np.log(np.asarray(second, dtype=float))
+    delta, n = float(np.median(b) - np.median(a)) if len(a) and len(b) else math.nan, len(a) + len(b)
+    if min(len(a), len(b)) < 2:
+        return Difference(delta=delta, n=n, num_clusters=n)
+    var_a, var_b = float(a.var(ddof=1)) / len(a), float(b.var(ddof=1)) / len(b)
+    variance = max(var_a + var_b, 1e-12)
+    dof = variance**2 / max(var_a**2 / (len(a) - 1) + var_b**2 / (len(b) - 1), 1e-30)
+    dof = min(dof, float(n - 2))
+    return _interval(float(b.mean() - a.mean()), variance, dof, [], None, alpha=alpha, n=n, test="Welch t of logs")
+
+
+# --- tests ---------------------------------------------------------------------------------------------------------
+
+
+def mcnemar(gains: int, losses: int) -> float:
+    """Exact two-sided McNemar: discordant pairs fall either way with chance one half."""
+    from scipy.special import bdtr
+
+    few, total = min(gains, losses), gains + losses
+    return 1.0 if total == 0 else min(1.0, 2.0 * float(bdtr(few, total, 0.5)))
+
+
+def sign_flip(sums: NDArray[np.float64], *, seed: int = 0) -> float:
+    """Permutation p-value of a zero sum: each cluster's difference could as well have had the other sign."""
+    values = sums[np.abs(sums) > 0]
+    if not len(values):
+        return 1.0
+    observed = abs(float(values.sum())) * (1 - 1e-12)
+    if len(values) <= MAX_EXACT_CLUSTERS:
+        signs = 1 - 2 * ((np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1)
+        return float(np.mean(np.abs(signs @ values) >= observed))
+    rng, hits, done = np.random.default_rng(seed), 0, 0
+    while done < NUM_FLIPS_DRAWN:  # in slices: 10,000 x 14,000 signs would be a gigabyte
+        rows = min(NUM_FLIPS_DRAWN - done, max(1, 4_000_000 // len(values)))
+        signs = rng.integers(0, 2, (rows, len(values)), dtype=np.int8) * 2 - 1
+        hits += int(np.count_nonzero(np.abs(signs @ values) >= observed))
+        done += rows
+    return (hits + 1) / (NUM_FLIPS_DRAWN + 1)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment; None (no test) stays None and does not count."""
+    tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    running = 0.0
+    for rank, (p, i) in enumerate(tested):
+        running = max(running, min(1.0, p * (len(tested) - rank)))
+        adjusted[i] = running
+    return adjusted
+
+
+def bonett_price(gains: int, losses: int, n: int, *, alpha: float = ALPHA) -> tuple[float, float]:
+    """Adjusted Wald interval of a paired difference of shares (Bonett & Price 2012): covers at small n, never empty."""
+    from scipy.special import ndtri
+
+    up, down = (gains + 1) / (n + 2), (losses + 1) / (n + 2)
+    half = float(ndtri(1 - alpha / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
+# --- minimum detectable effect -------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def share_mde(n: int, discordance: float, *, alpha: float = ALPHA, power: float = POWER) -> float | None:
+    """Smallest |Δ| of a share that exact McNemar finds with `power` at n pairs; None where even Δ = 1 is not found.
+
+    `discordance` is the share of pairs that differ; an effect larger than it must bring its own discordant pairs.
+    """
+    if mcnemar_power(n, 1.0, discordance, alpha) < power:
+        return None
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if mcnemar_power(n, middle, discordance, alpha) >= power else (middle, high)
+    return high
+
+
+def mcnemar_power(n: int, delta: float, discordance: float, alpha: float = ALPHA) -> float:
+    """Exact power of the two-sided exact McNemar test: discordant pairs are binomial, and so are the losses of them."""
+    from scipy.stats import binom
+
+    rate = min(1.0, max(discordance, delta))
+    if rate <= 0 or n == 0:
+        return 0.0
+    spread = 7 * math.sqrt(n * rate * (1 - rate)) + 7
+    totals = np.arange(max(0, int(n * rate - spread)), min(n, int(n * rate + spread)) + 1)
+    step = max(1, len(totals) // 400)  # the power is smooth in the number of discordant pairs
+    totals = totals[::step]
+    weights = binom.pmf(totals, n, rate)
+    limits = binom.ppf(alpha / 2, totals, 0.5)
+    limits = np.where(2 * binom.cdf(limits, totals, 0.5) > alpha, limits - 1, limits)
+    chance = (1 + delta / rate) / 2
+    found = binom.sf(totals - limits - 1, totals, chance) + binom.cdf(limits, totals, chance)
+    return float(np.sum(weights * found) / np.sum(weights))
+
+
+# --- shared pieces -------------------------------------------------------------------------------------------------
+
+
+def _difference_of_means(
+    diffs: Sequence[float], groups: Sequence[Hashable] | None, *, alpha: float, floor: bool
+) -> Difference:
+    delta, n = math.fsum(diffs) / len(diffs), len(diffs)
+    variance, dof = ratio_variance(diffs, [1.0] * n, groups)
+    if floor and variance == 0.0:  # no cluster changed: that is not certainty, but at most a few in this many
+        low, high = bonett_price(0, 0, int(dof) + 1, alpha=alpha)
+        return Difference(
+            delta=delta, n=n, num_clusters=int(dof) + 1, low=min(low, delta), high=max(high, delta), p_value=1.0,
+            mde=share_mde(int(dof) + 1, 0.0, alpha=alpha), test="no difference",
+        )  # fmt: skip
+    return _interval(delta, variance, dof, diffs, groups, alpha=alpha, n=n)
+
+
+def _interval(
+    delta: float,
+    variance: float,
+    dof: float,
+    diffs: Sequence[float],
+    groups: Sequence[Hashable] | None,
+    *,
+    alpha: float,
+    n: int,
+    test: str = "sign-flip permutation",
+) -> Difference:
+    num_clusters = int(dof) + 1 if math.isfinite(dof) else n
+    if dof < 1 or not math.isfinite(variance):
+        return Difference(delta=delta, n=n, num_clusters=num_clusters)
+    error, critical = math.sqrt(variance), t_quantile(dof, 1 - alpha / 2)
+    p_value = sign_flip(_cluster_sums(diffs, groups)) if diffs else _t_test(delta, error, dof)
+    mde = (critical + t_quantile(dof, POWER)) * error
+    return Difference(
+        delta=delta, n=n, num_clusters=num_clusters, low=delta - critical * error, high=delta + critical * error,
+        p_value=p_value, mde=mde, test=test,
+    )  # fmt: skip
+
+
+def _t_test(delta: float, error: float, dof: float) -> float:
+    from scipy.special import stdtr
+
+    return 2.0 * float(stdtr(dof, -abs(delta) / error))
+
+
+def _cluster_sums(diffs: Sequence[float], groups: Sequence[Hashable] | None) -> NDArray[np.float64]:
+    if groups is None:
+        return np.asarray(diffs, dtype=np.float64)
+    _, index = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
+    return np.bincount(index, weights=np.asarray(diffs, dtype=np.float64)).astype(np.float64)
+
+
+def _real_clusters(clusters: Sequence[Hashable] | None, n: int) -> Sequence[Hashable] | None:
+    """None when clusters say nothing: every item its own, or one cluster, within which items are then the draws."""
+    if clusters is None or len(set(clusters)) in (1, n):
+        return None
+    return clusters
