@@ -1,0 +1,281 @@
+"""Weights from a published checkpoint directory into a `Transformer`. The only place that knows tensor names.
+
+Sharded safetensors and .bin files (read with `weights_only`, so nothing is executed), dense or GPTQ-packed; or random
+weights of the shape. Every tensor is checked for name, shape and finiteness; what is missing is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qwen_eval.core import ModelError
+from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.transformer import SplitLinear, Transformer
+
+FULL_DIGEST_BYTES = 4 * 2**30
+# Buffers that old checkpoints carry and nobody reads.
+IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "logn_tensor")
+
+V1_NAMES = {
+    "attn_norm": ("ln_1",),
+    "attn.qkv": ("attn.c_attn",),
+    "attn.o": ("attn.c_proj",),
+    "mlp_norm": ("ln_2",),
+    "mlp.up": ("mlp.w1",),
+    "mlp.gate": ("mlp.w2",),
+    "mlp.down": ("mlp.c_proj",),
+}
+LATER_NAMES = {
+    "attn_norm": ("input_layernorm",),
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.q_norm": ("self_attn.q_norm",),
+    "attn.k_norm": ("self_attn.k_norm",),
+    "attn.o": ("self_attn.o_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "mlp.up": ("mlp.up_proj",),
+    "mlp.gate": ("mlp.gate_proj",),
+    "mlp.down": ("mlp.down_proj",),
+}
+OUTER_V1 = {"embed": "transformer.wte", "norm": "transformer.ln_f", "head": "lm_head"}
+OUTER_LATER = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+
+def checkpoint_names(config: ModelConfig, module: str) -> tuple[str, ...]:
+    """The checkpoint's name(s) of one of our modules: "layers.3.attn.qkv" -> ("transformer.h.3.attn.c_attn",)."""
+    is_v1 = config.family == "qwen"
+    if not module.startswith("layers."):
+        return ((OUTER_V1 if is_v1 else OUTER_LATER)[module],)
+    _, index, inner = module.split(".", 2)
+    stem = f"transformer.h.{index}" if is_v1 else f"model.layers.{index}"
+    return tuple(f"{stem}.{name}" for name in (V1_NAMES if is_v1 else LATER_NAMES)[inner])
+
+
+class TensorFiles:
+    """Random access to the tensors of a checkpoint directory by name."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[str, Path] = {}  # tensor name -> file
+        self._opened: dict[Path, Any] = {}
+        self._used: set[str] = set()
+        for file in self._shards():
+            for name in self._open(file).keys():  # noqa: SIM118  (safe_open is not a mapping)
+                self.files[name] = file
+
+    def _shards(self) -> list[Path]:
+        for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            index = self.directory / index_name
+            if index.exists():
+                return self._indexed(index)
+        # a directory may hold other tensors too (adapters, optimiser state): the usual names come first
+        for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.bin"):
+            found = sorted(p for p in self.directory.glob(pattern) if p.name != "training_args.bin")
+            if found:
+                return found
+        raise ModelError(f"{self.directory}: no *.safetensors or *.bin weights in this directory")
+
+    def _indexed(self, index: Path) -> list[Path]:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index}: not a shard index ({error})") from None
+        missing = [name for name in names if not (self.directory / name).is_file()]
+        if missing:
+            raise ModelError(f"{self.directory}: shard {missing[0]} is missing ({len(missing)} of {len(names)} shards)")
+        return [self.directory / name for name in names]
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._opened:
+            try:
+                if file.suffix == ".safetensors":
+                    self._opened[file] = safe_open(str(file), framework="pt")
+                else:
+                    self._opened[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+                raise ModelError(
+                    f"{file}: truncated or damaged ({str(error).splitlines()[0]}); fetch it again"
+                ) from None
+            except Exception as error:  # UnpicklingError and friends: torch raises what the pickle provokes
+                raise ModelError(f"{file}: not a plain weight file ({type(error).__name__}); refused") from None
+        return self._opened[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
+        """The tensor, checked for shape (where one is expected) and for NaN and infinities."""
+        if name not in self.files:
+            raise ModelError(f"{self.directory}: tensor {name} is missing")
+        opened = self._open(self.files[name])
+        tensor: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        self._used.add(name)
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            raise ModelError(f"{name}: shape {list(tensor.shape)} in the checkpoint, {list(shape)} by config.json")
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise ModelError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
+        return tensor
+
+    def unused(self) -> list[str]:
+        return sorted(n for n in self.files if n not in self._used and not n.endswith(IGNORED))
+
+    def digest(self) -> str:
+        """sha256 over all weight files; above 4 GiB in all over sizes, heads and every 64th MiB, and named so."""
+        files = sorted(set(self.files.values()))
+        total = sum(f.stat().st_size for f in files)
+        sha, is_full = hashlib.sha256(), total <= FULL_DIGEST_BYTES
+        for file in files:
+            sha.update(f"{file.name}:{file.stat().st_size}\n".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(2**20):
+                    sha.update(block)
+                    if not is_full:
+                        stream.seek(63 * 2**20, 1)
+        return sha.hexdigest() if is_full else f"sampled:{sha.hexdigest()}"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # the sum is cheap and almost always settles it; it may overflow where no element does
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
+BuildQuantised = Callable[[str, Mapping[str, Tensor]], nn.Module]  # (name, packed tensors) -> module
+BuildFromDense = Callable[[str, Tensor, Tensor | None], nn.Module]  # (name, weight, bias) -> module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where weights go and how the linears of the blocks are stored. At most one of the two builders is given."""
+
+    device: torch.device
+    dtype: torch.dtype
+    packed: BuildQuantised | None = None  # a GPTQ checkpoint
+    from_dense: BuildFromDense | None = None  # NF4, LLM.int8: quantised while loading
+
+
+@contextmanager
+def _meta() -> Iterator[None]:
+    with torch.device("meta"):
+        yield
+
+
+def load(directory: Path, config: ModelConfig, placement: Placement) -> tuple[Transformer, TensorFiles]:
+    """A ready `Transformer` in inference mode; ModelError names what is wrong with the checkpoint."""
+    files = TensorFiles(directory)
+    with _meta():
+        model = Transformer(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.startswith("layers."):
+            _load_linear(model, name, module, files, config, placement)
+        elif isinstance(module, nn.Embedding) or (not list(module.children()) and name != "head"):
+            _load_weight(model, name, module, files, config, placement)
+    _load_head(model, files, config, placement)
+    leftover = files.unused()
+    if leftover and not (config.tie_embeddings and leftover == ["lm_head.weight"]):
+        raise ModelError(f"{directory}: tensor {leftover[0]} has no place in this model ({len(leftover)} such)")
+    return model.eval().requires_grad_(False), files
+
+
+def _load_head(model: Transformer, files: TensorFiles, config: ModelConfig, placement: Placement) -> None:
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    else:
+        _load_weight(model, "head", model.head, files, config, placement)
+
+
+def _load_weight(
+    model: Transformer, name: str, module: nn.Module, files: TensorFiles, config: ModelConfig, placement: Placement
+) -> None:
+    (source,) = checkpoint_names(config, name)
+    assert isinstance(module.weight, Tensor)
+    weight = files.read(f"{source}.weight", module.weight.shape)
+    module.weight = nn.Parameter(_place(weight, placement), requires_grad=False)
+
+
+def _place(tensor: Tensor, placement: Placement) -> Tensor:
+    # a copy: safetensors memory is a map of the file, and a file that changes under us must not change the weights
+    return tensor.to(device=placement.device, dtype=placement.dtype, copy=True).contiguous()
+
+
+def _load_linear(
+    model: Transformer,
+    name: str,
+    module: nn.Linear,
+    files: TensorFiles,
+    config: ModelConfig,
+    placement: Placement,
+) -> None:
+    sources = checkpoint_names(config, name)
+    if placement.packed is not None and any(f"{source}.qweight" in files for source in sources):
+        parts = [placement.packed(source, _packed_tensors(files, source)) for source in sources]
+        model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
+        return
+    weight = _joined(files, sources, "weight", _part_shapes(config, sources, module))
+    bias = None
+    if module.bias is not None:
+        bias = _joined(files, sources, "bias", [shape[:1] for shape in _part_shapes(config, sources, module)])
+    else:
+        _refuse_nonzero_bias(files, sources)
+    if placement.from_dense is not None:
+        model.set_submodule(name, placement.from_dense(name, weight, bias))
+        return
+    module.weight = nn.Parameter(_place(weight, placement), requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(_place(bias, placement), requires_grad=False)
+
+
+def _packed_tensors(files: TensorFiles, source: str) -> dict[str, Tensor]:
+    suffixes = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    return {suffix: files.read(f"{source}.{suffix}") for suffix in suffixes if f"{source}.{suffix}" in files}
+
+
+def _part_shapes(config: ModelConfig, sources: Sequence[str], module: nn.Linear) -> list[tuple[int, ...]]:
+    if len(sources) == 1:
+        return [(module.out_features, module.in_features)]
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    return [(n * config.head_dim, module.in_features) for n in heads]
+
+
+def _joined(files: TensorFiles, sources: Sequence[str], suffix: str, shapes: Sequence[Sequence[int]]) -> Tensor:
+    parts = [files.read(f"{source}.{suffix}", shape) for source, shape in zip(sources, shapes)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _refuse_nonzero_bias(files: TensorFiles, sources: Sequence[str]) -> None:
+    """Converters write zero biases for every linear; a bias that is not zero means that config.json is wrong."""
+    for source in sources:
+        if f"{source}.bias" in files and bool(files.read(f"{source}.bias").any()):
+            raise ModelError(f"{source}.bias: the checkpoint has this bias, config.json says there is none")
+
+
+def random_model(config: ModelConfig, placement: Placement, seed: int) -> Transformer:
+    """Random weights of this shape (normal, std 0.02; norms 1), the same for a seed on any device."""
+    with _meta():
+        model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = torch.empty(module.weight.shape, dtype=placement.dtype).normal_(0, 0.02, generator=generator)
+            bias = getattr(module, "bias", None)
+            bias = None if bias is None else torch.zeros(bias.shape, dtype=placement.dtype)
+            if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.from_dense is not None:
+                model.set_submodule(name, placement.from_dense(name, weight, bias))
+                continue
+            module.weight = nn.Parameter(weight.to(placement.device), requires_grad=False)
+            if isinstance(module, nn.Linear) and bias is not None:
+                module.bias = nn.Parameter(bias.to(placement.device), requires_grad=False)
+        elif not list(module.children()):
+            ones = torch.ones(module.weight.shape, dtype=placement.dtype, device=placement.device)
+            module.weight = nn.Parameter(ones, requires_grad=False)
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model.eval().requires_grad_(False)

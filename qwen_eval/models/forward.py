@@ -1,0 +1,133 @@
+"""Running a `Transformer` over token sequences: prefixes, packed suffixes, decode steps.
+
+This is where positions, NTK alphas, caches and the model meet; engines schedule, this computes.
+"""
+
+# N packed tokens, B sequences, E hidden size
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from qwen_eval.models.attention import choose_kernel
+from qwen_eval.models.kv_cache import DecodeAttend, KvCodec, PackedAttend, PlainCodec, Prefix, Slots
+from qwen_eval.models.rope import Rope
+from qwen_eval.models.transformer import Transformer
+
+NO_ROWS: list[int] = []
+
+
+class Forward:
+    """A model with its positions, cache format and attention kernel."""
+
+    def __init__(
+        self, model: Transformer, *, codec: KvCodec | None = None, attention: str = "auto", prefill_chunk: int = 2048
+    ) -> None:
+        self.model, self.config = model, model.config
+        self.codec: KvCodec = codec or PlainCodec(model.dtype)
+        self.kernel = choose_kernel(attention, model.device)
+        self.rope = Rope(model.config, model.device)
+        self.prefill_chunk = prefill_chunk
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of one prefill forward. The original's int8 cache has one scale a call: then a prompt is one call."""
+        return 2**31 if self.codec.is_chunked else self.prefill_chunk
+
+    def empty_prefix(self) -> Prefix:
+        return Prefix(self.config, self.codec, self.model.dtype)
+
+    def slots(self, num_slots: int, capacity: int) -> Slots:
+        return Slots(self.config, self.codec, self.model.dtype, num_slots, capacity)
+
+    @torch.inference_mode()
+    def extend(
+        self, prefix: Prefix, ids: Sequence[int], total_length: int, *, want_hidden: bool = False
+    ) -> Iterator[Tensor]:
+        """Grow `prefix` by `ids`, chunk by chunk; yields each chunk's hidden states [n,E] ([0,E] unless wanted).
+
+        `total_length`: prefill tokens of the whole sequence this belongs to; it decides the NTK alpha.
+        """
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            attend = PackedAttend(
+                self.config,
+                self.codec,
+                [len(part)],
+                kernel=self.kernel,
+                device=self.device,
+                prefix=prefix,
+                sink_prefix=prefix,
+            )
+            positions = torch.arange(prefix.length, prefix.length + len(part), device=self.device)
+            rows = None if want_hidden else torch.tensor(NO_ROWS, dtype=torch.long, device=self.device)
+            hidden = self._run(part, positions, total_length, attend, rows)
+            prefix.advance(len(part))
+            yield hidden
+
+    def grown(self, parent: Prefix | None, ids: Sequence[int], total_length: int) -> Prefix:
+        """A new prefix: the parent's tokens, then `ids`."""
+        prefix = self.empty_prefix() if parent is None else parent.fork()
+        for _ in self.extend(prefix, ids, total_length):
+            pass
+        return prefix
+
+    @torch.inference_mode()
+    def packed(
+        self,
+        sequences: Sequence[Sequence[int]],
+        total_lengths: Sequence[int],
+        *,
+        prefix: Prefix | None = None,
+        last_only: bool = False,
+        sink: tuple[Slots, Sequence[int]] | None = None,
+    ) -> Tensor:
+        """Hidden states of several sequences that continue `prefix`, packed [N,E]; with `last_only` [B,E]."""
+        lengths = [len(s) for s in sequences]
+        attend = PackedAttend(
+            self.config, self.codec, lengths, kernel=self.kernel, device=self.device, prefix=prefix, sink_slots=sink
+        )
+        positions = attend.own_position_N + attend.base
+        distinct = set(total_lengths)
+        lengths_N: Tensor | int = (
+            distinct.pop()
+            if len({self.rope.key(n) for n in distinct}) == 1
+            else torch.tensor(total_lengths).repeat_interleave(torch.tensor(lengths)).to(self.device)
+        )
+        ids = [token for sequence in sequences for token in sequence]
+        return self._run(ids, positions, lengths_N, attend, attend.last_B if last_only else None)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        tokens: Tensor,
+        slots: Slots,
+        own_lengths: Tensor,
+        base_lengths: Tensor,
+        prefill_lengths: Tensor,
+        groups: Sequence[tuple[Prefix, Tensor]] = (),
+    ) -> Tensor:
+        """One token [B] for each of the first slots; hidden states [B,E]. `prefill_lengths` keep each row's alpha."""
+        attend = DecodeAttend(slots, own_lengths, groups, base_lengths, kernel=self.kernel)
+        rotations = self.rope.rotations(attend.positions, prefill_lengths)
+        hidden: Tensor = self.model(tokens, rotations, attend)
+        return hidden
+
+    def _run(
+        self,
+        ids: Sequence[int],
+        positions: Tensor,
+        lengths: Tensor | int,
+        attend: PackedAttend,
+        rows: Tensor | None,
+    ) -> Tensor:
+        tokens = torch.tensor(ids, device=self.device)
+        hidden: Tensor = self.model(tokens, self.rope.rotations(positions, lengths), attend, rows)
+        return hidden

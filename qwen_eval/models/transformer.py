@@ -1,0 +1,154 @@
+"""The Qwen block, all dense generations, over packed tokens.
+
+The model never sees batches, padding, caches or masks: it turns N packed tokens into N hidden states, and asks an
+`Attend` (see kv_cache.py) for the attention of each layer. So scoring, chunked prefill and decoding share this file.
+"""
+
+# N tokens, H query heads, K key-value heads, D head channels, E hidden size, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.rope import Rotation
+
+MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (name, in features, out features, bias)
+
+
+class Attend(Protocol):
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Attention outputs [Q,H,D] of the queries; keys and values of this forward's tokens are stored on the way.
+
+        In the last layer `q_NHD` may hold only the rows that `last_rows` of the forward named.
+        """
+        ...
+
+
+def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    return nn.Linear(in_features, out_features, bias=bias)
+
+
+class RMSNorm(nn.Module):
+    """Normalised in fp32, cast back, then weighted (the order of the original; it matters in bf16)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class SplitLinear(nn.Module):
+    """q, k and v as separate (quantised) linears, concatenated."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = make_linear(f"{name}.qkv", config.hidden_size, width, config.qkv_bias)
+        self.o = make_linear(f"{name}.o", config.num_heads * config.head_dim, config.hidden_size, config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
+        qkv = self.qkv(x_NE).view(len(x_NE), -1, self.dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        k = rotation.turn(k)
+        if rows is not None:
+            q, rotation = q[rows], rotation.rows(rows)
+        q = rotation.turn(q)
+        if rotation.logn is not None:
+            q = (q.float() * rotation.logn[:, None, None]).to(q.dtype)
+        out: Tensor = self.o(attend(layer, q, k, v).flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    """down(up(x) * silu(gate(x))); in v1's names up is w1 and the gate is w2."""
+
+    def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
+        super().__init__()
+        size, width, bias = config.hidden_size, config.mlp_size, config.out_bias
+        self.up = make_linear(f"{name}.up", size, width, bias)
+        self.gate = make_linear(f"{name}.gate", size, width, bias)
+        self.down = make_linear(f"{name}.down", width, size, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(nn.functional.silu(self.gate(x)).mul_(self.up(x)))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = Attention(config, f"{name}.attn", make_linear)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config, f"{name}.mlp", make_linear)
+
+    def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
+        mixed = self.attn(self.attn_norm(x_NE), layer, rotation, attend, rows)
+        x_NE = (x_NE if rows is None else x_NE[rows]) + mixed
+        out: Tensor = x_NE + self.mlp(self.mlp_norm(x_NE))
+        return out
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks, final norm and head. Inference only; built on any device, weights loaded by checkpoint.py."""
+
+    def __init__(self, config: ModelConfig, make_linear: MakeLinear = dense_linear) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, f"layers.{i}", make_linear) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def forward(
+        self, ids_N: Tensor, rotations: Sequence[Rotation], attend: Attend, last_rows: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states [N,E] after the last norm, or [len(last_rows),E] of those tokens only.
+
+        Naming the rows saves the last layer's queries, attention and MLP for all others; keys and values of every
+        token are always made.
+        """
+        x = self.embed(ids_N)
+        for i, block in enumerate(self.layers):
+            rows = last_rows if i == len(self.layers) - 1 else None
+            x = block(x, i, rotations[i], attend, rows)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def logits(self, hidden_RE: Tensor) -> Tensor:
+        """[R,V] in the model's dtype. Keep R small: a row of Qwen's vocabulary is 0.6 MB in fp32."""
+        out: Tensor = self.head(hidden_RE)
+        return out
