@@ -1,0 +1,51 @@
+"""What a generated text shows before it is read: where it really ends, and the symptoms of a bad one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qwen_eval.core import Completion, Completions, Turn
+
+LOOP_TAIL = 2_000  # characters of the end that are looked at
+LOOP_CHARACTERS = 80  # a repetition shorter than this is emphasis, a table rule or a round number
+LOOP_REPEATS = 4
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """`text` before the earliest of `stops`; all of it when none occurs."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def is_looping(text: str) -> bool:
+    """Whether the text ends in one piece said at least four times over at least 80 characters.
+
+    `"and so on and so on and so on ..."`. The last repetition may be cut short. Counting (`1, 2, 3, ...`) is no loop.
+    """
+    tail = text.rstrip()[-LOOP_TAIL:][::-1]
+    border = [0] * len(tail)  # Knuth-Morris-Pratt: tail[:i] has the shortest period i - border[i - 1]
+    for i in range(1, len(tail)):
+        k = border[i - 1]
+        while k and tail[i] != tail[k]:
+            k = border[k - 1]
+        border[i] = k + (tail[i] == tail[k])
+        length, period = i + 1, i + 1 - border[i]
+        if length >= LOOP_CHARACTERS and length >= LOOP_REPEATS * period:
+            return True
+    return False
+
+
+def flags(completion: Completion, *, has_answer: bool) -> tuple[str, ...]:
+    """The symptoms counted beside every generative score, as `Grade.flags` names them."""
+    symptoms = {
+        "truncated": completion.finish_reason == "length",
+        "empty": not completion.text.strip(),
+        "looping": is_looping(completion.text),
+        "no_answer": not has_answer,
+    }
+    return tuple(name for name, is_seen in symptoms.items() if is_seen)
+
+
+def completions_of(turn: Turn) -> tuple[Completion, ...]:
+    """What a generation turn brought back."""
+    assert isinstance(turn.answer, Completions), f"a generation is answered by completions, not {type(turn.answer)}"
+    return turn.answer.completions

@@ -1,0 +1,149 @@
+"""What every benchmark that reads a generated text shares: its rows, base or chat form, one question a sample."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+from qwen_eval.config import TaskSpec
+from qwen_eval.core import (
+    JSON,
+    Completion,
+    ConfigError,
+    Generate,
+    Grade,
+    Metric,
+    Prompt,
+    Record,
+    Request,
+    Sample,
+    Sampling,
+    Turn,
+)
+from qwen_eval.data import Source, draw, nearest, open_source
+from qwen_eval.metrics import rates, share
+from qwen_eval.replies import completions_of
+from qwen_eval.tasks.registry import TaskContext
+
+PROMPTS = Path(__file__).parent.parent / "assets" / "prompts"
+MODES = ("auto", "base", "chat")
+
+SpecT = TypeVar("SpecT", bound=TaskSpec)
+
+
+def prompt_text(name: str) -> str:
+    """An official few-shot text, byte for byte."""
+    return (PROMPTS / name).read_bytes().decode("utf-8")
+
+
+class GenerativeTask(ABC, Generic[SpecT]):
+    """Ask once, read the answer out of the text. Subclasses say which rows, which words, how to read.
+
+    Under `protocol=upstream` nothing stops a generation but the end of text, as in the official scripts, and their
+    reader decides. Otherwise `stops` end it where its answer cannot change any more.
+    """
+
+    bundled: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    def __init__(self, spec: SpecT, context: TaskContext):
+        self.spec, self.context = spec, context
+        self.name = spec.name
+        if spec.mode not in MODES:
+            raise ConfigError(f"task.mode={spec.mode}: one of {', '.join(MODES)}{nearest(spec.mode, MODES)}")
+        if spec.max_new_tokens < 1:
+            raise ConfigError(f"task.max_new_tokens={spec.max_new_tokens}: at least 1")
+        self.is_chat = context.is_chat if spec.mode == "auto" else spec.mode == "chat"
+        self.is_upstream = context.protocol == "upstream"
+
+    # --- rows ---
+
+    @abstractmethod
+    def rows(self, source: Source) -> list[Sample]:
+        """All samples of the split, in the official order."""
+
+    def open(self) -> Source:
+        return open_source(self.spec, bundled=self.bundled)
+
+    @cached_property
+    def source(self) -> Source:
+        return self.open()
+
+    @cached_property
+    def _samples(self) -> Sequence[Sample]:
+        samples = self.rows(self.source)
+        if self.spec.subjects:
+            groups = sorted({sample.group for sample in samples})
+            for subject in self.spec.subjects:
+                if subject not in groups:
+                    raise ConfigError(f"task.subjects={subject}: not in {self.name}{nearest(subject, groups)}")
+            samples = [sample for sample in samples if sample.group in self.spec.subjects]
+        return draw(samples, self.spec.limit, self.spec.seed)
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    # --- asking ---
+
+    @abstractmethod
+    def prompt(self, sample: Sample) -> Prompt: ...
+
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end a base model's answer; never used in chats nor under `protocol=upstream`."""
+        return ()
+
+    def sampling(self, sample: Sample) -> Sampling:
+        return Sampling()
+
+    @property
+    def num_completions(self) -> int:
+        return 1
+
+    def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
+        if turns:
+            return None
+        return Generate(
+            prompt=self.prompt(sample),
+            max_new_tokens=self.spec.max_new_tokens,
+            stop=() if self.is_chat or self.is_upstream else self.stops(),
+            sampling=self.sampling(sample),
+            n=self.num_completions,
+        )
+
+    # --- grading ---
+
+    @abstractmethod
+    def grade_completion(self, sample: Sample, completion: Completion) -> Grade: ...
+
+    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
+        return self.grade_completion(sample, completions_of(turns[0])[0])
+
+    def chosen(self, robust: bool, upstream: bool) -> float:
+        """The score of the protocol in force."""
+        return float(upstream if self.is_upstream else robust)
+
+    def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
+        records = list(records)
+        metrics = {"accuracy": share([record.grade.score for record in records])}
+        if not self.is_upstream:
+            metrics["accuracy_upstream"] = share([record.grade.score_upstream for record in records])
+        return metrics | rates(records)
+
+    def describe(self) -> Mapping[str, JSON]:
+        return {
+            "split": self.spec.split,
+            "shots": self.shots,
+            "format": "chat" if self.is_chat else "base",
+            "origin": self.source.origin,
+            "num_samples": len(self.samples()),
+            "data_sha256": self.source.sha256,
+            "max_new_tokens": self.spec.max_new_tokens,
+            "version": self.version,
+        }
+
+    @property
+    def shots(self) -> int:
+        return self.spec.shots
