@@ -6,8 +6,12 @@ derive from `TaskSpec`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from qwen_eval.core import ConfigError
 
 MISSING = "???"
 
@@ -65,7 +69,8 @@ class EngineSpec:
     api_model: str | None = None
     concurrency: int = 16  # openai engine: requests in flight
     tensor_parallel: int = 1  # vllm engine
-    fake_reply: str = ""  # fake engine
+    fake_reply: str = ""  # fake engine: what it says to everything; "" is a hash of the prompt
+    fake_delay_s: float = 0.0  # fake engine: seconds it takes for one request
 
 
 @dataclass(kw_only=True)
@@ -102,3 +107,82 @@ class EvalSpec:
     tag: str = "default"
     overwrite: bool = False
     quiet: bool = False
+
+
+# --- rules a type cannot say -----------------------------------------------------------------------------------------
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": DTYPES,
+    "model.quant": QUANTS,
+    "model.kv_cache": KV_CACHES,
+    "model.attention": ATTENTIONS,
+    "model.hub": HUBS,
+    "model.weights": WEIGHTS,
+    "model.logn": ("auto", "true", "false"),
+    "model.rope.dynamic_ntk": ("auto", "true", "false"),
+    "task.data": ("auto", "bundled", "hub"),
+    "task.mode": ("auto", "base", "chat"),
+    "engine.name": ("native", "hf", "openai", "vllm", "fake"),
+    "protocol": PROTOCOLS,
+    "sandbox": ("auto", "bubblewrap", "namespaces", "unsafe"),
+}
+AT_LEAST: dict[str, int] = {
+    "task.limit": 1,
+    "task.shots": 0,
+    "task.max_new_tokens": 1,
+    "engine.max_batch_tokens": 1,
+    "engine.max_batch_size": 1,
+    "engine.prefill_chunk": 1,
+    "engine.num_threads": 1,
+    "engine.concurrency": 1,
+    "engine.tensor_parallel": 1,
+}
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """`nearest("mmlv", ["mmlu", "ceval"])` -> `"mmlu"`; None when nothing is near."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def not_one_of(key: str, value: str, words: Iterable[str]) -> ConfigError:
+    """The error for a value outside its set: the value, a suggestion, the set."""
+    words = list(words)
+    guess = nearest(value, words)
+    listed = ", ".join(words[:12]) + (", …" if len(words) > 12 else "")
+    return ConfigError(
+        f"{key}={value}: unknown;{f' did you mean {chr(34)}{guess}{chr(34)}?' if guess else ''} one of {listed}"
+    )
+
+
+def check(spec: EvalSpec) -> EvalSpec:
+    """The spec with its shortcuts (`limit=`, `seed=`) moved to the task; ConfigError for a value out of range."""
+    for key in ("limit", "seed"):
+        short = getattr(spec, key)
+        if short is not None:
+            setattr(spec.task, key, short)
+    check_values(spec)
+    if not 0 < spec.engine.memory_fraction <= 1:
+        raise ConfigError(f"engine.memory_fraction={spec.engine.memory_fraction}: must be in (0, 1]")
+    for key, name in (("task.name", spec.task.name), ("model.name", spec.model.name), ("tag", spec.tag)):
+        if not name or "/" in name or name.startswith("."):
+            raise ConfigError(f"{key}={name}: must be a plain file name, it names a part of the run directory")
+    return spec
+
+
+def check_values(spec: Any) -> None:
+    """ConfigError for a value outside its set or below its minimum; keys that `spec` does not have are skipped."""
+    for key, words in CHOICES.items():
+        value = _select(spec, key)
+        if value is not None and value not in words:
+            raise not_one_of(key, str(value), words)
+    for key, low in AT_LEAST.items():
+        value = _select(spec, key)
+        if value is not None and value < low:
+            raise ConfigError(f"{key}={value}: must be at least {low}")
+
+
+def _select(spec: Any, key: str) -> Any:
+    for part in key.split("."):
+        spec = getattr(spec, part, None)
+    return spec

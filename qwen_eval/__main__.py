@@ -1,0 +1,57 @@
+"""`python -m qwen_eval task=mmlu model=qwen-7b-chat`: one cell of a table; with -m a grid of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qwen_eval import cli
+from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec, check
+from qwen_eval.core import Engine
+
+
+class EngineSlot:
+    """Keeps the last engine: the cells of a grid that differ only in the task share it."""
+
+    def __init__(self) -> None:
+        self._key: tuple[EngineSpec, ModelSpec, str] | None = None
+        self._engine: Engine | None = None
+
+    def open(self, spec: EvalSpec) -> Engine:
+        key = (spec.engine, spec.model, spec.protocol)
+        if self._engine is None or key != self._key:
+            self.close()  # before the next one loads: two models rarely fit
+            from qwen_eval.engines import open_engine
+
+            self._engine, self._key = open_engine(spec.engine, spec.model, protocol=spec.protocol), key
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._key = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    slot = EngineSlot()
+    try:
+        return cli.run(argv, config_name="config", schema=EvalSpec, job=lambda spec: run_cell(spec, slot, argv))
+    finally:
+        slot.close()
+
+
+def run_cell(spec: EvalSpec, slot: EngineSlot, argv: Sequence[str]) -> None:
+    """Evaluate one cell and print its table."""
+    spec.tag = cli.cell_tag(argv, spec.tag)
+    check(spec)
+    from qwen_eval.evaluate import evaluate
+    from qwen_eval.progress import Progress
+    from qwen_eval.table import show
+
+    show(spec, evaluate(spec, slot.open, progress=Progress(is_quiet=spec.quiet)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The door: Hydra composes `conf/`, plain dataclasses go in, every mistake of the user comes out as one line.
+
+No module behind this one sees Hydra or OmegaConf, and torch is not imported before the configuration is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qwen_eval.config import EngineSpec, ModelSpec, nearest, not_one_of
+from qwen_eval.core import ConfigError, QwenEvalError
+from qwen_eval.tasks.registry import TASKS, task_class
+
+PACKAGE = Path(__file__).parent
+NUMBER_LIST = re.compile(r"\d+(,\d+)+")
+LISTS_IN_TEXT = ("model.window",)  # text to Hydra, but "2048,4096" in it is one value and no sweep
+ENGINE_GROUPS = ("model", "engine", "protocol")
+
+Job = Callable[[Any], None]
+
+
+def conf_dir() -> Path:
+    """`conf/` inside an installed package, or beside the package in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job) -> int:
+    """Compose `conf/<config_name>.yaml` with the overrides in `argv` and call `job` with each cell, a `schema` object.
+
+    Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C. In a grid (-m)
+    a cell that fails does not take the others with it.
+    """
+    failures: list[str] = []
+    try:
+        _register(config_name, schema)
+        arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))
+        _hydra(arguments, config_name, lambda config: _cell(config, job, schema, failures))
+    except KeyboardInterrupt:
+        print("interrupted; what was graded is kept, the same command goes on", file=sys.stderr)
+        return 130
+    except QwenEvalError as error:
+        failures.append(_tell(str(error)))
+    except Exception as error:
+        failures.append(_tell(explain(error, schema)))
+    return 2 if failures else 0
+
+
+def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        try:
+            spec = OmegaConf.to_object(config)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error, schema)) from error
+        job(spec)
+    except QwenEvalError as error:
+        failures.append(_tell(str(error)))
+
+
+def _tell(line: str) -> str:
+    line = " ".join(line.split())
+    print(line, file=sys.stderr, flush=True)
+    return line
+
+
+def _hydra(arguments: list[str], config_name: str, job: Callable[[Any], None]) -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines and leaving with 1
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _refuse_flag  # type: ignore[method-assign]
+    parser.parse_args(arguments)
+    old, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+    finally:
+        sys.argv = old
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; options are written key=value, see --help")
+
+
+def _register(config_name: str, schema: type) -> None:
+    """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `task/<task>_schema`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name=f"{'eval' if config_name == 'config' else config_name}_schema", node=schema)
+    store.store(group="model", name="model_schema", node=ModelSpec)
+    store.store(group="engine", name="engine_schema", node=EngineSpec)
+    for name in TASKS:
+        spec = _task_spec(name)
+        if spec is not None:
+            store.store(group="task", name=f"{name}_schema", node=spec)
+
+
+def _task_spec(name: str) -> Any:
+    module = TASKS[name].partition(":")[0]
+    try:
+        return task_class(name).Spec
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        return None  # using it then says "unknown", and --help does not list it
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def list_keys(schema: type, prefix: str = "", *, tasks: Iterable[str] = ()) -> set[str]:
+    """The dotted keys of a schema whose type is `list[...]`: `{"task.subjects"}`; those of each task are `task.KEY`."""
+    keys = set()
+    for name, kind in typing.get_type_hints(schema).items():
+        kinds = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+        for kind in kinds:
+            if typing.get_origin(kind) is list:
+                keys.add(f"{prefix}{name}")
+            elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+                keys |= list_keys(kind, f"{prefix}{name}.")
+    for task in tasks:
+        spec = _task_spec(task)
+        keys |= list_keys(spec, "task.") if spec is not None else set()
+    return keys
+
+
+def bracket_lists(argv: Sequence[str], keys: Collection[str]) -> list[str]:
+    """`["task.subjects=a,b"]` -> `["task.subjects=[a,b]"]` for list-typed keys: a bare comma there is a list, with and
+    without -m. A sweep over lists is written with the brackets: `-m task.subjects=[a],[b,c]`.
+    """
+    return [_bracket(argument, keys) for argument in argv]
+
+
+def _bracket(argument: str, keys: Collection[str]) -> str:
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+~")
+    if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
+        return f"{key}='{value}'"
+    is_plain = value and value != "null" and not value.startswith(("[", "{", "${", "choice(", "range("))
+    return f"{key}=[{value}]" if equals and name in keys and is_plain else argument
+
+
+def model_first(argv: Sequence[str]) -> list[str]:
+    """Sweep tasks within models, not models within tasks: the engine is loaded once a model."""
+    return sorted(argv, key=lambda argument: argument.lstrip("+~").split("=")[0].split(".")[0] not in ENGINE_GROUPS)
+
+
+def cell_tag(argv: Sequence[str], tag: str) -> str:
+    """In a grid: what is swept beside task and model must show in the name of the run directory, else cells collide."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return tag
+    fixed = set(argv)
+    overrides = [override for override in HydraConfig.get().overrides.task if override not in fixed]
+    swept = [override for override in overrides if override.partition("=")[0] not in ("task", "model")]
+    return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in swept)])
+
+
+# --- error text ------------------------------------------------------------------------------------------------------
+
+
+def explain(error: Exception, schema: type) -> str:
+    """One line for an error of Hydra or OmegaConf: the key or value, what it may be. Re-raises all other errors."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_option(error.missing_cfg_file, error.options or ())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        return _bad_key(cause, schema)
+    if isinstance(error, OSError):
+        return f"{error.filename or ''}: {error.strerror or error}"
+    if isinstance(error, HydraException):
+        return str(error)
+    raise error
+
+
+def _unknown_option(missing: str, options: Iterable[str]) -> str:
+    group, _, name = missing.rpartition("/")
+    return str(not_one_of(group or "config", name, [o for o in options if not o.endswith("_schema")]))
+
+
+def _bad_key(error: Any, schema: type) -> str:
+    first = str(error.msg or error).splitlines()[0]
+    if "not in" not in first:
+        return f"{error.full_key}: {first}"
+    parent, _, _ = str(error.full_key).rpartition(".")
+    owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
+    known = [field.name for field in dataclasses.fields(owner)]
+    guess = nearest(str(error.key), known)
+    prefix = f"{parent}." if parent else ""
+    hint = f'did you mean "{prefix}{guess}"?' if guess else f"one of {', '.join(prefix + name for name in known)}"
+    return f"{error.full_key}: no such key; {hint}"

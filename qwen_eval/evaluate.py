@@ -1,0 +1,277 @@
+"""The loop: ask what is not graded yet, grade, store, summarise. One run directory, one model, one benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_eval.config import EvalSpec
+from qwen_eval.core import (
+    JSON,
+    Answer,
+    Completions,
+    Engine,
+    Metric,
+    QwenEvalError,
+    Record,
+    Request,
+    Sample,
+    Task,
+    TokenLogprobs,
+    Turn,
+)
+from qwen_eval.engines.options import check_options
+from qwen_eval.progress import Progress
+from qwen_eval.provenance import deciding_versions, provenance, text_sha256, weights_digest
+from qwen_eval.store import FORMAT, RunDirectory, differences, metric_from_json, metric_to_json
+from qwen_eval.tasks.registry import TaskContext, build
+
+# Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
+PLACES = {"task": ("path",), "model": ("path", "hub")}
+ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and threads change speed alone
+
+OpenEngine = Callable[[EvalSpec], Engine]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to, read back from its directory."""
+
+    directory: Path
+    metrics: Mapping[str, Metric]
+    rates: Mapping[str, Metric]
+    n: int
+    partial: Mapping[str, JSON]  # empty: the whole benchmark
+    warnings: Sequence[str]
+    was_finished: bool  # before this command: nothing was asked
+    result: Mapping[str, JSON]
+
+
+@dataclass
+class _Conversation:
+    sample: Sample
+    turns: list[Turn] = field(default_factory=list)
+
+
+def run_directory(spec: EvalSpec) -> Path:
+    if spec.run_dir is not None:
+        return Path(spec.run_dir)
+    return Path(spec.runs_dir) / "eval" / spec.task.name / spec.model.name / spec.tag
+
+
+def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | None = None) -> Outcome:
+    """Run, resume or recall one cell. `open_engine` is called only when something is left to ask.
+
+    Raises QwenEvalError; whatever was graded before stays in the run directory and is not asked again.
+    """
+    warnings = check_options(spec.engine, spec.model)
+    progress = progress or Progress(is_quiet=True)
+    with RunDirectory.open(run_directory(spec)) as run:
+        known = None if spec.overwrite else _finished(spec, run)
+        if known is not None:
+            return _outcome(run.path, known, was_finished=True)
+        engine = open_engine(spec)
+        task = build(spec.task, task_context(spec, engine))
+        samples = selected(task, spec)
+        run.check_spec(run_spec(spec, task, samples, engine.info), overwrite=spec.overwrite)
+        start = time.perf_counter()
+        done = {record.sample_id for record in run.records()}
+        meter = ask(engine, task, [s for s in samples if s.id not in done], run.append, progress, num_done=len(done))
+        section = _run_section(meter, time.perf_counter() - start, num_resumed=len(done))
+        result = summary(task, samples, run.records(), spec)
+        result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
+        run.finish(result)
+        return _outcome(run.path, result, was_finished=False)
+
+
+def task_context(spec: EvalSpec, engine: Engine | None) -> TaskContext:
+    return TaskContext(
+        protocol=spec.protocol,
+        is_chat=spec.model.chat if spec.task.mode == "auto" else spec.task.mode == "chat",
+        tokenizer=engine.tokenizer if engine else None,
+        sandbox=spec.sandbox,
+    )
+
+
+def selected(task: Task, spec: EvalSpec) -> list[Sample]:
+    """The samples of this run in the task's order: all, or the seeded subset of `limit`."""
+    from qwen_eval.data import draw
+
+    samples = list(task.samples())
+    return samples if spec.task.limit is None else list(draw(samples, spec.task.limit, spec.task.seed))
+
+
+def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mapping[str, JSON]) -> dict[str, JSON]:
+    """The content of spec.json; its section "decides" must be equal for a run to be resumed."""
+    config = dataclasses.asdict(spec)
+    decides = {part: _without(config[part], PLACES.get(part, ())) for part in ("task", "model")}
+    return {
+        "format": FORMAT,
+        "kind": "eval",
+        "config": config,
+        "decides": {
+            **decides,
+            "engine": {key: config["engine"][key] for key in ENGINE_DECIDES},
+            "protocol": spec.protocol,
+            "task_version": task.version,
+            "benchmark": dict(task.describe()),
+            "num_samples": len(samples),
+            "requests_sha256": requests_sha256(task, samples),
+            "weights": weights_digest(spec.model, info),
+            "packages": deciding_versions(),
+        },
+        "provenance": provenance(),
+    }
+
+
+def requests_sha256(task: Task, samples: Iterable[Sample]) -> str:
+    """Of the first request of every sample, before any tokenizer: a changed prompt, choice or stop string shows."""
+    return text_sha256(f"{sample.id} {task.request(sample, ())!r}" for sample in samples)
+
+
+def ask(
+    engine: Engine,
+    task: Task,
+    samples: Sequence[Sample],
+    keep: Callable[[Record], None],
+    progress: Progress,
+    *,
+    num_done: int = 0,
+) -> Meter:
+    """Ask all samples together, turn by turn, and hand each graded one to `keep` at once."""
+    meter = Meter()
+    upcoming: list[tuple[_Conversation, Request]] = []
+
+    def advance(conversation: _Conversation) -> None:
+        turns = tuple(conversation.turns)
+        request = task.request(conversation.sample, turns)
+        if request is not None:
+            upcoming.append((conversation, request))
+            return
+        record = record_of(engine, task, conversation.sample, turns)
+        keep(record)
+        progress.advance(meter.add(record))
+
+    progress.start(task.name, total=num_done + len(samples), num_done=num_done)
+    try:
+        for sample in samples:
+            advance(_Conversation(sample))
+        while upcoming:
+            asked, upcoming = upcoming, []
+            num_answers = 0
+            for index, answer in engine.run([request for _, request in asked]):
+                conversation, request = asked[index]
+                conversation.turns.append(Turn(request=request, answer=answer))
+                advance(conversation)
+                num_answers += 1
+            assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
+    finally:
+        progress.stop()
+    return meter
+
+
+class Meter:
+    """What this session asked and got. Scored tokens and choices count as answered ones."""
+
+    def __init__(self) -> None:
+        self.num_samples = self.num_prompt_tokens = self.num_answer_tokens = 0
+
+    def add(self, record: Record) -> int:
+        """Count a record; returns its tokens, prompt and answer."""
+        prompt_tokens = sum(record.num_prompt_tokens)
+        answer_tokens = sum(_num_answer_tokens(answer) for answer in record.answers)
+        self.num_samples += 1
+        self.num_prompt_tokens += prompt_tokens
+        self.num_answer_tokens += answer_tokens
+        return prompt_tokens + answer_tokens
+
+
+def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn]) -> Record:
+    rendered = [engine.render(turn.request.prompt) for turn in turns]
+    return Record(
+        sample_id=sample.id,
+        group=sample.group,
+        cluster=sample.cluster,
+        target=sample.target,
+        prompts=tuple(item.text for item in rendered),
+        prompt_sha256=tuple(ids_sha256(item.ids) for item in rendered),
+        num_prompt_tokens=tuple(len(item.ids) for item in rendered),
+        answers=tuple(turn.answer for turn in turns),
+        grade=task.grade(sample, turns),
+    )
+
+
+def ids_sha256(ids: Sequence[int]) -> str:
+    """sha256 of token ids as little-endian int32."""
+    return hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()
+
+
+def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], spec: EvalSpec) -> dict[str, JSON]:
+    """The sections of result.json that depend on the records alone, in the task's order: however often the run was
+    killed, and in whatever order the answers came, they are the same bytes."""
+    from qwen_eval.metrics import rates
+
+    by_id = {record.sample_id: record for record in records}
+    ordered = [by_id[sample.id] for sample in samples]
+    partial: dict[str, JSON] = {"limit": spec.task.limit} if spec.task.limit is not None else {}
+    if spec.task.subjects:
+        partial["subjects"] = list(spec.task.subjects)
+    return {
+        "metrics": {name: metric_to_json(metric) for name, metric in task.summarise(ordered).items()},
+        "rates": {name: metric_to_json(metric) for name, metric in rates(ordered).items()},
+        "n": len(ordered),
+        "partial": partial,
+    }
+
+
+def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:
+    """The result of an equal, finished run, found without loading the model; None whenever that is not certain."""
+    result, stored = run.result(), run.spec()
+    if not result or not stored:
+        return None
+    try:
+        task = build(spec.task, task_context(spec, None))
+        now = run_spec(spec, task, selected(task, spec), result["engine"])
+    except QwenEvalError:  # a task that needs the tokenizer; the slow way says what is wrong if anything is
+        return None
+    return None if differences(stored["decides"], now["decides"]) else result
+
+
+def _run_section(meter: Meter, run_s: float, *, num_resumed: int) -> dict[str, JSON]:
+    """Of the session that finished the run: what earlier sessions asked is `num_resumed` samples, of unknown time."""
+    return {
+        "run_s": run_s,
+        "num_samples": meter.num_samples,
+        "num_resumed": num_resumed,
+        "num_prompt_tokens": meter.num_prompt_tokens,
+        "num_answer_tokens": meter.num_answer_tokens,
+    }
+
+
+def _outcome(directory: Path, result: Mapping[str, JSON], *, was_finished: bool) -> Outcome:
+    return Outcome(
+        directory=directory,
+        metrics={name: metric_from_json(row) for name, row in result["metrics"].items()},
+        rates={name: metric_from_json(row) for name, row in result["rates"].items()},
+        n=result["n"],
+        partial=result["partial"],
+        warnings=result["warnings"],
+        was_finished=was_finished,
+        result=result,
+    )
+
+
+def _num_answer_tokens(answer: Answer) -> int:
+    if isinstance(answer, Completions):
+        return sum(item.num_tokens for item in answer.completions)
+    return len(answer.token_ids) if isinstance(answer, TokenLogprobs) else sum(answer.num_tokens)
+
+
+def _without(section: Mapping[str, Any], keys: Iterable[str]) -> dict[str, JSON]:
+    return {key: value for key, value in section.items() if key not in keys}

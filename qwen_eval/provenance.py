@@ -1,0 +1,118 @@
+"""What made a number: code, packages, machine, weights. No torch: the engine tells its own part in `Engine.info`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+from qwen_eval.config import ModelSpec
+from qwen_eval.core import JSON
+
+PACKAGES = ("qwen_eval", "torch", "transformers", "tokenizers", "tiktoken", "numpy", "datasets", "bitsandbytes", "vllm")
+DECIDING = ("torch", "transformers", "tokenizers", "tiktoken")  # another major version may change numbers
+WHOLE_BYTES = 4 << 30  # checkpoints up to this size are hashed whole
+BLOCK_BYTES, STRIDE_BYTES = 1 << 16, 8 << 20
+
+
+def provenance() -> dict[str, JSON]:
+    """Recorded beside every result, compared with nothing."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "num_cpus": os.cpu_count(),
+        "threads_env": os.environ.get("OMP_NUM_THREADS"),
+        "argv": sys.argv[1:],
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that are installed, without importing one."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def deciding_versions() -> dict[str, str]:
+    return {name: version.split(".")[0] for name, version in package_versions().items() if name in DECIDING}
+
+
+def git_state() -> dict[str, JSON] | None:
+    """Commit and dirty flag of the checkout this package is imported from; None for an installed copy."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None  # site-packages inside somebody else's repository is not our commit
+    commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else {"commit": commit, "dirty": bool(status)}
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def text_sha256(parts: Iterable[str]) -> str:
+    """Of the parts one by one: moving a boundary changes the hash."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def weights_digest(model: ModelSpec, info: Mapping[str, JSON]) -> str:
+    """Which weights these are: what the engine says, else the local files, else the name and revision on the hub."""
+    if info.get("weights"):
+        return str(info["weights"])
+    if model.weights == "random":
+        return f"random:{model.seed}:{text_sha256([json.dumps(model.arch, sort_keys=True)])[:16]}"
+    if model.path is not None:
+        return directory_digest(Path(model.path))
+    if model.asset is not None:
+        return f"asset:{model.asset}"
+    return f"{model.hub}:{model.hub_id}@{model.revision or 'main'}"
+
+
+def directory_digest(directory: Path) -> str:
+    """sha256 over the files of a checkpoint; of a large one ("sampled") 64 KiB of every 8 MiB: enough to see retraining."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    is_whole = sum(path.stat().st_size for path in files) <= WHOLE_BYTES
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        _update(digest, path, is_whole=is_whole)
+    return f"{'sha256' if is_whole else 'sampled'}:{digest.hexdigest()}"
+
+
+def _update(digest: hashlib._Hash, path: Path, *, is_whole: bool) -> None:
+    with path.open("rb") as file:
+        while block := file.read(STRIDE_BYTES if is_whole else BLOCK_BYTES):
+            digest.update(block)
+            if not is_whole:
+                file.seek(STRIDE_BYTES - BLOCK_BYTES, os.SEEK_CUR)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,340 @@
+"""The run directory: `spec.json` first, `records.jsonl` as answers come, `result.json` last and atomically.
+
+spec.json      {"format", "kind", "config": the whole configuration, "decides": what must be equal to resume,
+                "provenance": git, packages, machine}
+records.jsonl  one graded sample a line, append-only; a last line without its newline was cut by a kill and is redone
+result.json    {"metrics", "rates", "n", "partial", "run", "engine", "warnings", "provenance"}
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from qwen_eval.core import (
+    JSON,
+    Answer,
+    ChoiceLogprobs,
+    Completion,
+    Completions,
+    Grade,
+    Metric,
+    Record,
+    StoreError,
+    TokenLogprobs,
+)
+
+FORMAT = 1
+SPEC, RECORDS, RESULT, LOCK = "spec.json", "records.jsonl", "result.json", ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run directory holds. `result` is empty when the run has not finished."""
+
+    spec: dict[str, JSON]
+    records: list[Record]
+    result: dict[str, JSON]
+
+
+def read_run(directory: Path | str) -> Run:
+    """Read a run, finished or not; StoreError when there is none or it is damaged."""
+    directory = Path(directory)
+    if not (directory / SPEC).is_file():
+        raise StoreError(f"{directory}: not a run directory, it has no {SPEC}")
+    result = _read_json(directory / RESULT) if (directory / RESULT).exists() else {}
+    return Run(spec=_read_json(directory / SPEC), records=list(read_records(directory / RECORDS)), result=result)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Every whole line of records.jsonl; StoreError with the line number for one that is damaged."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # cut by a kill: that sample is asked again
+            try:
+                yield record_from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                raise StoreError(
+                    f"{path}, line {number}: not a record ({type(error).__name__}); delete that line to redo its sample"
+                ) from error
+
+
+class RunDirectory:
+    """One process's hold on a run directory: `with RunDirectory.open(...) as run: run.append(record)`."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        self._records: int | None = None
+        self._end = 0  # records.jsonl is whole up to here
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Create the directory and lock it; StoreError when it cannot be written or another process holds it."""
+        with _one_line(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 20).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise StoreError(f"{path}: process {holder} is writing this run; wait for it or pass tag=") from None
+        run = cls(path, lock)
+        try:
+            with _one_line(path):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def check_spec(self, spec: Mapping[str, JSON], *, overwrite: bool = False) -> None:
+        """Write spec.json, or refuse when the directory holds a run of another spec; the difference is named.
+
+        `overwrite` forgets the old run first: only now, when the new one is known to be sound.
+        """
+        path = self.path / SPEC
+        if overwrite:
+            self._forget()
+        if not path.exists():
+            if (self.path / RECORDS).exists():
+                raise StoreError(f"{self.path}: has {RECORDS} but no {SPEC}; pass overwrite=true or tag=")
+            write_json(path, spec)
+            return
+        stored = _read_json(path)
+        if stored.get("format") != FORMAT:
+            raise StoreError(f"{path}: format {stored.get('format')}, this version reads {FORMAT}; pass overwrite=true")
+        changes = differences(stored.get("decides", {}), _plain(spec["decides"]))
+        if changes:
+            raise StoreError(
+                f"{self.path} holds another run: {'; '.join(changes[:5])}{' …' * (len(changes) > 5)}; "
+                "pass overwrite=true to replace it or tag=NAME to keep both"
+            )
+
+    def records(self) -> list[Record]:
+        return list(read_records(self.path / RECORDS))
+
+    def append(self, record: Record) -> None:
+        """Add one line and hand it to the system at once. On a full disk nothing half-written is left behind."""
+        text = json.dumps(record_to_json(record), ensure_ascii=False, separators=(",", ":"))
+        line = text.encode("utf-8", "surrogatepass") + b"\n"
+        with _one_line(self.path / RECORDS):
+            file = self._open_records()
+            try:
+                _write_all(file, line)
+            except BaseException:
+                os.ftruncate(file, self._end)
+                raise
+            self._end += len(line)
+
+    def finish(self, result: Mapping[str, JSON]) -> None:
+        """Make the records durable, then put result.json in place in one step."""
+        if self._records is not None:
+            with _one_line(self.path / RECORDS):
+                os.fsync(self._records)
+        write_json(self.path / RESULT, result)
+
+    def spec(self) -> dict[str, JSON] | None:
+        path = self.path / SPEC
+        return _read_json(path) if path.exists() else None
+
+    def result(self) -> dict[str, JSON] | None:
+        path = self.path / RESULT
+        return _read_json(path) if path.exists() else None
+
+    def close(self) -> None:
+        for file in (self._records, self._lock):
+            if file is not None:
+                os.close(file)
+        self._records = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_records(self) -> int:
+        if self._records is None:
+            path = self.path / RECORDS
+            self._end = _whole_bytes(path)
+            self._records = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._records, self._end)
+        return self._records
+
+    def _forget(self) -> None:
+        # the result first and the spec last: a kill in between leaves an unfinished run, never a result without records
+        with _one_line(self.path):
+            for name in (RESULT, RECORDS, SPEC):
+                (self.path / name).unlink(missing_ok=True)
+
+
+def differences(old: JSON, new: JSON, prefix: str = "") -> list[str]:
+    """`["model.dtype: bf16 → fp16"]`: the leaves of two JSON trees that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            change for key in keys for change in differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{prefix}: {_short(old)} → {_short(new)}"]
+
+
+def write_json(path: Path, value: Mapping[str, JSON]) -> None:
+    """Atomically: a reader sees the old file or the whole new one, also after a crash."""
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with _one_line(path):
+        try:
+            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                _write_all(file, text.encode("utf-8", "surrogatepass"))
+                os.fsync(file)
+            finally:
+                os.close(file)
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+# --- dataclasses to JSON and back ------------------------------------------------------------------------------------
+
+
+def record_to_json(record: Record) -> dict[str, JSON]:
+    row = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return row | {
+        "answers": answers_to_json(record.answers),
+        "grade": {field.name: getattr(record.grade, field.name) for field in dataclasses.fields(record.grade)},
+    }
+
+
+def record_from_json(row: Mapping[str, JSON]) -> Record:
+    parts: dict[str, JSON] = {key: tuple(value) if key in _TUPLES else value for key, value in row.items()}
+    parts["answers"] = answers_from_json(row["answers"])
+    parts["grade"] = Grade(**{**row["grade"], "flags": tuple(row["grade"]["flags"])})
+    return Record(**parts)
+
+
+_TUPLES = {"prompts", "prompt_sha256", "num_prompt_tokens"}
+
+
+def answers_to_json(answers: tuple[Answer, ...]) -> list[dict[str, JSON]]:
+    """Log-probabilities of tokens are packed (base64 of little-endian int32 and float32): a text has many thousands."""
+    return [_answer_to_json(answer) for answer in answers]
+
+
+def answers_from_json(rows: list[dict[str, JSON]]) -> tuple[Answer, ...]:
+    return tuple(_answer_from_json(dict(row)) for row in rows)
+
+
+def _answer_to_json(answer: Answer) -> dict[str, JSON]:
+    if isinstance(answer, TokenLogprobs):
+        ids, logprobs = _pack("i", answer.token_ids), _pack("f", answer.logprobs)
+        return {"type": "tokens", "token_ids": ids, "logprobs": logprobs, "num_greedy": answer.num_greedy}
+    if isinstance(answer, ChoiceLogprobs):
+        return {"type": "choice", **dataclasses.asdict(answer)}
+    return {"type": "completions", "completions": [dataclasses.asdict(item) for item in answer.completions]}
+
+
+def _answer_from_json(row: dict[str, JSON]) -> Answer:
+    kind = row.pop("type")
+    if kind == "tokens":
+        ids, logprobs = _unpack("i", row["token_ids"]), _unpack("f", row["logprobs"])
+        return TokenLogprobs(token_ids=ids, logprobs=logprobs, num_greedy=row["num_greedy"])
+    if kind == "choice":
+        parts: dict[str, JSON] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        return ChoiceLogprobs(**parts)
+    if kind == "completions":
+        items = ({**item, "token_ids": tuple(item["token_ids"])} for item in row["completions"])
+        return Completions(completions=tuple(Completion(**item) for item in items))
+    raise ValueError(f"answer of type {kind!r}")
+
+
+def metric_to_json(metric: Metric) -> dict[str, JSON]:
+    """NaN and infinity become null: they are no JSON, and a reader in another language would stumble."""
+    row = dataclasses.asdict(metric)
+    return {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
+
+
+def metric_from_json(row: Mapping[str, JSON]) -> Metric:
+    return Metric(**{**row, "value": float("nan") if row["value"] is None else row["value"]})
+
+
+def _pack(code: str, values: tuple[float, ...]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}{code}", *values)).decode()
+
+
+def _unpack(code: str, text: str) -> tuple[JSON, ...]:
+    raw = base64.b64decode(text, validate=True)
+    return struct.unpack(f"<{len(raw) // 4}{code}", raw)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}; what was saved before is kept and valid") from error
+
+
+def _write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:  # a nearly full disk takes a part first and fails on the rest
+        view = view[os.write(file, view) :]
+
+
+def _whole_bytes(path: Path) -> int:
+    """The size of records.jsonl without a last line that was cut."""
+    if not path.exists():
+        return 0
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
+def _read_json(path: Path) -> dict[str, JSON]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read ({error}); pass overwrite=true or tag=") from error
+    if not isinstance(value, dict):
+        raise StoreError(f"{path}: not a JSON object; pass overwrite=true or tag=")
+    return value
+
+
+def _plain(value: JSON) -> JSON:
+    """As it will look when read back: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(value, ensure_ascii=False))
+
+
+def _short(value: JSON) -> str:
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False).strip('"')
+    return text if len(text) <= 40 else text[:18] + "…" + text[-18:]
