@@ -152,8 +152,14 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
 
 
 def model_first(argv: Sequence[str]) -> list[str]:
-    """Sweep tasks within models, not models within tasks: the engine is loaded once a model."""
-    return sorted(argv, key=lambda argument: argument.lstrip("+~").split("=")[0].split(".")[0] not in ENGINE_GROUPS)
+    """Flags, then overrides of the model, then the rest: a grid sweeps tasks within a model and loads each model once."""
+
+    def rank(argument: str) -> int:
+        if argument.startswith("-") or "=" not in argument:
+            return 0  # flags and their values stay together
+        return 1 if re.split(r"[.=@]", argument.lstrip("+~"))[0] in ENGINE_GROUPS else 2
+
+    return sorted(argv, key=rank)
 
 
 def cell_tag(argv: Sequence[str], tag: str) -> str:

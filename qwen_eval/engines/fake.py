@@ -1,4 +1,4 @@
-"""A deterministic engine without a model, for tests of tasks, loops and stores: it answers from a hash of the prompt."""
+"""A deterministic engine without a model, for tests of tasks, loops and stores: answers are hashes of the prompt."""
 
 from __future__ import annotations
 
