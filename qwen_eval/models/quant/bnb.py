@@ -1,0 +1,80 @@
+"""NF4 and LLM.int8 through bitsandbytes: unquantised weights are quantised while they are loaded.
+
+NF4 (QLoRA, https://arxiv.org/abs/2305.14314): 4-bit normal-float blocks of 64 with double quantisation of the scales.
+LLM.int8 (https://arxiv.org/abs/2208.07339): int8 per output row; input columns beyond the threshold stay in full width.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qwen_eval.core import EngineError
+
+OUTLIER_THRESHOLD = 6.0  # the paper's; inputs beyond it are not quantised
+Quant = Literal["nf4", "int8"]
+
+
+class BnbLinear(nn.Module):
+    """A Linear held by bitsandbytes. Input and output are of the compute dtype it was built with."""
+
+    def __init__(self, inner: Any, shape: tuple[int, int], kernel: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self.out_features, self.in_features = shape
+        self.kernel = kernel
+
+    @property
+    def weight_bytes(self) -> int:
+        """Codes, scales and the tables of the double quantisation."""
+        scales = getattr(self.inner.weight, "SCB", None)  # of LLM.int8; it moves to the state at the first forward
+        if scales is None and hasattr(self.inner, "state"):
+            scales = self.inner.state.SCB
+        return _nbytes(self.inner.weight) + (0 if scales is None else int(scales.nbytes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+
+def build_linear(
+    weight: Tensor, bias: Tensor | None, quant: Quant, *, dtype: torch.dtype, device: torch.device | str
+) -> BnbLinear:
+    """Quantise `weight` [out, in] for computing in `dtype`. EngineError when bitsandbytes is not installed."""
+    bnb = _bitsandbytes()
+    out_features, in_features = weight.shape
+    size: dict[str, Any] = {"input_features": in_features, "output_features": out_features, "bias": bias is not None}
+    # bitsandbytes quantises when the parameter is moved to its device, from the dtype it has at that moment
+    source = weight.detach().to("cpu", dtype).contiguous()
+    if quant == "nf4":
+        inner = bnb.nn.Linear4bit(**size, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+        inner.weight = bnb.nn.Params4bit(source, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    else:
+        inner = bnb.nn.Linear8bitLt(**size, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
+        inner.weight = bnb.nn.Int8Params(source, requires_grad=False, has_fp16_weights=False)
+    inner.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    inner = inner.to(device).eval()
+    name = "NF4, double quantised" if quant == "nf4" else f"LLM.int8, outliers beyond {OUTLIER_THRESHOLD:g}"
+    return BnbLinear(inner, (out_features, in_features), f"bitsandbytes {bnb.__version__} {name}")
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise EngineError("model.quant=nf4|int8 needs bitsandbytes: pip install qwen_eval[bnb]") from error
+    # it logs a line at every single call that is not in fp16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return bitsandbytes
+
+
+def _nbytes(weight: Any) -> int:
+    total = int(weight.data.nbytes)
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        total += int(state.absmax.nbytes) + int(state.code.nbytes)
+        state = state.state2
+    return total

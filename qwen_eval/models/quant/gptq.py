@@ -1,0 +1,206 @@
+"""GPTQ checkpoints: reading, checking and unpacking (https://arxiv.org/abs/2210.17323; file layout of AutoGPTQ).
+
+A quantised Linear of `in` inputs and `out` outputs is stored as
+`qweight` int32 [in * bits / 32, out]: rows packed along `in`, lowest bits first;
+`qzeros` int32 [groups, out * bits / 32]: packed along `out`; format v1 stores the zero point minus one;
+`scales` float [groups, out]; `g_idx` int32 [in], the group of each input; `bias` float [out].
+The weight is `scales[g] * (q - zero[g])`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_eval.core import ModelError
+from qwen_eval.models.quant import kernels
+
+BITS = (4, 8)
+V1, V2 = "gptq", "gptq_v2"  # values of checkpoint_format; v2 stores the zero point itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqConfig:
+    """What of a quantisation config decides how the tensors are read. `group_size` -1: one group for all inputs."""
+
+    bits: int
+    group_size: int = 128
+    desc_act: bool = False
+    sym: bool = True
+    checkpoint_format: str = V1
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    @property
+    def per_word(self) -> int:
+        """Values in one int32."""
+        return 32 // self.bits
+
+    def num_groups(self, in_features: int) -> int:
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Unpacked integers. Legend: N outputs, K inputs, G groups."""
+
+    q_KN: Tensor  # int32
+    zero_GN: Tensor  # int32
+    scale_GN: Tensor  # float, as stored
+    group_K: Tensor  # int64
+
+
+def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig | None:
+    """The GPTQ settings of a checkpoint, from config.json or else quantize_config.json; None when it is not quantised.
+
+    ModelError for any other quantisation method and for settings this reader does not know: never read as if plain.
+    """
+    raw = config_json.get("quantization_config")
+    origin = directory / "config.json"
+    if raw is None:
+        origin = directory / "quantize_config.json"
+        if not origin.is_file():
+            return None
+        try:
+            raw = json.loads(origin.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{origin}: not JSON ({error})") from error
+    if not isinstance(raw, Mapping):
+        raise ModelError(f"{origin}: quantisation settings are {type(raw).__name__}, expected an object")
+    return _parse(raw, origin)
+
+
+def _parse(raw: Mapping[str, Any], origin: Path) -> GptqConfig:
+    method = raw.get("quant_method", "gptq")
+    if method != "gptq":
+        raise ModelError(f"{origin}: quant_method={method} is not read natively; only gptq is (or use engine=hf)")
+    bits, group_size = raw.get("bits"), raw.get("group_size", -1)
+    if bits not in BITS:
+        raise ModelError(f"{origin}: bits={bits} is not supported; GPTQ checkpoints of 4 or 8 bits are")
+    if not isinstance(group_size, int) or not (group_size == -1 or group_size > 0):
+        raise ModelError(f"{origin}: group_size={group_size}; it is -1 (one group) or a positive number of inputs")
+    layout = raw.get("checkpoint_format") or V1
+    if layout not in (V1, V2):
+        raise ModelError(f"{origin}: checkpoint_format={layout} is not supported; {V1} and {V2} are")
+    if raw.get("dynamic"):
+        raise ModelError(f"{origin}: settings per module (`dynamic`) are not supported; one setting for all modules is")
+    return GptqConfig(
+        bits=int(bits),
+        group_size=group_size,
+        desc_act=bool(raw.get("desc_act", False)),
+        sym=bool(raw.get("sym", True)),
+        checkpoint_format=str(layout),
+    )
+
+
+def check(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> tuple[int, int]:
+    """(in_features, out_features) of a well-formed Linear; ModelError that names the tensor and what is wrong."""
+    for key in ("qweight", "qzeros", "scales"):
+        if key not in tensors:
+            raise ModelError(f"{name}.{key}: missing; a GPTQ Linear has qweight, qzeros and scales")
+    _check_dtypes(tensors, name)
+    words, out_features = tensors["qweight"].shape
+    in_features = words * config.per_word
+    groups = config.num_groups(in_features)
+    expected = {
+        "qzeros": (groups, -(-out_features // config.per_word)),
+        "scales": (groups, out_features),
+        "g_idx": (in_features,),
+        "bias": (out_features,),
+    }
+    for key, shape in expected.items():
+        if tensors.get(key) is not None and tuple(tensors[key].shape) != shape:
+            got = list(tensors[key].shape)
+            how = f"bits={config.bits}, group_size={config.group_size}, qweight {[words, out_features]}"
+            raise ModelError(f"{name}.{key}: shape {got}, expected {list(shape)} ({how})")
+    _check_groups(tensors.get("g_idx"), config, groups, name)
+    return in_features, out_features
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor], name: str) -> None:
+    for key in ("qweight", "qzeros"):
+        if tensors[key].dtype != torch.int32 or tensors[key].dim() != 2:
+            got = f"{tensors[key].dtype} of {tensors[key].dim()} dimensions"
+            raise ModelError(f"{name}.{key}: {got}, expected packed int32 of 2 dimensions")
+    if not tensors["scales"].is_floating_point():
+        raise ModelError(f"{name}.scales: {tensors['scales'].dtype}, expected floating point")
+    if not torch.isfinite(tensors["scales"]).all():
+        raise ModelError(f"{name}.scales: not finite; the file is damaged")
+
+
+def _check_groups(g_idx: Tensor | None, config: GptqConfig, groups: int, name: str) -> None:
+    if g_idx is None:
+        if config.desc_act:
+            raise ModelError(f"{name}.g_idx: missing; desc_act=true (act-order) cannot be read without it")
+        return
+    if g_idx.numel() and not (int(g_idx.min()) >= 0 and int(g_idx.max()) < groups):
+        raise ModelError(f"{name}.g_idx: groups {int(g_idx.min())}..{int(g_idx.max())}, expected 0..{groups - 1}")
+
+
+def unpack(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> Codes:
+    """The integers of a Linear, zero points as they are meant (not minus one)."""
+    in_features, out_features = check(tensors, config, name=name)
+    q_KN = unpack_rows(tensors["qweight"], config.bits)
+    zero_GN = unpack_rows(tensors["qzeros"].t(), config.bits).t()[:, :out_features]
+    if config.checkpoint_format == V1:
+        zero_GN = (zero_GN + 1) & (config.levels - 1)
+    group_K = tensors.get("g_idx")
+    if group_K is None:
+        size = in_features if config.group_size == -1 else config.group_size
+        group_K = torch.arange(in_features, device=q_KN.device) // size
+    return Codes(q_KN, zero_GN, tensors["scales"], group_K.long())
+
+
+def unpack_rows(packed: Tensor, bits: int) -> Tensor:
+    """int32 [rows * bits / 32, columns] -> int32 [rows, columns] of values 0..2^bits - 1."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    # the mask also takes off the copies of the sign bit that >> brings in
+    values = (packed.unsqueeze(1) >> shifts[None, :, None]) & ((1 << bits) - 1)
+    return values.reshape(-1, packed.shape[1])
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack_rows`; the number of rows is a multiple of 32 / bits."""
+    per_word = 32 // bits
+    assert values.shape[0] % per_word == 0, f"{values.shape[0]} rows do not fill words of {per_word}"
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64, device=values.device)
+    words = (values.long().view(-1, per_word, values.shape[1]) << shifts[None, :, None]).sum(1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)  # the top bit is the sign
+
+
+def dequantise(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> Tensor:
+    """The exact weight, fp32 [out, in]: `scale * (q - zero)` with the product in fp32."""
+    codes = unpack(tensors, config, name=name)
+    offset_KN = codes.q_KN - codes.zero_GN[codes.group_K]
+    return (codes.scale_GN.float()[codes.group_K] * offset_KN).t().contiguous()
+
+
+def build_linear(
+    tensors: Mapping[str, Tensor],
+    config: GptqConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    name: str = "linear",
+) -> nn.Module:
+    """A Linear for these tensors: packed where torch has a kernel for dtype and device, else dequantised once.
+
+    The module says what it is: `.kernel`, `.weight_bytes`. In fp32 it is always the exact dequantised weight.
+    """
+    device = torch.device(device)
+    codes = unpack(tensors, config, name=name)
+    bias = tensors.get("bias")
+    if kernels.has_packed(dtype, device):
+        groups = kernels.contiguous_groups(codes.group_K, codes.scale_GN.shape[0])
+        if groups is not None:
+            return kernels.pack(codes.q_KN, codes.zero_GN, codes.scale_GN, groups, config.bits, bias, device=device)
+    weight = dequantise(tensors, config, name=name)
+    return kernels.DequantisedLinear(weight.to(device, dtype), None if bias is None else bias.to(device, dtype))

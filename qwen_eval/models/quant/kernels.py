@@ -1,0 +1,300 @@
+"""Linears of quantised weights: torch's packed int4 kernels, and the dequantised fallback.
+
+Legend: K inputs, N outputs, G groups, R rows of the batch, g inputs of one group.
+
+The packed kernel computes `(q4 - 8) * scale + zero` with scale and zero in bf16, sums in fp32. Eight bits run through
+the same kernel as two four-bit planes side by side, `q8 - 128 = 16 * (high - 8) + low`, with the input given twice:
+at one row this beat both a loop of `_weight_int8pack_mm` over the groups and the dense bf16 product.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP_SIZES = (256, 128, 64, 32)  # of torch's int4 kernels
+BLOCK_N = 64  # outputs packed together by the CPU kernel with AVX-512
+CUDA_INNER_TILES = 8
+# From about this many rows on, dequantising the layer for this call and multiplying densely is faster than the packed
+# kernel, whose time grows with the rows (tools/bench_int4_decode.py prints the curve).
+MAX_PACKED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of equal size over consecutive inputs, once the inputs are in the order `permutation` (None: as is)."""
+
+    size: int
+    permutation: Tensor | None
+
+
+class DequantisedLinear(nn.Module):
+    """Weights as plain numbers: right everywhere, and as large as an unquantised layer."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_NK)
+        self.register_buffer("bias", bias_N)
+        self.kernel = f"dequantised {str(weight_NK.dtype).removeprefix('torch.')}"
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """bf16 input and output, weights in torch's int4 layout, one plane for 4 bits and two for 8 bits.
+
+    Few rows go through the packed kernel; many rows dequantise this layer for the length of the call (on the CPU, whose
+    layout is known) and use the dense product.
+    """
+
+    packed: Tensor
+    scale_zero: Tensor  # bf16 [planes * G, N padded, 2]
+    permutation: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale_zero: Tensor,
+        *,
+        shape: tuple[int, int],
+        group_size: int,
+        num_planes: int,
+        has_zeros: bool,
+        permutation: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.group_size, self.num_planes, self.has_zeros = group_size, num_planes, has_zeros
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_zero", scale_zero)
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("bias", bias)
+        where = "CPU" if packed.device.type == "cpu" else "CUDA tinygemm"
+        self.kernel = f"torch int4pack ({where})" + (", two planes for 8 bits" if num_planes == 2 else "")
+
+    @property
+    def weight_bytes(self) -> int:
+        extra = 0 if self.permutation is None else self.permutation.nbytes
+        return self.packed.nbytes + self.scale_zero.nbytes + extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16, f"packed int4 takes bfloat16, got {x.dtype}"
+        x_RK = x.reshape(-1, self.in_features)
+        if self.permutation is not None:
+            x_RK = x_RK[:, self.permutation]
+        is_dense = len(x_RK) > MAX_PACKED_ROWS and can_unpack(self.packed.device.type)
+        y_RN = self._dense(x_RK) if is_dense else self._packed(x_RK)
+        y_RN = y_RN[:, : self.out_features]
+        if self.bias is not None:
+            y_RN = y_RN + self.bias
+        return y_RN.reshape(*x.shape[:-1], self.out_features)
+
+    def _packed(self, x_RK: Tensor) -> Tensor:
+        if self.num_planes == 2:
+            x_RK = torch.cat([x_RK, x_RK], 1)
+        return _int4_mm(x_RK.contiguous(), self.packed, self.group_size, self.scale_zero)
+
+    def _dense(self, x_RK: Tensor) -> Tensor:
+        dtype = dense_dtype()
+        return (x_RK.to(dtype) @ self.unpacked(dtype)).to(x_RK.dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight the packed kernel multiplies with, [K, N padded], inputs in permuted order."""
+        planes = unpack_cpu(self.packed, self.in_features * self.num_planes, dtype)
+        groups = self.scale_zero.shape[0] // self.num_planes
+        if self.num_planes == 2:
+            high, low = planes.chunk(2)
+            planes, scale_GN = high.sub_(8).mul_(16).add_(low), self.scale_zero[groups:, :, 0]
+        else:
+            planes, scale_GN = planes.sub_(8), self.scale_zero[:, :, 0]
+        weight_GgN = planes.view(groups, self.group_size, -1)
+        if self.has_zeros:
+            zero_GN = self.scale_zero[:groups, :, 1]
+            weight_GgN = torch.addcmul(zero_GN.to(dtype)[:, None], weight_GgN, scale_GN.to(dtype)[:, None])
+        else:
+            weight_GgN.mul_(scale_GN.to(dtype)[:, None])
+        return weight_GgN.view(self.in_features, -1)
+
+
+def has_packed(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has a fast int4 kernel: bf16 on CPUs with AVX-512 or AVX2, bf16 on CUDA of capability 8 or more.
+
+    On the CPU the fp32 and fp16 forms of the kernel are scalar loops, ten times slower than dense: never used.
+    """
+    if dtype != torch.bfloat16:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
+
+
+def contiguous_groups(group_K: Tensor, num_groups: int) -> Groups | None:
+    """How to bring the inputs of each group together; None where no int4 kernel has groups of that size."""
+    counts = torch.bincount(group_K, minlength=num_groups)
+    size = int(counts[0])
+    kernel_size = next((s for s in GROUP_SIZES if size % s == 0), None)
+    if size == 0 or kernel_size is None or bool((counts != size).any()):
+        return None
+    if bool((group_K[1:] >= group_K[:-1]).all()):
+        return Groups(kernel_size, None)
+    return Groups(kernel_size, torch.argsort(group_K, stable=True))
+
+
+def pack(
+    q_KN: Tensor,
+    zero_GN: Tensor,
+    scale_GN: Tensor,
+    groups: Groups,
+    bits: int,
+    bias: Tensor | None,
+    *,
+    device: torch.device,
+) -> PackedLinear:
+    """Repack unpacked codes into torch's int4 layout. Larger groups than the kernel has are split, scales repeated."""
+    in_features, out_features = q_KN.shape
+    if groups.permutation is not None:
+        q_KN = q_KN[groups.permutation]
+    repeats = in_features // groups.size // len(scale_GN)
+    scale_GN = scale_GN.float().repeat_interleave(repeats, 0)
+    zero_GN = zero_GN.repeat_interleave(repeats, 0)
+    half = 1 << (bits - 1)
+    shift_GN = (half - zero_GN) * scale_GN
+    if bits == 8:
+        q_KN = torch.cat([q_KN >> 4, q_KN & 15])
+        # the scale is rounded first: with 16 s and 8 s exact multiples of it the two planes fit together exactly
+        scale_GN = scale_GN.bfloat16().float()
+        shift_GN = torch.cat([shift_GN, 8 * scale_GN])
+        scale_GN = torch.cat([16 * scale_GN, scale_GN])
+    scale_zero = torch.stack([scale_GN, shift_GN], -1).bfloat16()
+    padding = -out_features % BLOCK_N
+    packed = _int4_pack(F.pad(q_KN.t(), (0, 0, 0, padding)).contiguous().to(device))
+    return PackedLinear(
+        packed,
+        F.pad(scale_zero, (0, 0, 0, padding)).contiguous().to(device),
+        shape=(out_features, in_features),
+        group_size=groups.size,
+        num_planes=bits // 4,
+        has_zeros=bool((zero_GN != half).any()),
+        permutation=None if groups.permutation is None else groups.permutation.to(device),
+        bias=None if bias is None else bias.to(device, torch.bfloat16),
+    )
+
+
+def _int4_pack(q_NK: Tensor) -> Tensor:
+    packed: Tensor
+    if q_NK.device.type == "cpu":
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK.int(), 1)
+    else:  # tinygemm: the even input is the high nibble
+        pairs = (q_NK[:, ::2] << 4 | q_NK[:, 1::2]).to(torch.uint8).contiguous()
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _inner_tiles(q_NK.shape[1]))
+    return packed
+
+
+def _inner_tiles(in_features: int) -> int:
+    """The largest tile count of tinygemm (8, 4 or 2 tiles of 16 inputs) that divides the inputs."""
+    return next(tiles for tiles in (CUDA_INNER_TILES, 4, 2) if in_features % (tiles * 16) == 0)
+
+
+def _int4_mm(x_RK: Tensor, packed: Tensor, group_size: int, scale_zero: Tensor) -> Tensor:
+    name = "_weight_int4pack_mm_for_cpu" if x_RK.device.type == "cpu" else "_weight_int4pack_mm"
+    y_RN: Tensor = getattr(torch.ops.aten, name)(x_RK, packed, group_size, scale_zero)
+    return y_RN
+
+
+def unpack_cpu(packed: Tensor, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    """The codes 0..15 as [K, N] of `dtype`, from the CPU layout: per block of outputs and input the low nibbles are the
+    first half of the block, the high nibbles the second half."""
+    half = block_outputs() // 2
+    blocks = packed.view(-1, num_inputs, half)
+    codes_KBN = torch.empty(num_inputs, len(blocks), 2 * half, dtype=dtype)
+    codes_KBN[:, :, :half] = (blocks & 15).transpose(0, 1)
+    codes_KBN[:, :, half:] = (blocks >> 4).transpose(0, 1)
+    return codes_KBN.view(num_inputs, -1)
+
+
+def block_outputs() -> int:
+    return BLOCK_N if torch.backends.cpu.get_cpu_capability() == "AVX512" else BLOCK_N // 2
+
+
+@functools.cache
+def can_unpack(device_type: str) -> bool:
+    """Whether this torch packs the way `unpack_cpu` believes: tried once on a small matrix, since it is no promise."""
+    if device_type != "cpu":
+        return False
+    q_NK = torch.randint(0, 16, (2 * BLOCK_N, 96), generator=torch.Generator().manual_seed(0))
+    return torch.equal(unpack_cpu(_int4_pack(q_NK), 96, torch.float32), q_NK.t().float())
+
+
+@functools.cache
+def dense_dtype() -> torch.dtype:
+    """bf16 where the CPU multiplies it natively (AMX or AVX512-BF16), else fp32, which is then 3 times faster."""
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    is_native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if is_native else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightReport:
+    """What the quantised Linears of a model became: layers per kernel, their bytes and what bf16 would take."""
+
+    kernels: dict[str, int]
+    weight_bytes: int
+    bf16_bytes: int
+
+    @property
+    def fallback(self) -> str | None:
+        """One line to be said aloud when layers were dequantised, with what it costs; None when all are packed."""
+        plain = {kernel: count for kernel, count in self.kernels.items() if kernel.startswith("dequantised")}
+        if not plain:
+            return None
+        names = ", ".join(f"{count} layers {kernel}" for kernel, count in plain.items())
+        share = self.weight_bytes / max(1, self.bf16_bytes)
+        return (
+            f"no packed kernel here for these quantised weights: {names}; the quantised layers take "
+            f"{self.weight_bytes / 2**20:.0f} MiB, {share:.2f} of bf16 (model.dtype=bf16 packs where torch can)"
+        )
+
+
+@runtime_checkable
+class QuantisedLinear(Protocol):
+    """What every quantised Linear tells about itself."""
+
+    kernel: str
+    in_features: int
+    out_features: int
+    weight_bytes: int
+
+
+def report(modules: Iterable[nn.Module]) -> WeightReport:
+    """Sum up the quantised Linears among the modules (pass `model.modules()`)."""
+    linears = [module for module in modules if isinstance(module, QuantisedLinear)]
+    return WeightReport(
+        kernels=dict(Counter(linear.kernel for linear in linears)),
+        weight_bytes=sum(linear.weight_bytes for linear in linears),
+        bf16_bytes=sum(2 * linear.in_features * linear.out_features for linear in linears),
+    )

@@ -1,0 +1,70 @@
+"""NF4 and LLM.int8 on the CPU: error, size, outliers and dtype."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_eval.core import EngineError
+from qwen_eval.models.quant import bnb, kernels
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip("bitsandbytes")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return str(request.param)
+
+
+def layer() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(128, 256) * 0.02, torch.randn(128) * 0.02, torch.randn(2, 5, 256)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.float().cpu() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("quant", "least", "most", "size"), [("nf4", 0.05, 0.12, 0.28), ("int8", 1e-3, 0.02, 0.52)])
+def test_error_and_size_are_those_of_the_format(
+    quant: bnb.Quant, least: float, most: float, size: float, dtype: torch.dtype, device: str
+) -> None:
+    weight, bias, x = layer()
+    linear = bnb.build_linear(weight, bias, quant, dtype=dtype, device=device)
+    y = linear(x.to(device, dtype))
+    assert y.dtype == dtype
+    assert least < relative(y, F.linear(x, weight, bias)) < most, "less than the least means: not quantised at all"
+    report = kernels.report(torch.nn.Sequential(linear).modules())
+    assert 0 < report.weight_bytes <= size * report.bf16_bytes
+    assert report.fallback is None
+    assert next(iter(report.kernels)).startswith("bitsandbytes ")
+
+
+def test_int8_keeps_outlying_input_columns_in_full(device: str) -> None:
+    weight, _, x = layer()
+    x[..., 7] = 80.0
+    y = bnb.build_linear(weight, None, "int8", dtype=torch.float32, device=device)(x.to(device))
+    assert relative(y, F.linear(x, weight)) < 0.02  # with the outlier in the int8 range: 0.1
+
+
+def test_the_given_weight_is_left_as_it_is(device: str) -> None:
+    weight, bias, _ = layer()
+    before = weight.clone()
+    bnb.build_linear(weight, bias, "int8", dtype=torch.float32, device=device)
+    assert torch.equal(weight, before)
+
+
+def test_without_bitsandbytes_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    weight, bias, _ = layer()
+    with pytest.raises(EngineError, match=r"pip install qwen_eval\[bnb\]"):
+        bnb.build_linear(weight, bias, "nf4", dtype=torch.float32, device="cpu")
