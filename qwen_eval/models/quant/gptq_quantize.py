@@ -86,6 +86,7 @@ def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
         damped = hessian + torch.diag_embed((damp * 10**raised * mean).expand(len(hessian)))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper
