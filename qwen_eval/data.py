@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -274,6 +274,13 @@ class Source:
 
     def _place(self, name: str) -> str:
         return f"{self.origin.removeprefix('path:')}/{name}"
+
+
+def printed_by_pandas(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows that did not come from a csv, with their cells as pandas would print them had they."""
+    text = io.StringIO()
+    csv.writer(text).writerows([row[column] for column in columns] for row in rows)
+    return _pandas_cells(text.getvalue(), list(columns), header=False)
 
 
 def _pandas_cells(text: str, names: list[str], header: bool) -> list[dict[str, str]]:

@@ -1,0 +1,300 @@
+"""What the multiple-choice exams share: rows by subject, base form by letter logits, chat form by generation, averages.
+
+Base form (the official protocol of base models): 5 shots, the letter whose logit at the last position is highest.
+Chat form (of chat models): no shots, the letter is read out of the reply.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+from qwen_eval.config import TaskSpec
+from qwen_eval.core import (
+    JSON,
+    ChoiceLogprobs,
+    Choose,
+    Completions,
+    ConfigError,
+    DataError,
+    Generate,
+    Grade,
+    Metric,
+    Prompt,
+    Record,
+    Request,
+    Sample,
+    Turn,
+)
+from qwen_eval.data import Row, nearest, open_source
+from qwen_eval.extract import concluded_letter
+from qwen_eval.metrics import macro, mean, rates, share
+from qwen_eval.prompts import ShotFormat, chat_shots, few_shot
+from qwen_eval.replies import flags
+from qwen_eval.tasks.registry import TaskContext
+
+LETTERS = ("A", "B", "C", "D")
+MODES = ("auto", "base", "chat")
+MAX_SHOTS = 5  # the dev split of each exam has five rows a subject
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class ChoiceSpec(TaskSpec):
+    """`shots` are those of the base form (official: 5), `chat_shots` those of the chat form (official: 0)."""
+
+    split: str = "test"
+    shots: int = 5
+    chat_shots: int = 0
+
+
+class ChoiceTask(ABC):
+    """One exam: subclasses are its tables (subjects, categories, templates) and how its rows are read."""
+
+    version: ClassVar[int] = 1
+    splits: ClassVar[tuple[str, ...]] = ("test",)
+    bundled: ClassVar[str]
+    hub_archive: ClassVar[str | None] = None
+    categories: ClassVar[Mapping[str, tuple[str, ...]]]  # of subjects; they may overlap
+    average: ClassVar[Literal["micro", "macro"]]
+    base_format: ClassVar[ShotFormat]
+    chat_template: ClassVar[str]
+    letter_prefix: ClassVar[str] = ""  # " " where the base prompt ends in ":" and the letter is a word of its own
+    max_prompt_tokens: ClassVar[int | None] = None
+
+    def __init__(self, spec: ChoiceSpec, context: TaskContext):
+        self.name = spec.name
+        self.spec, self.context = spec, context
+        self._check()
+        self.is_chat = context.is_chat if spec.mode == "auto" else spec.mode == "chat"
+        self.is_upstream = context.protocol == "upstream"
+        self.source = open_source(spec, bundled=self.bundled, hub_archive=self.hub_archive)
+
+    def _check(self) -> None:
+        if self.spec.mode not in MODES:
+            raise ConfigError(f"task.mode={self.spec.mode}: one of {', '.join(MODES)}{nearest(self.spec.mode, MODES)}")
+        if self.spec.split not in self.splits:
+            raise ConfigError(f"task.split={self.spec.split}: {self.name} is scored on {' or '.join(self.splits)}")
+        for key in ("shots", "chat_shots"):
+            if not 0 <= getattr(self.spec, key) <= MAX_SHOTS:
+                raise ConfigError(f"task.{key}={getattr(self.spec, key)}: 0 to {MAX_SHOTS}")
+
+    # --- rows ---
+
+    @classmethod
+    def all_subjects(cls) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(s for subjects in cls.categories.values() for s in subjects))
+
+    @abstractmethod
+    def candidates(self, subject: str, split: str) -> tuple[str, ...]:
+        """Names under which the official releases keep a subject's csv."""
+
+    @abstractmethod
+    def read(self, subject: str, split: str) -> list[Row]:
+        """Rows with the cells question, A, B, C, D and, where the split has them, answer and id."""
+
+    @abstractmethod
+    def official_letter(self, reply: str, row: Mapping[str, str]) -> str:
+        """The letter that the official chat script reads out of a reply."""
+
+    @cached_property
+    def subjects(self) -> tuple[str, ...]:
+        """Those asked for, or all whose rows are there."""
+        known = self.all_subjects()
+        if self.spec.subjects:
+            return tuple(dict.fromkeys(s for name in self.spec.subjects for s in self._named(name, known)))
+        if self.source.is_hub:
+            return known
+        found = tuple(s for s in known if self.source.has(*self.candidates(s, self.spec.split)))
+        if not found:
+            example = self.candidates(known[0], self.spec.split)[0]
+            raise DataError(f"{self.source.origin}: no subject of {self.name} there, such as {example}")
+        if len(found) < len(known) and not self.source.is_bundled:
+            logger.warning("%s: %d of %d subjects are there", self.source.origin, len(found), len(known))
+        return found
+
+    def _named(self, name: str, known: Sequence[str]) -> tuple[str, ...]:
+        if name in self.categories:
+            return self.categories[name]
+        if name not in known:
+            raise ConfigError(
+                f"task.subjects={name}: not a subject of {self.name}{nearest(name, (*known, *self.categories))}"
+            )
+        return (name,)
+
+    @cached_property
+    def _rows(self) -> dict[str, list[Row]]:
+        return {subject: self._checked(self.read(subject, self.spec.split)) for subject in self.subjects}
+
+    @cached_property
+    def _shots(self) -> dict[str, list[Row]]:
+        """The first dev rows of every subject, in order."""
+        n = self.spec.chat_shots if self.is_chat else self.spec.shots
+        if n == 0:
+            return {subject: [] for subject in self.subjects}
+        shots = {subject: self._checked(self.read(subject, "dev")) for subject in self.subjects}
+        for subject, rows in shots.items():
+            if len(rows) < n:
+                raise DataError(f"{self.source.origin}: {len(rows)} dev rows of {subject}, {n} shots asked for")
+            if any("answer" not in row.cells for row in rows[:n]):
+                raise DataError(f"{self.source.origin}: the dev rows of {subject} have no answers")
+        return {subject: rows[:n] for subject, rows in shots.items()}
+
+    def _checked(self, rows: list[Row]) -> list[Row]:
+        for row in rows:
+            if (answer := row.cells.get("answer", LETTERS[0])) not in LETTERS:
+                raise DataError(f"{self.source.origin} {row.where}: answer {answer!r}, one of A, B, C, D expected")
+        return rows
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        return [
+            Sample(id=f"{subject}/{i}", group=subject, data=row.cells, target=row.cells.get("answer"))
+            for subject, rows in self._rows.items()
+            for i, row in enumerate(rows)
+        ]
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    # --- asking ---
+
+    def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
+        if turns:
+            return None
+        shots = [row.cells for row in self._shots[sample.group]]
+        if self.is_chat:
+            prompt = chat_shots(self.chat_template, shots, sample.data)
+            return Generate(prompt=prompt, max_new_tokens=self.spec.max_new_tokens)
+        head = {"subject": sample.group.replace("_", " ")}
+        return Choose(
+            # Upstream tokenises raw text with special tokens allowed, so a question that shows one becomes one.
+            prompt=Prompt.raw(
+                few_shot(self.base_format, shots, sample.data, head=head), parse_special=self.is_upstream
+            ),
+            choices=tuple(self.letter_prefix + letter for letter in LETTERS),
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
+
+    # --- grading ---
+
+    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
+        answer = turns[0].answer
+        if isinstance(answer, ChoiceLogprobs):
+            return self._grade(sample, LETTERS[answer.best], official_letter(answer), values=letter_values(answer))
+        assert isinstance(answer, Completions), answer
+        letter = concluded_letter(answer.text, [sample.data[x] for x in LETTERS])
+        official = self.official_letter(answer.text, sample.data)
+        symptoms = flags(answer.completions[0], has_answer=letter is not None)
+        return self._grade(sample, letter, official, symptoms=symptoms)
+
+    def _grade(
+        self,
+        sample: Sample,
+        letter: str | None,
+        official: str,
+        *,
+        values: Mapping[str, JSON] | None = None,
+        symptoms: tuple[str, ...] = (),
+    ) -> Grade:
+        is_graded = sample.target is not None
+        robust, upstream = float(letter == sample.target), float(official == sample.target)
+        return Grade(
+            score=(upstream if self.is_upstream else robust) if is_graded else None,
+            extracted=letter,
+            extracted_upstream=official,
+            score_upstream=upstream if is_graded else None,
+            values=dict(values or {}) | ({} if is_graded else {"id": sample.data.get("id")}),
+            flags=symptoms,
+        )
+
+    def chosen(self, grade: Grade) -> JSON:
+        """The letter under the protocol in force."""
+        return grade.extracted_upstream if self.is_upstream else grade.extracted
+
+    # --- averages ---
+
+    def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
+        """ "accuracy" and "accuracy/<category>" averaged as the exam's authors do, then "accuracy/<subject>"."""
+        records = list(records)
+        scores: dict[str, list[float]] = defaultdict(list)
+        upstream: dict[str, list[float]] = defaultdict(list)
+        for record in records:
+            if record.grade.score is not None:
+                scores[record.group].append(record.grade.score)
+                upstream[record.group].append(record.grade.score_upstream or 0.0)
+        if not scores:  # the split has no answers
+            return {"answered": Metric(value=float(len(records)), n=len(records), kind="count")} | rates(records)
+        metrics = {"accuracy": self.averaged(scores)}
+        if not self.is_upstream:
+            metrics["accuracy_upstream"] = self.averaged(upstream)
+        for category, subjects in self.categories.items():
+            part = {s: scores[s] for s in subjects if s in scores}
+            if part:
+                metrics[f"accuracy/{category}"] = self.averaged(part)
+        metrics |= {f"accuracy/{s}": share(scores[s]) for s in self.all_subjects() if s in scores}
+        masses = [r.grade.values["mass"] for r in records if "mass" in r.grade.values]
+        if masses:
+            metrics["letter_mass"] = mean(masses)
+        return metrics | rates(records)
+
+    def averaged(self, scores: Mapping[str, Sequence[float]]) -> Metric:
+        """Micro: every question counts the same. Macro: every subject does."""
+        if self.average == "macro":
+            return macro(scores)
+        return share([score for subject in scores.values() for score in subject])
+
+    def describe(self) -> Mapping[str, JSON]:
+        num_samples = len(self.samples())
+        shots = self._shots  # read before the digest is taken
+        return {
+            "split": self.spec.split,
+            "shots": self.spec.chat_shots if self.is_chat else self.spec.shots,
+            "format": "chat" if self.is_chat else "base",
+            "average": self.average,
+            "origin": self.source.origin,
+            "num_samples": num_samples,
+            "num_subjects": len(shots),
+            "num_subjects_official": len(self.all_subjects()),
+            "data_sha256": self.source.sha256,
+            "version": self.version,
+        } | ({"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else {})
+
+
+# --- reading letter logits -----------------------------------------------------------------------------------------
+
+
+def letter_values(answer: ChoiceLogprobs) -> dict[str, JSON]:
+    """`p`: probability of each letter among the letters (sums to 1); `mass`: share of the vocabulary they hold.
+
+    `official_prob` are the numbers the official scripts write: near 0.25, because they are softmaxed twice.
+    """
+    top = max(answer.logprobs)
+    weights = [math.exp(x - top) for x in answer.logprobs]
+    return {
+        "p": {letter: weight / sum(weights) for letter, weight in zip(LETTERS, weights)},
+        "mass": math.fsum(math.exp(x) for x in answer.logprobs),
+        "official_prob": official_probs(answer),
+    }
+
+
+def official_probs(answer: ChoiceLogprobs) -> list[float]:
+    """Softmax over the vocabulary, then a second softmax over the four probabilities, in fp32 as the scripts do."""
+    import numpy
+
+    probs = numpy.exp(numpy.asarray(answer.logprobs, dtype=numpy.float32))
+    again = numpy.exp(probs - probs.max())
+    return [float(p) for p in again / again.sum(dtype=numpy.float32)]
+
+
+def official_letter(answer: ChoiceLogprobs) -> str:
+    """The first of the highest official probabilities: where the letters hold next to no mass, that is "A"."""
+    probs = official_probs(answer)
+    return LETTERS[probs.index(max(probs))]

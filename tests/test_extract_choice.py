@@ -1,0 +1,188 @@
+"""The letter of a reply: what is concluded counts, not the first capital."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_eval import extract
+from qwen_eval.extract import concluded_letter, official_ceval_letter, official_mmlu_letter
+
+CITIES = ("Paris", "London", "Berlin", "Madrid")
+ACIDS = ("Ascorbic acid", "Acid", "A and B only", "None of the above")
+AUTHORS = ("曹雪芹", "罗贯中", "施耐庵", "吴承恩")
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        # the letter and nothing else
+        ("B", "B"),
+        ("b", "B"),
+        ("(C)", "C"),
+        ("D.", "D"),
+        ("'C'", "C"),
+        ("**B**", "B"),
+        (" `A` \n", "A"),
+        ("Ａ", "A"),
+        ("（Ｄ）。", "D"),
+        ("\\boxed{C}", "C"),
+        ("$\\boxed{\\text{(B)}}$", "B"),
+        ("E", None),
+        # said to be the answer
+        ("The answer is (D).", "D"),
+        ("the answer is B", "B"),
+        ("Answer: C", "C"),
+        ("Answer: **C**. Paris", "C"),
+        ("The correct answer is: B. 42", "B"),
+        ("The best choice would be option C because it holds.", "C"),
+        ("The answer to this question about Chemistry is D.", "D"),
+        ("I would choose option B.", "B"),
+        ("I'll go with (A).", "A"),
+        ("My answer is therefore C", "C"),
+        ("C is the answer.", "C"),
+        ("Option B is the most suitable answer.", "B"),
+        ("Final answer: \\(\\boxed{A}\\)", "A"),
+        ("The answer is b.", "B"),
+        ("option d", "D"),
+        ("答案是B。", "B"),
+        ("答案：C", "C"),
+        ("【答案】D", "D"),
+        ("正确答案为（A）。", "A"),
+        ("本题的正确选项应该是“C”", "C"),
+        ("故选：B．", "B"),
+        ("因此应选D。", "D"),
+        ("我选择Ｂ。", "B"),
+        ("所以答案选A项", "A"),
+        ("C是正确答案。", "C"),
+        ("B选项符合题意。", "B"),
+        # the last conclusion wins
+        ("The answer is A. Wait, on reflection the answer is C.", "C"),
+        ("At first sight the answer is B.\n\nLet me check.\n\nD", "D"),
+        ("答案是A。不对，答案应该是D。", "D"),
+        ("B. That was hasty: the answer is C.", "C"),
+        ("<think>The answer is A? Surely the answer is B.</think>\n\nThe answer is D.", "D"),
+        ("<think>The answer is A", None),  # still thinking when it was cut off
+        # what is denied is not the answer
+        ("A is wrong, so C", "C"),
+        ("The answer is not B. It is C.", "C"),
+        ("The answer isn't D, it's B.", "B"),
+        ("The answer cannot be A. Choose D.", "D"),
+        ("not A", None),
+        ("A is not correct. B is incorrect. C is correct. D does not fit.", "C"),
+        ("The answer is C, not A.", "C"),
+        ("The answer is B rather than D.", "B"),
+        ("I would rule out A and B. The answer must be D.", "D"),
+        ("Neither A nor B is right; therefore C.", "C"),
+        ("选项A和B都不对，选C", "C"),
+        ("答案不是C，而是B。", "B"),
+        ("不能选A，应选B", "B"),
+        ("排除A、B、D，故选C。", "C"),
+        ("A项错误，B项错误，C项正确，D项错误。", "C"),
+        ("A是错误的", None),
+        ("选B不选C", "B"),
+        # several letters are no answer, unless one is concluded
+        ("A or B", None),
+        ("The answer is A or B.", None),
+        ("C and A are both right", None),
+        ("正确的是B和C", None),
+        ("答案是AB", None),
+        ("Between A and C, I choose C.", "C"),
+        # which statement is wrong: the letter asked for, not the one called correct
+        ("A选项正确。B选项正确。C选项说法错误。D选项正确。所以答案是C。", "C"),
+        ("A is correct. B is correct. D is correct. The false statement, and so the answer, is C.", "C"),
+        ("下列说法不正确的是C。", "C"),
+        # letters that are no choices
+        ("Because of this, none", None),
+        ("A dog barks at night.", None),
+        ("Coding in C++ or C# is fun.", None),
+        ("D'Alembert's principle", None),
+        ("As a language model, I can't decide.", None),
+        ("", None),
+        ("   \n", None),
+        ("A good question. The answer is D", "D"),
+        ("Let A = 3 and b = 4. Then the answer is D.", "D"),
+        # only supposed
+        ("If the answer is A, then x = 2, which is absurd. So B.", "B"),
+        ("Is the answer A? No, D.", "D"),
+        ("如果选A，则矛盾。因此选C。", "C"),
+        # opening with the letter
+        ("C. Berlin\n\nBerlin is the capital of Germany. A is in France.", "C"),
+        ("B: because the sum is even", "B"),
+        ("(B) 12\nSince 3 + 9 = 12.", "B"),
+        ("D，因为其余三项都不成立。", "D"),
+        ("A. x\nB. y\nC. z\nD. w", None),  # the options again, no conclusion
+        ("A. x\nB. y\nC. z\nD. w\nThe answer is B.", "B"),
+        ("A. Paris B. London C. Berlin D. Madrid", None),
+        # nothing but a mention
+        ("I believe B fits best here", "B"),
+        ("It is option C, I think", "C"),
+        ("Definitely C!", "C"),
+    ],
+)
+def test_the_letter_is_the_one_concluded(reply: str, letter: str | None) -> None:
+    assert concluded_letter(reply) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "choices", "letter"),
+    [
+        ("Paris", CITIES, "A"),
+        ("The capital of Spain is Madrid.", CITIES, "D"),
+        ("The answer is London. Paris and Berlin are larger.", CITIES, "B"),
+        ("Paris, London or Berlin", CITIES, None),
+        ("It is not Paris but London", CITIES, "B"),
+        ("I don't know", CITIES, None),
+        ("Parisian life", CITIES, None),  # no option's whole words
+        ("It is ascorbic acid.", ACIDS, "A"),  # holds "acid", which is option B
+        ("The answer is A and B only.", ACIDS, "C"),
+        ("C. A and B only", ACIDS, "C"),
+        ("None of the above.", ACIDS, "D"),
+        ("It could be A and B only or None of the above.", ACIDS, None),
+        ("I think $1.50 is correct.", ("$1.50", "$15", "nan", "5.0"), "A"),
+        ("The result is 15.", ("1", "5", "15", "155"), "C"),
+        ("作者是曹雪芹。", AUTHORS, "A"),
+        ("不是罗贯中，是施耐庵。", AUTHORS, "C"),
+        ("可能是施耐庵，也可能是曹雪芹", AUTHORS, None),
+        ("答案是吴承恩，而曹雪芹写了《红楼梦》。", AUTHORS, "D"),
+        ("B. Paris", CITIES, "B"),  # the letter outweighs the words
+        ("The answer is AB", ("A", "B", "AB", "O"), "C"),  # blood groups
+        ("the same", ("the same", "the same", "x", "y"), None),
+        ("anything", ("", "", "", ""), None),
+    ],
+)
+def test_an_option_may_be_named_by_its_words(reply: str, choices: tuple[str, ...], letter: str | None) -> None:
+    assert concluded_letter(reply, choices) == letter
+
+
+@pytest.mark.parametrize("tail", ["A" * 20_000, "A and " * 5_000, "the answer " * 3_000, "选" * 20_000, "(" * 20_000])
+def test_hostile_replies_are_read_in_a_moment(tail: str) -> None:
+    import time
+
+    start = time.perf_counter()
+    concluded_letter(tail, CITIES)
+    assert time.perf_counter() - start < 2.0
+
+
+def test_the_official_reader_of_mmlu_chats(golden: Path) -> None:
+    for row in _rows(golden, "chat_mmlu"):
+        assert extract.mmlu_processed(row["completion"], row["choices"]) == row["processed"], row
+        assert official_mmlu_letter(row["completion"], row["choices"]) == row["pred"], row
+
+
+def test_the_official_reader_of_ceval_chats(golden: Path) -> None:
+    for row in _rows(golden, "chat_ceval"):
+        args = row["completion"], row["question"], row["choices"]
+        assert extract.ceval_processed(*args) == row["processed"], row
+        assert official_ceval_letter(*args) == row["pred"], row
+
+
+def _rows(golden: Path, name: str) -> list[dict[str, object]]:
+    file = golden / "eval" / "extraction" / f"{name}.jsonl"
+    if not file.is_file():
+        pytest.skip(f"no {file.name} in {golden}")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows
+    return rows
