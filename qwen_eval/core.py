@@ -278,6 +278,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; b"" for ids that mean nothing."""
+        ...
+
     def render(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, ChatML built piecewise."""
         ...

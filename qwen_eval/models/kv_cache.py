@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwen_eval.models.attention import merge, partial
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.kv_quant import Quantised, dequantise, quantise, quantise_upstream
 
 Stored = tuple[Tensor, ...]  # tensors [B,K,S,*] that one codec understands
 
@@ -52,20 +53,16 @@ class Int8Codec:
     """Eight bits, asymmetric. Robust: a scale per token and head, rounded. Upstream: one a call and head, truncated."""
 
     def __init__(self, *, upstream: bool) -> None:
-        from qwen_eval.models.kv_quant import dequantise, quantise_per_token, quantise_upstream
-
-        self._dequantise = dequantise
         self.is_chunked = upstream
         self.name = "int8 (upstream: scale per call, truncated)" if upstream else "int8 (scale per token, rounded)"
-        self._quantise = quantise_upstream if upstream else quantise_per_token
+        self._quantise = quantise_upstream if upstream else quantise
 
     def encode(self, x_BKSD: Tensor) -> Stored:
-        stored: Stored = self._quantise(x_BKSD)
-        return stored
+        packed = self._quantise(x_BKSD)
+        return packed.codes, packed.scale, packed.zero
 
     def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        values: Tensor = self._dequantise(*stored)
-        return values.to(dtype)
+        return dequantise(Quantised(*stored), dtype)
 
 
 def stored_bytes(stored: Sequence[Tensor]) -> int:
@@ -164,6 +161,7 @@ class Slots:
         k, v = (tuple(t[:num_rows, :, :num_keys] for t in part) for part in held)
         return self.codec.decode(k, self.dtype), self.codec.decode(v, self.dtype)
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first tokens of a slot over another, to keep the running slots in front."""
         for held in self._layers:

@@ -1,0 +1,259 @@
+"""Generation by continuous batching: finished rows are replaced at once, shared prompt prefixes are computed once.
+
+Rows run in static slots; those that share a prompt prefix attend to one copy of it. Greedy answers do not depend on
+which rows run together (up to rounding), sampled ones draw from a generator of their own.
+"""
+
+# B active rows, V vocabulary, E hidden size
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
+from qwen_eval.engines.prefix_tree import Node, build
+from qwen_eval.engines.sampling import draw, generator_of
+from qwen_eval.engines.scoring import is_out_of_memory
+from qwen_eval.models.forward import Forward
+from qwen_eval.models.kv_cache import Prefix, Slots
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One completion under way."""
+
+    index: int  # of the caller
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    end_ids: frozenset[int]
+    stop: tuple[bytes, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    k: int = 0
+    tokens: list[int] = field(default_factory=list)
+    text: bytearray = field(default_factory=bytearray)
+    finish_reason: FinishReason | None = None
+    prefix: Prefix | None = None
+    cached: int = 0  # tokens of this row in its slot
+
+    def __post_init__(self) -> None:
+        self.is_plain_greedy = self.sampling.is_greedy and self.sampling.repetition_penalty == 1.0
+        self.generator = generator_of(self.sampling, self.prompt, self.k) if not self.sampling.is_greedy else None
+
+    def choose(self, logits_V: Tensor) -> int:
+        return draw(logits_V, [*self.prompt, *self.tokens], self.sampling, self.generator or torch.Generator())
+
+    def accept(self, token: int, piece: bytes) -> None:
+        """Take a token and see whether it ends the row: end token, stop string (across tokens), length."""
+        self.tokens.append(token)
+        if token in self.end_ids:
+            self.finish_reason = "eos"
+            return
+        before = len(self.text)
+        self.text += piece
+        if any(self.text.find(s, max(0, before - len(s) + 1)) >= 0 for s in self.stop):
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.max_new_tokens:
+            self.finish_reason = "length"
+
+
+def completion_of(row: Row, tokenizer: Tokenizer) -> Completion:
+    """Text up to the first stop string; an end token is counted among the tokens, not in the text."""
+    assert row.finish_reason is not None, "a row under way"
+    kept = row.tokens[:-1] if row.finish_reason == "eos" else row.tokens
+    text = tokenizer.decode(kept)
+    if row.finish_reason == "stop":
+        found = [text.find(s.decode()) for s in row.stop]
+        text = text[: min((at for at in found if at >= 0), default=len(text))]
+    return Completion(
+        text=text, finish_reason=row.finish_reason, num_tokens=len(row.tokens), token_ids=tuple(row.tokens)
+    )
+
+
+class Generator:
+    """Runs rows over a `Forward` in `max_slots` slots of at most `kv_bytes` together; halves them when memory ends."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        tokenizer: Tokenizer,
+        *,
+        share: bool = True,
+        max_slots: int = 64,
+        prefill_tokens: int = 4096,
+    ) -> None:
+        self.forward, self.tokenizer = forward, tokenizer
+        self.share = share and not forward.codec.is_chunked
+        self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
+        self.generated_tokens = 0
+        self.computed_tokens = 0
+        self.prompt_tokens = 0
+        self.num_oom = 0
+
+    def run(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Finished rows as they finish."""
+        waiting = deque(rows)
+        while waiting:
+            batch = _Batch(self, self._queue(waiting), _capacity(waiting, self.forward.chunk))
+            try:
+                yield from batch.run()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.max_slots == 1:
+                    raise
+                self.num_oom += 1
+                self.max_slots = max(1, self.max_slots // 2)
+            waiting = deque(_restarted(row) for row in waiting if row.finish_reason is None)
+
+    def _queue(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prefix | None]]:
+        """Rows in the order in which prefixes are needed; a prefix is computed when its first row is taken."""
+        groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
+        for row in rows:
+            groups[self.forward.rope.key(len(row.prompt))].append(row)
+        for members in groups.values():
+            limits = [len(row.prompt) - 1 if self.share else 0 for row in members]
+            pending: list[tuple[Node, Prefix | None]] = [(build([r.prompt for r in members], limits), None)]
+            while pending:
+                node, prefix = pending.pop()
+                if node.ids:
+                    self.computed_tokens += len(node.ids)
+                    prefix = self.forward.grown(prefix, node.ids, len(members[0].prompt))
+                for i in sorted(node.leaves, key=lambda i: len(members[i].prompt), reverse=True):
+                    yield members[i], prefix
+                pending.extend((child, prefix) for child in node.children)
+
+
+def _capacity(rows: Sequence[Row], chunk: int) -> int:
+    """Tokens a slot must hold at most: longer prompts than one chunk become a prefix of their own."""
+    return max(min(len(row.prompt), chunk) + row.max_new_tokens for row in rows)
+
+
+def _restarted(row: Row) -> Row:
+    """Back to its prompt; a sampled row draws the same numbers again."""
+    row.tokens.clear()
+    row.text.clear()
+    row.prefix, row.cached = None, 0
+    row.__post_init__()
+    return row
+
+
+class _Batch:
+    """The running rows: the first `len(active)` slots, always without a gap."""
+
+    def __init__(self, owner: Generator, queue: Iterator[tuple[Row, Prefix | None]], capacity: int) -> None:
+        self.owner, self.forward, self.queue = owner, owner.forward, queue
+        self.slots: Slots = owner.forward.slots(owner.max_slots, capacity)
+        self.active: list[Row] = []
+        self.next_up: tuple[Row, Prefix | None] | None = next(queue, None)
+
+    def run(self) -> Iterator[Row]:
+        while self.active or self.next_up is not None:
+            while self.next_up is not None and len(self.active) < self.owner.max_slots:
+                self._admit()
+                yield from self._retire()
+            if self.active:
+                self._step()
+                yield from self._retire()
+
+    def _admit(self) -> None:
+        """Prefill as many waiting rows of one prefix as there is room for, in one packed forward."""
+        assert self.next_up is not None
+        _, prefix = self.next_up
+        rows: list[Row] = []
+        budget = self.owner.prefill_tokens
+        while (
+            self.next_up is not None
+            and self.next_up[1] is prefix
+            and len(self.active) + len(rows) < self.owner.max_slots
+        ):
+            row = self.next_up[0]
+            length = len(row.prompt) - (prefix.length if prefix else 0)
+            if length > self.forward.chunk:
+                if not rows:
+                    self._admit_long(row, prefix)
+                break
+            budget -= length
+            if budget < 0 and rows:
+                break
+            rows.append(row)
+            self.next_up = next(self.queue, None)
+        if rows:
+            self._prefill(rows, prefix)
+
+    def _admit_long(self, row: Row, prefix: Prefix | None) -> None:
+        """A prompt beyond one chunk gets a prefix of its own, all but its last token."""
+        depth = prefix.length if prefix else 0
+        self.owner.computed_tokens += len(row.prompt) - 1 - depth
+        own = self.forward.grown(prefix, row.prompt[depth:-1], len(row.prompt))
+        self.next_up = next(self.queue, None)
+        self._prefill([row], own)
+
+    def _prefill(self, rows: list[Row], prefix: Prefix | None) -> None:
+        depth = prefix.length if prefix else 0
+        suffixes = [row.prompt[depth:] for row in rows]
+        first = len(self.active)
+        self.owner.computed_tokens += sum(map(len, suffixes))
+        self.owner.prompt_tokens += sum(len(row.prompt) for row in rows)
+        for row, suffix in zip(rows, suffixes):
+            row.prefix, row.cached = prefix, len(suffix)
+        self.active.extend(rows)
+        self._regroup()
+        hidden = self.forward.packed(
+            suffixes,
+            [len(row.prompt) for row in rows],
+            prefix=prefix,
+            last_only=True,
+            sink=(self.slots, range(first, first + len(rows))),
+        )
+        self._accept(rows, hidden)
+
+    def _regroup(self) -> None:
+        """Per-row constants of the running batch, rebuilt only when it changes."""
+        device = self.forward.device
+        by_prefix: dict[int, tuple[Prefix, list[int]]] = {}
+        for i, row in enumerate(self.active):
+            if row.prefix is not None:
+                by_prefix.setdefault(id(row.prefix), (row.prefix, []))[1].append(i)
+        self.groups = [(prefix, torch.tensor(rows, device=device)) for prefix, rows in by_prefix.values()]
+        self.base_B = torch.tensor([r.prefix.length if r.prefix else 0 for r in self.active], device=device)
+        self.prefill_B = torch.tensor([len(r.prompt) for r in self.active], device=device)
+        self.cached_B = torch.tensor([r.cached for r in self.active], device=device)
+
+    def _step(self) -> None:
+        tokens_B = torch.tensor([row.tokens[-1] for row in self.active], device=self.forward.device)
+        hidden = self.forward.step(tokens_B, self.slots, self.cached_B, self.base_B, self.prefill_B, self.groups)
+        self.cached_B += 1
+        for row in self.active:
+            row.cached += 1
+        self._accept(self.active, hidden)
+
+    @torch.inference_mode()
+    def _accept(self, rows: Sequence[Row], hidden_BE: Tensor) -> None:
+        logits_BV = self.forward.model.logits(hidden_BE)
+        greedy = logits_BV.argmax(-1).tolist()
+        for i, row in enumerate(rows):
+            token = greedy[i] if row.is_plain_greedy else row.choose(logits_BV[i])
+            row.accept(token, self.owner.tokenizer.token_bytes(token))
+        self.owner.generated_tokens += len(rows)
+
+    def _retire(self) -> Iterator[Row]:
+        """Take finished rows out; the last slot moves into each gap."""
+        finished = [i for i, row in enumerate(self.active) if row.finish_reason is not None]
+        for i in reversed(finished):
+            row, last = self.active[i], len(self.active) - 1
+            if i != last:
+                self.slots.move(last, i, self.active[last].cached)
+                self.active[i] = self.active[last]
+            self.active.pop()
+            row.prefix = None
+            yield row
+        if finished:
+            self._regroup()
+
+
+def refuse_empty(prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise EngineError("an empty prompt cannot be continued: this tokenizer puts nothing before a text")

@@ -1,0 +1,207 @@
+"""The native engine: our own Qwen transformer, prefix-shared scoring, continuously batched generation."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+
+from qwen_eval.config import EngineSpec, ModelSpec
+from qwen_eval.core import (
+    JSON,
+    Answer,
+    ChoiceLogprobs,
+    Choose,
+    Completion,
+    Completions,
+    Generate,
+    ModelError,
+    Prompt,
+    Rendered,
+    Request,
+    Score,
+    TokenLogprobs,
+)
+from qwen_eval.engines.generation import Generator, Row, completion_of, refuse_empty
+from qwen_eval.engines.scoring import Job, Scorer, Scores
+from qwen_eval.models.forward import Forward
+from qwen_eval.models.opening import open_forward
+from qwen_eval.models.tokenizer import ChatTokenizer
+
+RENDER_CACHE = 4096  # prompts: the loop renders each again when it stores the record
+
+
+class NativeEngine:
+    """Answers requests with a `Forward` and its tokenizer. `facts` go into `info` (digest, device, kernels ...)."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        tokenizer: ChatTokenizer,
+        *,
+        facts: Mapping[str, JSON] | None = None,
+        prefix_sharing: bool = True,
+        max_batch_tokens: int = 4096,
+        max_batch_size: int = 64,
+        protocol: str = "robust",
+    ) -> None:
+        self.forward = forward
+        self._tokenizer = tokenizer
+        self._facts = dict(facts or {})
+        self.scorer = Scorer(
+            forward,
+            share=prefix_sharing,
+            max_batch_tokens=max_batch_tokens,
+            model_dtype_logits=protocol == "upstream",
+        )
+        self.generator = Generator(
+            forward, tokenizer, share=prefix_sharing, max_slots=max_batch_size, prefill_tokens=max_batch_tokens
+        )
+        self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
+        self._busy_s = 0.0
+
+    @property
+    def info(self) -> Mapping[str, JSON]:
+        """What was really used, and how much was computed so far."""
+        scorer, generator = self.scorer, self.generator
+        return {
+            **self._facts,
+            "engine": "native",
+            "kv_cache": self.forward.codec.name,
+            "attention": self.forward.kernel,
+            "computed_tokens": scorer.computed_tokens + generator.computed_tokens + generator.generated_tokens,
+            "prompt_tokens": scorer.prompt_tokens + generator.prompt_tokens,
+            "generated_tokens": generator.generated_tokens,
+            "busy_s": self._busy_s,
+            "num_oom": scorer.num_oom + generator.num_oom,
+        }
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self._tokenizer
+
+    def render(self, prompt: Prompt) -> Rendered:
+        return Rendered(text=self._tokenizer.render_text(prompt), ids=self._render_ids(prompt))
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        start = time.perf_counter()
+        answers: Iterator[tuple[int, Answer]] = itertools.chain(
+            self._choose([(i, r) for i, r in enumerate(requests) if isinstance(r, Choose)]),
+            self._score([(i, r) for i, r in enumerate(requests) if isinstance(r, Score)]),
+            self._generate([(i, r) for i, r in enumerate(requests) if isinstance(r, Generate)]),
+        )
+        for index, answer in answers:
+            self._busy_s += time.perf_counter() - start
+            yield index, answer
+            start = time.perf_counter()
+
+    def close(self) -> None:
+        del self.forward, self.scorer.forward, self.generator.forward
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _choose(self, requests: Sequence[tuple[int, Choose]]) -> Iterator[tuple[int, ChoiceLogprobs]]:
+        jobs: list[Job] = []
+        owners: list[tuple[int, int]] = []  # (request, choice) of each job; choice -1 for all at once
+        parts: dict[int, dict[int, Scores]] = {}
+        for index, request in requests:
+            choices = [tuple(self._tokenizer.encode(choice)) for choice in request.choices]
+            prompt = self._render_ids(request.prompt)
+            if request.max_prompt_tokens is not None:
+                prompt = prompt[-request.max_prompt_tokens :]
+            refuse_empty(prompt)
+            if all(len(choice) == 1 for choice in choices):
+                jobs.append(Job(ids=prompt, choices=tuple(choice[0] for choice in choices)))
+                owners.append((index, -1))
+                continue
+            parts[index] = {}
+            for c, continuation in enumerate(choices):
+                jobs.append(Job(ids=(*prompt, *continuation), first=len(prompt)))
+                owners.append((index, c))
+        wanted = {index: len(request.choices) for index, request in requests}
+        for j, scores in self.scorer.run(jobs):
+            index, c = owners[j]
+            if c < 0:
+                yield index, _letters(scores)
+                continue
+            parts[index][c] = scores
+            if len(parts[index]) == wanted[index]:
+                yield index, _continuations([parts[index][i] for i in range(wanted[index])])
+
+    def _score(self, requests: Sequence[tuple[int, Score]]) -> Iterator[tuple[int, TokenLogprobs]]:
+        jobs = []
+        for _, request in requests:
+            ids = self._render_ids(request.prompt)
+            first = max(1, request.num_context)
+            if len(ids) <= first:
+                raise ModelError(f"a text of {len(ids)} tokens has nothing to score after {first} of context")
+            jobs.append(Job(ids=ids, first=first))
+        for j, scores in self.scorer.run(jobs):
+            yield (
+                requests[j][0],
+                TokenLogprobs(
+                    token_ids=jobs[j].ids[jobs[j].first :],
+                    logprobs=tuple(scores.logprobs.tolist()),
+                    num_greedy=scores.num_greedy,
+                ),
+            )
+
+    def _generate(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Completions]]:
+        rows = [row for index, request in requests for row in self._rows(index, request)]
+        wanted = {index: request.n for index, request in requests}
+        done: dict[int, dict[int, Completion]] = {index: {} for index in wanted}
+        for row in self.generator.run(rows):
+            done[row.index][row.k] = completion_of(row, self._tokenizer)
+            if len(done[row.index]) == wanted[row.index]:
+                finished = done.pop(row.index)
+                yield row.index, Completions(completions=tuple(finished[k] for k in range(wanted[row.index])))
+
+    def _rows(self, index: int, request: Generate) -> Iterator[Row]:
+        prompt = self._render_ids(request.prompt)
+        refuse_empty(prompt)
+        for k in range(request.n):
+            yield Row(
+                index=index,
+                prompt=prompt,
+                max_new_tokens=request.max_new_tokens,
+                end_ids=self._tokenizer.end_ids(request.prompt),
+                stop=tuple(s.encode() for s in request.stop),
+                sampling=request.sampling,
+                k=k,
+            )
+
+
+def _letters(scores: Scores) -> ChoiceLogprobs:
+    return ChoiceLogprobs(
+        logprobs=tuple(scores.logprobs.tolist()),
+        num_tokens=(1,) * len(scores.logits),
+        logits=tuple(scores.logits.tolist()),
+        logsumexp=float(scores.logsumexp),
+    )
+
+
+def _continuations(parts: Sequence[Scores]) -> ChoiceLogprobs:
+    return ChoiceLogprobs(
+        logprobs=tuple(float(part.logprobs.sum()) for part in parts),
+        num_tokens=tuple(len(part.logits) for part in parts),
+    )
+
+
+def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> NativeEngine:
+    """Load the checkpoint of `model`; ModelError, ConfigError or EngineError in one line where that cannot be."""
+    if spec.num_threads is not None:
+        torch.set_num_threads(spec.num_threads)
+    opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
+    on_cuda = opened.forward.device.type == "cuda"
+    return NativeEngine(
+        opened.forward,
+        opened.tokenizer,
+        facts=opened.facts,
+        prefix_sharing=spec.prefix_sharing,
+        max_batch_tokens=spec.max_batch_tokens or (16384 if on_cuda else 4096),
+        max_batch_size=spec.max_batch_size or (256 if on_cuda else 64),
+        protocol=protocol,
+    )

@@ -1,0 +1,216 @@
+"""Scoring: log-probabilities of given tokens, each shared prefix computed once, logits only where they are needed.
+
+The plain twin is `share=False, max_batch_tokens=1`: one sequence at a time, whole. Both give the same answers in fp32
+up to rounding, whatever the batch size or order.
+"""
+
+# R scored rows, E hidden size, V vocabulary, C choices, B sequences, N packed tokens
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_eval.core import EngineError
+from qwen_eval.engines.prefix_tree import Node, build
+from qwen_eval.models.forward import Forward
+from qwen_eval.models.kv_cache import Prefix
+
+HEAD_BYTES = 64 * 2**20  # of logits at a time, fp32 copy included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One sequence to score. Either `choices` (token ids) at its last token, or every token after `first` tokens."""
+
+    ids: tuple[int, ...]
+    choices: tuple[int, ...] = ()
+    first: int = 1
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """What the model has to read: the last token of a scored text is only ever a target."""
+        return self.ids if self.choices else self.ids[:-1]
+
+    @property
+    def first_row(self) -> int:
+        """Index of the first input whose hidden state is needed: no prefix may be shared beyond it."""
+        return len(self.ids) - 1 if self.choices else self.first - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """fp32, on the CPU. `logits` [C] at the last row, or [R] of each row's target; `logsumexp` [1] or [R]."""
+
+    logits: Tensor
+    logsumexp: Tensor
+    num_greedy: int = 0  # targets that were the most likely token
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.logits - self.logsumexp
+
+
+class Scorer:
+    """Runs jobs over a `Forward`. `max_batch_tokens` halves when memory runs out, and stays so."""
+
+    def __init__(
+        self, forward: Forward, *, share: bool = True, max_batch_tokens: int = 4096, model_dtype_logits: bool = False
+    ) -> None:
+        self.forward = forward
+        self.share = share and not forward.codec.is_chunked
+        self.max_batch_tokens = max_batch_tokens
+        self.model_dtype_logits = model_dtype_logits  # the original's: choice logits rounded to the model's dtype
+        self.computed_tokens = 0
+        self.prompt_tokens = 0
+        self.num_oom = 0
+        self.on_hidden: Callable[[int, Tensor], None] | None = None  # (job, final hidden states of its scored rows)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Scores]]:
+        """(index of the job, its scores), in the order in which they are computed."""
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for i, job in enumerate(jobs):
+            # sequences of different NTK alpha cannot share keys; last-row jobs have a cheaper last layer
+            groups[(*self.forward.rope.key(len(job.ids)), bool(job.choices))].append(i)
+            self.prompt_tokens += len(job.inputs)
+        for members in groups.values():
+            yield from self._run_group(jobs, members)
+
+    def _run_group(self, jobs: Sequence[Job], members: Sequence[int]) -> Iterator[tuple[int, Scores]]:
+        sequences = [jobs[i].inputs for i in members]
+        limits = [jobs[i].first_row if self.share else 0 for i in members]
+        total_length = len(jobs[members[0]].ids)  # any length of the group gives its alpha
+        pending: list[tuple[Node, Prefix | None]] = [(build(sequences, limits), None)]
+        while pending:
+            node, parent = pending.pop()
+            prefix = self._grow(parent, node, total_length)
+            yield from self._run_leaves(jobs, [members[i] for i in node.leaves], node.end, prefix)
+            pending.extend((child, prefix) for child in node.children)
+
+    def _grow(self, parent: Prefix | None, node: Node, total_length: int) -> Prefix | None:
+        if not node.ids:
+            return parent
+        self.computed_tokens += len(node.ids)
+        return self.forward.grown(parent, node.ids, total_length)
+
+    def _run_leaves(
+        self, jobs: Sequence[Job], leaves: Sequence[int], depth: int, prefix: Prefix | None
+    ) -> Iterator[tuple[int, Scores]]:
+        queue = sorted(leaves, key=lambda i: len(jobs[i].inputs))
+        while queue:
+            batch = self._next_batch([len(jobs[i].inputs) - depth for i in queue])
+            chosen = queue[-batch:]
+            try:
+                results = self._run_batch(jobs, chosen, depth, prefix)
+            except RuntimeError as error:
+                self._shrink(error, batch)
+                continue
+            del queue[-batch:]
+            yield from results
+
+    def _next_batch(self, lengths: Sequence[int]) -> int:
+        """How many of the longest sequences (at the end) fit the token budget, padding counted; at least one."""
+        longest = lengths[-1]
+        return max(1, min(len(lengths), self.max_batch_tokens // max(longest, 1)))
+
+    def _shrink(self, error: RuntimeError, batch: int) -> None:
+        if not is_out_of_memory(error):
+            raise error
+        if batch == 1:
+            raise EngineError(
+                "out of memory with a single sequence; use a smaller engine.prefill_chunk or model"
+            ) from None
+        self.num_oom += 1
+        self.max_batch_tokens = max(1, self.max_batch_tokens // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _run_batch(
+        self, jobs: Sequence[Job], chosen: Sequence[int], depth: int, prefix: Prefix | None
+    ) -> list[tuple[int, Scores]]:
+        suffixes = [jobs[i].inputs[depth:] for i in chosen]
+        if len(chosen) == 1 and len(suffixes[0]) > self.forward.chunk:
+            return [(chosen[0], self._run_long(chosen[0], jobs[chosen[0]], depth, prefix))]
+        self.computed_tokens += sum(map(len, suffixes))
+        is_last_only = bool(jobs[chosen[0]].choices)
+        lengths = [len(jobs[i].ids) for i in chosen]
+        hidden = self.forward.packed(suffixes, lengths, prefix=prefix, last_only=is_last_only)
+        if is_last_only:
+            return list(zip(chosen, self._choice_scores([jobs[i] for i in chosen], hidden)))
+        results = []
+        for i, part in zip(chosen, torch.split(hidden, [len(s) for s in suffixes])):
+            rows = part[jobs[i].first_row - depth :]
+            results.append((i, self._token_scores(i, rows, jobs[i].ids[jobs[i].first :])))
+        return results
+
+    def _run_long(self, index: int, job: Job, depth: int, prefix: Prefix | None) -> Scores:
+        """A sequence beyond one chunk: prefilled chunk by chunk, scored as it goes, nothing kept but the cache."""
+        grown = self.forward.empty_prefix() if prefix is None else prefix.fork()
+        suffix, parts, position = job.inputs[depth:], [], depth
+        self.computed_tokens += len(suffix)
+        if job.choices:
+            for _ in self.forward.extend(grown, suffix[:-1], len(job.ids)):
+                pass
+            hidden = self.forward.packed([suffix[-1:]], [len(job.ids)], prefix=grown, last_only=True)
+            return self._choice_scores([job], hidden)[0]
+        for hidden in self.forward.extend(grown, suffix, len(job.ids), want_hidden=True):
+            rows = hidden[max(0, job.first_row - position) :]
+            first_target = position + len(hidden) - len(rows) + 1
+            parts.append(self._token_scores(index, rows, job.ids[first_target : first_target + len(rows)]))
+            position += len(hidden)
+        return Scores(
+            logits=torch.cat([p.logits for p in parts]),
+            logsumexp=torch.cat([p.logsumexp for p in parts]),
+            num_greedy=sum(p.num_greedy for p in parts),
+        )
+
+    def _rows_at_a_time(self) -> int:
+        vocab = self.forward.config.vocab_size
+        return max(1, HEAD_BYTES // (vocab * (4 + self.forward.model.dtype.itemsize)))
+
+    @torch.inference_mode()
+    def _choice_scores(self, jobs: Sequence[Job], hidden_BE: Tensor) -> list[Scores]:
+        results = []
+        for jobs_part, rows in zip(
+            _chunks(jobs, self._rows_at_a_time()), torch.split(hidden_BE, self._rows_at_a_time())
+        ):
+            logits_BV = self.forward.model.logits(rows)
+            lse_B = logits_BV.float().logsumexp(-1).cpu()
+            for b, job in enumerate(jobs_part):
+                chosen = (
+                    logits_BV[b, list(job.choices)] if self.model_dtype_logits else self._exact(rows[b], job.choices)
+                )
+                results.append(Scores(logits=chosen.float().cpu(), logsumexp=lse_B[b : b + 1]))
+        return results
+
+    def _exact(self, hidden_E: Tensor, choices: Sequence[int]) -> Tensor:
+        """[C] logits in fp32 from the hidden state: in bf16 two letters tie in several percent of the items."""
+        return self.forward.model.head.weight[list(choices)].float() @ hidden_E.float()
+
+    @torch.inference_mode()
+    def _token_scores(self, index: int, hidden_RE: Tensor, targets: Sequence[int]) -> Scores:
+        if self.on_hidden is not None:
+            self.on_hidden(index, hidden_RE)
+        logits, lses, num_greedy = [], [], 0
+        targets_R = torch.tensor(targets, device=hidden_RE.device)
+        size = self._rows_at_a_time()
+        for rows, wanted in zip(torch.split(hidden_RE, size), torch.split(targets_R, size)):
+            logits_RV = self.forward.model.logits(rows).float()
+            logits.append(logits_RV.gather(1, wanted[:, None])[:, 0].cpu())
+            lses.append(logits_RV.logsumexp(-1).cpu())
+            num_greedy += int((logits_RV.argmax(-1) == wanted).sum())
+        return Scores(logits=torch.cat(logits), logsumexp=torch.cat(lses), num_greedy=num_greedy)
+
+
+def _chunks(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's and the CPU allocator's ways of saying it."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()

@@ -1,0 +1,182 @@
+"""From a `ModelSpec` to a model that runs: checkpoint, overrides, dtype, device, quantisation, cache, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_eval.config import ModelSpec
+from qwen_eval.core import JSON, ConfigError, ModelError
+from qwen_eval.models.checkpoint import Placement, load, random_model
+from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.forward import Forward
+from qwen_eval.models.hub import checkpoint_dir
+from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
+from qwen_eval.models.quant import bnb, gptq, kernels
+from qwen_eval.models.quant.gptq import GptqConfig
+from qwen_eval.models.tokenizer import ChatTokenizer, load_tokenizer
+from qwen_eval.models.transformer import Transformer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    forward: Forward
+    tokenizer: ChatTokenizer
+    facts: Mapping[str, JSON]  # what was really used: goes into the result
+
+
+def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: int = 2048) -> Opened:
+    """Load `spec`; ModelError or ConfigError names what is wrong. Quantised layers name the kernel they got."""
+    directory = checkpoint_dir(spec)
+    fields = read_config(directory, spec)
+    config = with_overrides(ModelConfig.from_hf(fields), spec)
+    device = choose_device(spec.device)
+    dtype = choose_dtype(spec.dtype, fields, device)
+    packed_config = gptq.read_config(fields, directory)
+    check_quant(spec, packed_config)
+    placement = Placement(
+        device=device,
+        dtype=dtype,
+        packed=_gptq_builder(packed_config, dtype, device) if packed_config else None,
+        from_dense=_bnb_builder(spec.quant, dtype, device) if spec.quant in ("nf4", "int8") else None,
+    )
+    model, digest = _weights(spec, directory, config, placement)
+    codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if spec.kv_cache == "int8" else PlainCodec(dtype)
+    forward = Forward(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
+    return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=_facts(spec, model, digest, device))
+
+
+def read_config(directory: Path, spec: ModelSpec) -> dict[str, Any]:
+    """config.json of the checkpoint; for random weights the keys of `model.arch` on top."""
+    try:
+        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / 'config.json'}: not readable as JSON ({error})") from None
+    return {**fields, **spec.arch} if spec.weights == "random" else dict(fields)
+
+
+def with_overrides(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
+    """The position rules of `spec` over those of the checkpoint."""
+    return replace(
+        config,
+        dynamic_ntk=_switch("model.rope.dynamic_ntk", spec.rope.dynamic_ntk, config.dynamic_ntk),
+        logn=_switch("model.logn", spec.logn, config.logn),
+        windows=layer_windows(spec.window, config) or config.windows,
+    )
+
+
+def _switch(key: str, value: str, default: bool) -> bool:
+    choices = {"auto": default, "true": True, "false": False}
+    if str(value).lower() not in choices:
+        raise ConfigError(f"{key}={value}: one of auto, true, false")
+    return choices[str(value).lower()]
+
+
+def layer_windows(window: str, config: ModelConfig) -> tuple[int | None, ...]:
+    """Attention windows per layer: "none", "layerwise" or a comma list of sizes for equal groups of layers.
+
+    Layer-wise: an eighth of the layers sees the training length, the next eighth twice that, and so on (four layers a
+    group in the 7B, as its authors described; no code of theirs was published: this schedule is ours).
+    """
+    if window == "none":
+        return ()
+    layers = config.num_layers
+    if window == "layerwise":
+        group = max(1, layers // 8)
+        return tuple(config.train_length * 2 ** (i // group) for i in range(layers))
+    try:
+        sizes = [int(part) for part in str(window).split(",")]
+    except ValueError:
+        raise ConfigError(f"model.window={window}: none, layerwise, or sizes in tokens such as '2048,4096'") from None
+    if min(sizes) < 1 or len(sizes) > layers:
+        raise ConfigError(f"model.window={window}: 1 to {layers} sizes, each at least 1 token")
+    return tuple(sizes[i * len(sizes) // layers] for i in range(layers))
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"model.device={device}: auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device={device}: no CUDA device here; use model.device=cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str, fields: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    """auto: on CUDA the checkpoint's own, bf16 where it names none; on CPU bf16 if native there, else fp32."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={dtype}: one of auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return kernels.dense_dtype()
+    named = str(fields.get("dtype") or fields.get("torch_dtype") or ("float16" if fields.get("fp16") else "bfloat16"))
+    return torch.float16 if named == "float16" else torch.bfloat16
+
+
+def check_quant(spec: ModelSpec, packed: GptqConfig | None) -> None:
+    """A checkpoint is packed or it is not: what `model.quant` says must be what the files are."""
+    if spec.weights == "random":
+        if spec.quant.startswith("gptq"):
+            raise ConfigError(
+                f"model.quant={spec.quant} with model.weights=random: use nf4, int8 or a quantised checkpoint"
+            )
+        return
+    if packed is None and spec.quant.startswith("gptq"):
+        raise ModelError(
+            f"model.quant={spec.quant}: the checkpoint is not GPTQ-packed; see python -m qwen_eval.quantize"
+        )
+    if packed is not None and spec.quant not in ("none", f"gptq-int{packed.bits}"):
+        raise ModelError(f"model.quant={spec.quant}: the checkpoint is GPTQ-packed with {packed.bits} bits")
+
+
+def _gptq_builder(config: GptqConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    def build(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+        return gptq.build_linear(tensors, config, dtype=dtype, device=device, name=name)
+
+    return build
+
+
+def _bnb_builder(quant: str, dtype: torch.dtype, device: torch.device) -> Any:
+    kind: Any = quant
+
+    def build(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return bnb.build_linear(weight, bias, kind, dtype=dtype, device=device)
+
+    return build
+
+
+def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> tuple[Transformer, str]:
+    if spec.weights == "random":
+        return random_model(config, placement, spec.seed), f"random:{spec.seed}"
+    model, files = load(directory, config, placement)
+    return model, files.digest()
+
+
+def _facts(spec: ModelSpec, model: Transformer, digest: str, device: torch.device) -> dict[str, JSON]:
+    report = kernels.report(model.modules())
+    config = model.config
+    return {
+        "weights": digest,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + report.weight_bytes,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernels": report.kernels,
+        "quant_fallback": report.fallback,
+        "dynamic_ntk": config.dynamic_ntk,
+        "logn": config.logn,
+        "windows": list(config.windows) or None,
+        "train_length": config.train_length,
+        "is_random": spec.weights == "random",
+    }
