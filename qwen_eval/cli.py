@@ -152,7 +152,7 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
 
 
 def model_first(argv: Sequence[str]) -> list[str]:
-    """Flags, then overrides of the model, then the rest: a grid sweeps tasks within a model and loads each model once."""
+    """Flags, overrides of the model, then the rest: a grid sweeps tasks within a model and loads each model once."""
 
     def rank(argument: str) -> int:
         if argument.startswith("-") or "=" not in argument:

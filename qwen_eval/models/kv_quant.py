@@ -5,7 +5,7 @@ Legend: B batch, H heads, S tokens, D head size. Codes are asymmetric uint8, `va
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,17 +13,12 @@ from torch import Tensor
 LEVELS = 255
 
 
-@dataclass(frozen=True)
-class Quantised:
+class Quantised(NamedTuple):
     """`codes` uint8 [B, H, S, D]; `scale` and `zero` [B, H, S, 1] in the dtype of the values."""
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
 
 
 def quantise_upstream(x_BHSD: Tensor) -> Quantised:
@@ -40,7 +35,7 @@ def quantise_upstream(x_BHSD: Tensor) -> Quantised:
     return Quantised(codes, scale.expand(shape).contiguous(), zero.expand(shape).contiguous())
 
 
-def quantise(x_BHSD: Tensor) -> Quantised:
+def quantise_per_token(x_BHSD: Tensor) -> Quantised:
     """Our default: one range per token and head that holds 0, an integer zero point, codes rounded to nearest.
 
     A token's codes depend on that token alone: not on how a prompt was cut into chunks, on padding or on the batch. No
@@ -58,7 +53,6 @@ def quantise(x_BHSD: Tensor) -> Quantised:
     return Quantised(codes, scale, zero.to(stored))
 
 
-def dequantise(quantised: Quantised, dtype: torch.dtype | None = None) -> Tensor:
+def dequantise(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`scale * (codes - zero)` [B, H, S, D], computed in the dtype of the scale, as upstream does."""
-    values = quantised.scale * (quantised.codes.to(quantised.scale.dtype) - quantised.zero)
-    return values if dtype is None else values.to(dtype)
+    return scale * (codes.to(scale.dtype) - zero)

@@ -7,6 +7,7 @@ LLM.int8 (https://arxiv.org/abs/2208.07339): int8 per output row; input columns 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,17 @@ def build_linear(
     inner = inner.to(device).eval()
     name = "NF4, double quantised" if quant == "nf4" else f"LLM.int8, outliers beyond {OUTLIER_THRESHOLD:g}"
     return BnbLinear(inner, (out_features, in_features), f"bitsandbytes {bnb.__version__} {name}")
+
+
+def builder(
+    quant: Quant, *, dtype: torch.dtype, device: torch.device | str
+) -> Callable[[str, Tensor, Tensor | None], nn.Module]:
+    """(name, weight, bias) -> Linear, for quantising a whole checkpoint while it loads."""
+
+    def build(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return build_linear(weight, bias, quant, dtype=dtype, device=device)
+
+    return build
 
 
 def _bitsandbytes() -> Any:

@@ -10,7 +10,7 @@ The weight is `scales[g] * (q - zero[g])`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,3 +204,14 @@ def build_linear(
             return kernels.pack(codes.q_KN, codes.zero_GN, codes.scale_GN, groups, config.bits, bias, device=device)
     weight = dequantise(tensors, config, name=name)
     return kernels.DequantisedLinear(weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
+
+
+def builder(
+    config: GptqConfig, *, dtype: torch.dtype, device: torch.device | str
+) -> Callable[[str, Mapping[str, Tensor]], nn.Module]:
+    """(name, tensors) -> Linear, for loading a whole checkpoint."""
+
+    def build(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+        return build_linear(tensors, config, dtype=dtype, device=device, name=name)
+
+    return build

@@ -1,0 +1,376 @@
+"""Any causal language model of transformers, run simply and right: the engine for what the native one does not know.
+
+Legend: B batch, T tokens, V vocabulary. Prompts are padded on the left, so that the last positions are the wanted ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qwen_eval.config import EngineSpec, ModelSpec
+from qwen_eval.core import (
+    JSON,
+    Answer,
+    ChoiceLogprobs,
+    Choose,
+    Completion,
+    Completions,
+    EngineError,
+    FinishReason,
+    Generate,
+    ModelError,
+    Prompt,
+    Rendered,
+    Request,
+    Score,
+    TokenLogprobs,
+)
+from qwen_eval.engines.hf_tokenizer import HfTokenizer
+
+BATCH_SIZE = 8
+SCORE_CHUNK = 512  # tokens whose logits over the whole vocabulary are held at once
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ATTENTION = {"auto": None, "sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
+
+Item = TypeVar("Item", bound="tuple[Any, ...]")
+
+
+class HfEngine:
+    """Answers requests with `model` (a transformers causal LM) and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = BATCH_SIZE, weights: str | None = None) -> None:
+        from transformers import GenerationConfig
+
+        self.tokenizer = HfTokenizer(tokenizer)
+        self._model = model.eval()
+        self._batch_size = batch_size
+        self._weights = weights
+        self._takes = set(inspect.signature(model.forward).parameters)
+        self._eos_ids = _eos_ids(model, tokenizer)
+        self._pad_id = next(i for i in (tokenizer.pad_token_id, *self._eos_ids, 0) if i is not None)
+        # the checkpoint's own defaults (a repetition penalty of 1.05 in Qwen2.5) would fill what requests leave at 1.0
+        model.generation_config = GenerationConfig()
+
+    @property
+    def info(self) -> Mapping[str, JSON]:
+        parameter = next(self._model.parameters())
+        return {
+            "engine": "hf",
+            "architecture": type(self._model).__name__,
+            "device": str(parameter.device),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "attention": getattr(self._model.config, "_attn_implementation", None),
+            **({"weights": self._weights} if self._weights else {}),
+        }
+
+    def render(self, prompt: Prompt) -> Rendered:
+        ids = tuple(self.tokenizer.render(prompt))
+        return Rendered(text=self.tokenizer.decode(ids), ids=ids)
+
+    def close(self) -> None:
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        chooses = [(i, request) for i, request in enumerate(requests) if isinstance(request, Choose)]
+        scores = [(i, request) for i, request in enumerate(requests) if isinstance(request, Score)]
+        generates = [(i, request) for i, request in enumerate(requests) if isinstance(request, Generate)]
+        yield from self._choose_all(chooses)
+        for index, score in scores:
+            yield index, self._score(score)
+        yield from self._generate_all(generates)
+
+    # --- choices -----------------------------------------------------------------------------------------------------
+
+    def _choose_all(self, requests: Sequence[tuple[int, Choose]]) -> Iterator[tuple[int, Answer]]:
+        asked = [(index, *self._choice_ids(request)) for index, request in requests]
+        asked.sort(key=lambda item: -len(item[1]))  # long ones first: what does not fit in memory shows at once
+        single = [item for item in asked if all(len(choice) == 1 for choice in item[2])]
+        yield from self._in_batches(single, self._choose_single)
+        for index, prompt, choices in (item for item in asked if not all(len(choice) == 1 for choice in item[2])):
+            yield index, self._choose_long(prompt, choices)
+
+    def _choice_ids(self, request: Choose) -> tuple[list[int], list[list[int]]]:
+        ids = self.tokenizer.render(request.prompt)
+        if request.max_prompt_tokens is not None:
+            ids = ids[-request.max_prompt_tokens :]
+        choices = [self.tokenizer.encode(choice) for choice in request.choices]
+        if not ids or not all(choices):
+            raise EngineError(f"a prompt and every choice need at least one token: {request.choices!r}")
+        return ids, choices
+
+    def _choose_single(self, batch: Sequence[tuple[int, list[int], list[list[int]]]]) -> list[Answer]:
+        logits_BV = self._last_logits([prompt for _, prompt, _ in batch], 1)[:, -1]
+        sums_B = logits_BV.logsumexp(-1)
+        answers: list[Answer] = []
+        for row, (_, _, choices) in enumerate(batch):
+            logits = logits_BV[row, [choice[0] for choice in choices]].tolist()
+            logsumexp = float(sums_B[row])
+            logprobs = tuple(logit - logsumexp for logit in logits)
+            answers.append(
+                ChoiceLogprobs(
+                    logprobs=logprobs, num_tokens=(1,) * len(choices), logits=tuple(logits), logsumexp=logsumexp
+                )
+            )
+        return answers
+
+    def _choose_long(self, prompt: list[int], choices: list[list[int]]) -> Answer:
+        keep = max(len(choice) for choice in choices)
+        logprobs_BTV = self._last_logits([prompt + choice[:-1] for choice in choices], keep).log_softmax(-1)
+        sums = [
+            float(logprobs_BTV[row, range(keep - len(choice), keep), choice].sum())
+            for row, choice in enumerate(choices)
+        ]
+        return ChoiceLogprobs(logprobs=tuple(sums), num_tokens=tuple(len(choice) for choice in choices))
+
+    @torch.inference_mode()
+    def _last_logits(self, rows: Sequence[list[int]], keep: int) -> torch.Tensor:
+        """Logits [B, keep, V] in fp32 of the last `keep` positions of each row."""
+        inputs = self._padded(rows)
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = keep
+        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits[:, -keep:]
+        return logits.float()
+
+    # --- scores ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _score(self, request: Score) -> Answer:
+        ids = self.tokenizer.render(request.prompt)
+        first = max(1, request.num_context)
+        logprobs: list[float] = []
+        num_greedy = 0
+        cache: Any = None
+        for start in range(0, len(ids) - 1, SCORE_CHUNK):  # the last token predicts nothing that is asked
+            chunk = ids[start : min(start + SCORE_CHUNK, len(ids) - 1)]
+            out = self._model(input_ids=self._tensor([chunk]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            begin = max(0, first - 1 - start)  # rows before it predict context
+            wanted_T = self._tensor(ids[start + begin + 1 : start + len(chunk) + 1])
+            logits_TV = out.logits[0, begin:].float()
+            if len(wanted_T):
+                logprobs += logits_TV.log_softmax(-1).gather(1, wanted_T[:, None])[:, 0].tolist()
+                num_greedy += int((logits_TV.argmax(-1) == wanted_T).sum())
+        return TokenLogprobs(token_ids=tuple(ids[first:]), logprobs=tuple(logprobs), num_greedy=num_greedy)
+
+    # --- texts -------------------------------------------------------------------------------------------------------
+
+    def _generate_all(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Answer]]:
+        """Greedy ones of one kind in batches; sampled ones alone: such a text depends on its request and seed only."""
+        groups: dict[tuple[int, tuple[str, ...], Any], list[tuple[int, Generate]]] = defaultdict(list)
+        for index, request in requests:
+            if request.sampling.is_greedy:
+                groups[request.max_new_tokens, request.stop, request.sampling].append((index, request))
+            else:
+                yield index, Completions(completions=tuple(self._sample(request, draw) for draw in range(request.n)))
+        for group in groups.values():
+            yield from self._in_batches(group, lambda batch: self._greedy([request for _, request in batch]))
+
+    def _greedy(self, batch: Sequence[Generate]) -> list[Answer]:
+        completions = self._generate(batch)
+        return [Completions(completions=(item,) * request.n) for item, request in zip(completions, batch)]
+
+    def _sample(self, request: Generate, draw: int) -> Completion:
+        torch.manual_seed(request.sampling.seed * 1_000_003 + draw)
+        return self._generate([request])[0]
+
+    @torch.inference_mode()
+    def _generate(self, batch: Sequence[Generate]) -> list[Completion]:
+        from transformers import StoppingCriteriaList
+
+        inputs = self._padded([self.tokenizer.render(request.prompt) for request in batch])
+        width = inputs["input_ids"].shape[1]
+        stops = StoppingCriteriaList([StopStrings(self.tokenizer, batch[0].stop, width)] if batch[0].stop else [])
+        out = self._model.generate(
+            **inputs, generation_config=self._generation_config(batch[0]), stopping_criteria=stops
+        )
+        return [self._completion(row[width:], request) for row, request in zip(out.tolist(), batch)]
+
+    def _generation_config(self, request: Generate) -> Any:
+        from transformers import GenerationConfig
+
+        sampling = request.sampling
+        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        return GenerationConfig(
+            max_new_tokens=request.max_new_tokens,
+            do_sample=not sampling.is_greedy,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=self._eos_ids or None,
+            pad_token_id=self._pad_id,
+            **({} if sampling.is_greedy else drawn),
+        )
+
+    def _completion(self, tokens: list[int], request: Generate) -> Completion:
+        """Cut a generated row, which is padded once its text has ended, at what ended it."""
+        reason: FinishReason = "length"
+        ends = [at for at, token in enumerate(tokens) if token in self._eos_ids]
+        if ends:
+            tokens, reason = tokens[: ends[0] + 1], "eos"
+        text = self.tokenizer.decode(tokens[:-1] if ends else tokens)
+        found = _first_stop(text, request.stop)
+        if found is not None:
+            text, reason = text[:found], "stop"
+            tokens = self._until_stop(tokens, request.stop)
+        return Completion(text=text, finish_reason=reason, num_tokens=len(tokens), token_ids=tuple(tokens))
+
+    def _until_stop(self, tokens: list[int], stop: tuple[str, ...]) -> list[int]:
+        low, high = 1, len(tokens)  # the fewest tokens whose text has a stop string: having one is monotone
+        while low < high:
+            middle = (low + high) // 2
+            has_stop = _first_stop(self.tokenizer.decode(tokens[:middle]), stop) is not None
+            low, high = (low, middle) if has_stop else (middle + 1, high)
+        return tokens[:low]
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def _in_batches(
+        self, items: Sequence[Item], answer: Callable[[Sequence[Item]], list[Answer]]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Items are (index, ...). A batch that does not fit in memory is halved and tried again."""
+        at = 0
+        while at < len(items):
+            batch = items[at : at + self._batch_size]
+            try:
+                answers = answer(batch)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise EngineError(f"out of memory with one request at a time ({_line(error)})") from error
+                self._batch_size = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            yield from ((item[0], result) for item, result in zip(batch, answers))
+            at += len(batch)
+
+    def _padded(self, rows: Sequence[list[int]]) -> dict[str, Any]:
+        width = max(len(row) for row in rows)
+        ids_BT = self._tensor([[self._pad_id] * (width - len(row)) + row for row in rows])
+        mask_BT = self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._model.device)
+
+
+class StopStrings:
+    """Ends a row once the text generated for it has a stop string; `width` tokens are the prompt."""
+
+    def __init__(self, tokenizer: HfTokenizer, stop: tuple[str, ...], width: int) -> None:
+        self._tokenizer, self._stop, self._width = tokenizer, stop, width
+        self._window = max(len(text.encode()) for text in stop) + 8  # a token is at least a byte, except special ones
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        tails = input_ids[:, self._width :][:, -self._window :].tolist()
+        found = [_first_stop(self._tokenizer.decode(tail), self._stop) is not None for tail in tails]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> HfEngine:
+    """Load a checkpoint with transformers, or its shape with random weights; remote code is never run."""
+    from transformers import AutoTokenizer
+
+    if spec.num_threads is not None:
+        torch.set_num_threads(spec.num_threads)
+    where = _where(model)
+    revision = None if model.path else model.revision
+    with one_line(where):
+        loaded = _load(model, where, revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    weights = f"random:{model.seed}" if model.weights == "random" else None
+    return HfEngine(loaded, tokenizer, batch_size=spec.max_batch_size or BATCH_SIZE, weights=weights)
+
+
+def _where(model: ModelSpec) -> str:
+    if model.path is not None:
+        if not (Path(model.path) / "config.json").is_file():
+            raise ModelError(f"model.path={model.path}: no config.json there; pass the directory of a checkpoint")
+        return model.path
+    if model.hub == "modelscope":
+        raise ModelError("engine=hf reads the Hugging Face hub or model.path=DIR; for ModelScope use engine=native")
+    if model.hub_id is None:
+        raise ModelError(f"model={model.name}: engine=hf needs model.path=DIR or model.hub_id=ORGANISATION/NAME")
+    return model.hub_id
+
+
+def _load(model: ModelSpec, where: str, revision: str | None) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = _device(model.device)
+    options = {"torch_dtype": _dtype(model.dtype, device), "attn_implementation": ATTENTION[model.attention]}
+    options = {key.replace("torch_dtype", "dtype"): value for key, value in options.items() if value is not None}
+    if model.weights == "random":
+        torch.manual_seed(model.seed)
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, **options).to(device)
+    quantisation = _quantisation(model.quant)
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
+    return AutoModelForCausalLM.from_pretrained(
+        where, revision=revision, trust_remote_code=False, device_map=device, **options
+    )
+
+
+def _quantisation(quant: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quant == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return BitsAndBytesConfig(load_in_8bit=True) if quant == "int8" else None  # GPTQ says so in its own config
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EngineError(f"model.device={name}: this machine shows no CUDA device; use model.device=cpu")
+    return name
+
+
+def _dtype(name: str, device: str) -> Any:
+    if name != "auto":
+        return DTYPES[name]
+    if device != "cpu":
+        return "auto"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if has_bf16() else torch.float32
+
+
+@contextmanager
+def one_line(where: str) -> Iterator[None]:
+    """What transformers says in a page, in a line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{where}: transformers cannot load it: {_line(error)}") from error
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """What ends a text by the generation config, the tokenizer, or ChatML."""
+    config = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(config if isinstance(config, list) else [config]), tokenizer.eos_token_id]
+    ids += [tokenizer.get_vocab().get("<|im_end|>")]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    found = [at for at in (text.find(item) for item in stop) if at >= 0]
+    return min(found) if found else None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
