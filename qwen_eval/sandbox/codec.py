@@ -1,0 +1,211 @@
+"""Plain data between the judge and the candidate: JSON with tags, in frames of a stated length.
+
+What is decoded is only ever a value of an exact builtin (or standard library) type or a `Handle`: no class, code or
+method of the sender can arrive. This module also runs inside the sandbox, so it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+FRAME_BYTES = 16 << 20
+_EXACT_INT = 1 << 53  # beyond this, hexadecimal: the decimal reading of huge ints is quadratic, and refused by Python
+_SCALARS = frozenset({str, bool, float, type(None)})
+_TYPES = {t.__name__: t for t in (int, float, str, bool, bytes, complex, list, tuple, dict, set, frozenset, type(None))}
+
+
+class Oversize(Exception):
+    """A frame over the limit."""
+
+
+class Damaged(Exception):
+    """Bytes that are not what `encode` writes."""
+
+
+class Hangup(Exception):
+    """The other end is closed."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """An object that stays on the candidate's side, by number."""
+
+    number: int
+
+
+Export = Callable[[Any], Any]
+
+
+def pack(value: Any, export: Export) -> Any:
+    """`value` as what JSON carries. `export` gets what is not plain data and returns a `Handle`, or raises TypeError.
+
+    An instance of a subclass of a builtin becomes the builtin it holds: an int subclass that claims to equal
+    everything arrives as the int it is.
+    """
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is int:
+        return value if -_EXACT_INT < value < _EXACT_INT else {"i": hex(value)}
+    if kind is list:
+        return [pack(item, export) for item in value]
+    if kind in _PACKERS:
+        tag, take = _PACKERS[kind]
+        return {tag: _pack_parts(take(value), export)}
+    if kind is Handle:
+        return {"h": value.number}
+    if value in _TYPES.values() if isinstance(value, type) else False:
+        return {"y": value.__name__}
+    return _pack_instance(value, export)
+
+
+def _pack_parts(parts: Any, export: Export) -> Any:
+    return [pack(part, export) for part in parts] if type(parts) in (list, tuple) else parts
+
+
+def _pack_instance(value: Any, export: Export) -> Any:
+    for base, narrow in _NARROW.items():
+        if isinstance(value, base):
+            return pack(narrow(value), export)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return pack(value.item(), export)
+    return pack(export(value), export)
+
+
+# The unbound methods of the base class, so that an honest subclass cannot trip over its own overrides.
+_NARROW: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    complex: lambda value: complex(value.real, value.imag),
+    bytes: lambda value: bytes(memoryview(value)),
+    list: lambda value: list(list.__iter__(value)),
+    tuple: lambda value: tuple(tuple.__iter__(value)),
+    Counter: lambda value: Counter(dict(dict.items(value))),
+    OrderedDict: lambda value: OrderedDict(list(OrderedDict.items(value))),
+    dict: lambda value: dict(dict.items(value)),
+    set: lambda value: set(set.__iter__(value)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+}
+
+
+def _pairs(value: Any) -> list[Any]:
+    return [part for pair in value.items() for part in pair]
+
+
+_PACKERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    tuple: ("t", lambda value: value),
+    dict: ("d", _pairs),
+    set: ("s", list),
+    frozenset: ("f", list),
+    complex: ("c", lambda value: [value.real, value.imag]),
+    bytes: ("b", lambda value: value.hex()),
+    bytearray: ("B", lambda value: value.hex()),
+    range: ("r", lambda value: [value.start, value.stop, value.step]),
+    deque: ("q", lambda value: [value.maxlen, *value]),
+    Counter: ("C", _pairs),
+    OrderedDict: ("O", _pairs),
+    Decimal: ("D", str),
+    Fraction: ("F", lambda value: [value.numerator, value.denominator]),
+    datetime.datetime: ("T", datetime.datetime.isoformat),
+    datetime.date: ("A", datetime.date.isoformat),
+    datetime.time: ("M", datetime.time.isoformat),
+    datetime.timedelta: ("E", lambda value: [value.days, value.seconds, value.microseconds]),
+}
+
+
+def unpack(data: Any, resolve: Callable[[Handle], Any]) -> Any:
+    """The inverse of `pack`; `resolve` turns a handle into what stands for it. Raises Damaged."""
+    kind = type(data)
+    if kind is list:
+        return [unpack(item, resolve) for item in data]
+    if kind is not dict:
+        return data
+    if len(data) != 1:
+        raise Damaged("not one tag")
+    [(tag, body)] = data.items()
+    if tag == "h":
+        if type(body) is not int:
+            raise Damaged("a handle that is not a number")
+        return resolve(Handle(body))
+    if tag not in _MAKERS:
+        raise Damaged(f"unknown tag {tag[:20]!r}")
+    maker = _MAKERS[tag]
+    try:
+        return maker([unpack(part, resolve) for part in body] if type(body) is list else body)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise Damaged(f"tag {tag}: {type(error).__name__}") from None
+
+
+def _dict(parts: list[Any]) -> dict[Any, Any]:
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+_MAKERS: dict[str, Callable[[Any], Any]] = {
+    "i": lambda text: int(text, 16),
+    "t": tuple,
+    "d": _dict,
+    "s": set,
+    "f": frozenset,
+    "c": lambda parts: complex(*parts),
+    "b": bytes.fromhex,
+    "B": bytearray.fromhex,
+    "r": lambda parts: range(*parts),
+    "q": lambda parts: deque(parts[1:], parts[0]),
+    "C": lambda parts: Counter(_dict(parts)),
+    "O": lambda parts: OrderedDict(_dict(parts)),
+    "D": Decimal,
+    "F": lambda parts: Fraction(*parts),
+    "T": datetime.datetime.fromisoformat,
+    "A": datetime.date.fromisoformat,
+    "M": datetime.time.fromisoformat,
+    "E": lambda parts: datetime.timedelta(*parts),
+    "y": lambda name: _TYPES[name],
+}
+
+
+def send_frame(fd: int, message: Any, limit: int = FRAME_BYTES) -> None:
+    """Write one JSON message. Raises Oversize before a byte is written; Hangup when nobody reads any more."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    if len(body) > limit:
+        raise Oversize(len(body))
+    view = memoryview(len(body).to_bytes(4, "big") + body)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except (BrokenPipeError, ConnectionResetError):
+        raise Hangup from None
+
+
+def receive_frame(fd: int, limit: int = FRAME_BYTES) -> Any:
+    """Read one JSON message. Raises Hangup, Oversize or Damaged; the bytes may be anybody's."""
+    size = int.from_bytes(_read_exactly(fd, 4), "big")
+    if size > limit:
+        raise Oversize(size)
+    body = _read_exactly(fd, size)
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(type(error).__name__) from None
+
+
+def _read_exactly(fd: int, size: int) -> bytes:
+    parts = []
+    while size:
+        try:
+            part = os.read(fd, min(size, 1 << 20))
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            raise Hangup
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)

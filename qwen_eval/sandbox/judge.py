@@ -1,0 +1,183 @@
+"""The judge: a process that runs tests against candidates it never shares an interpreter with.
+
+Reads programs from the harness, has the zygote fork a candidate for each, runs the (trusted) test here with the
+candidate behind a proxy, and answers with a verdict. The candidate sees the arguments of the calls, nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import importlib
+import json
+import math
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame
+from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined, Untestable
+
+JUDGE_MEMORY_BYTES = 4 << 30
+
+
+class TimedOut(BaseException):
+    """Not an Exception: a test's own `except Exception` must not swallow it."""
+
+
+def main(harness_fd: int, control_fd: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    control = socket.socket(fileno=control_fd)
+    signal.signal(signal.SIGALRM, _ring)
+    ready = json.loads(control.recv(4096) or "null")
+    if ready is None:
+        return
+    send_frame(harness_fd, ready)
+    with contextlib.suppress(Hangup):
+        while True:
+            request = receive_frame(harness_fd, 1 << 30)
+            start = time.perf_counter()
+            reason = judge(request, control)
+            send_frame(harness_fd, [reason, time.perf_counter() - start])
+
+
+def _ring(*_: object) -> NoReturn:
+    raise TimedOut
+
+
+def judge(request: dict[str, Any], control: socket.socket) -> str:
+    """The reason of the verdict; "passed" is the only pass. Raises Hangup when the zygote is gone."""
+    mine, theirs = socket.socketpair()
+    timeout_s = request["timeout_s"]
+    limits = {"cpu_s": math.ceil(timeout_s) + 1, "memory_bytes": request["memory_bytes"]}
+    with theirs:
+        _fork(control, limits, theirs.fileno())
+    with mine:
+        has_left = False
+        try:
+            # again and again: a bare `except:` in a test may catch one
+            signal.setitimer(signal.ITIMER_REAL, timeout_s, 0.05)
+            try:
+                channel = Channel(mine.fileno())
+                _run_test(request, channel)
+                if channel.fault:
+                    raise channel.fault
+                reason = "passed"
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except TimedOut:
+            reason = "timed out"
+        except Hangup:
+            has_left, reason = True, ""
+        except BaseException as error:
+            reason = _describe(error, request["test"])
+    status = _reap(control, grace_s=0.1 if has_left else 0.0)
+    return reason or _describe_exit(status)
+
+
+def _fork(control: socket.socket, limits: dict[str, int], channel: int) -> None:
+    try:
+        socket.send_fds(control, [json.dumps({"run": limits}).encode()], [channel])
+    except (BrokenPipeError, ConnectionResetError):
+        raise Hangup from None
+
+
+def _reap(control: socket.socket, grace_s: float) -> int:
+    try:
+        control.sendall(json.dumps({"reap": grace_s}).encode())
+        answer = control.recv(4096)
+    except (BrokenPipeError, ConnectionResetError):
+        answer = b""
+    if not answer:
+        raise Hangup
+    status: int = json.loads(answer)["status"]
+    return status
+
+
+def _run_test(request: dict[str, Any], channel: Channel) -> None:
+    channel.load(request["solution"])
+    tree = ast.parse(request["test"])
+    code = compile(tree, "<test>", "exec", dont_inherit=True)
+    names = _namespace(request, tree, channel)
+    channel.loaded()
+    exec(code, names)
+    if any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
+        names["check"](names[request["entry_point"]])
+
+
+def _namespace(request: dict[str, Any], test: ast.Module, channel: Channel) -> dict[str, Any]:
+    """What the test's names mean: the prelude's, then the entry point, then what nobody else defines."""
+    names: dict[str, Any] = {"__name__": "test"}
+    try:
+        exec(compile(request["prelude"], "<prelude>", "exec", dont_inherit=True), names)
+    except Exception as error:
+        raise Untestable(f"the prelude does not run by itself: {type(error).__name__}") from None
+    entry_point = request["entry_point"]
+    if not entry_point.isidentifier():
+        raise Untestable(f"entry point {entry_point!r} is not a name")
+    names[entry_point] = Remote(channel, entry_point, True)
+    for name in _unbound(test) - names.keys():
+        if hasattr(builtins, name):
+            continue  # never the candidate's: it would redefine what an assertion means
+        if name in sys.stdlib_module_names:
+            names[name] = importlib.import_module(name)
+        else:
+            names[name] = Remote(channel, name, False)
+    return names
+
+
+def _unbound(test: ast.Module) -> set[str]:
+    """Names the test reads and nowhere binds."""
+    read: set[str] = set()
+    bound: set[str] = set()
+    for node in ast.walk(test):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+    return read - bound
+
+
+def _describe(error: BaseException, test: str) -> str:
+    text = "".join(c if c.isprintable() else " " for c in str(error))[:200]
+    match error:
+        case OversizeAnswer() | Oversize():
+            return "output"
+        case Damaged():
+            return f"failed: damaged answer ({text})"
+        case Untestable() | Unconfined():
+            return f"error: {text}"
+        case MemoryError():
+            return "memory"
+        case AssertionError() if not getattr(error, "from_candidate", False):
+            return f"failed: {_failing_line(error, test)}"
+    kind = "" if type(error).__name__ == "CandidateError" else type(error).__name__
+    return "failed: " + ": ".join(part for part in (kind, text) if part)
+
+
+def _failing_line(error: BaseException, test: str) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<test>"]
+    lines = test.splitlines()
+    if not frames or not frames[-1].lineno or frames[-1].lineno > len(lines):
+        return "AssertionError"
+    return lines[frames[-1].lineno - 1].strip()[:200]
+
+
+def _describe_exit(status: int) -> str:
+    if status >= 0:
+        return f"failed: the program left with exit status {status}"
+    try:
+        return f"killed: {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed: signal {-status}"

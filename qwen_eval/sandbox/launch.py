@@ -1,0 +1,228 @@
+"""How a worker starts: a judge beside the harness, and a zygote inside the confinement of a mode."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from qwen_eval.sandbox import seccomp
+from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame
+from qwen_eval.sandbox.program import Program, SandboxError, Verdict
+
+RealMode: TypeAlias = Literal["bubblewrap", "namespaces", "unsafe"]
+
+START_S = 20.0
+GRACE_S = 0.5  # the judge times out by itself; this is for a judge stuck in one long operation
+_INSIDE = ("codec", "seccomp", "confine", "candidate", "zygote")  # in the order of their imports
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+_BOOT_ZYGOTE = """
+import json, os, sys, types
+control = int(sys.argv[1])
+def read(size):
+    data = b""
+    while len(data) < size:
+        data += os.read(control, size - len(data)) or sys.exit(1)
+    return data
+boot = json.loads(read(int.from_bytes(read(4), "big")))
+for package in ("qwen_eval", "qwen_eval.sandbox"):
+    sys.modules[package] = types.ModuleType(package)
+for name, source in boot["sources"]:
+    full = "qwen_eval.sandbox." + name
+    module = sys.modules[full] = types.ModuleType(full)
+    setattr(sys.modules["qwen_eval.sandbox"], name, module)
+    exec(compile(source, name + ".py", "exec"), module.__dict__)
+sys.modules["qwen_eval.sandbox.zygote"].main(control, **boot["arguments"])
+"""
+
+_BOOT_JUDGE = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from qwen_eval.sandbox.judge import main
+main(int(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+class WorkerLost(Exception):
+    """A judge or zygote that ended by itself."""
+
+
+class Worker:
+    """One judge and one zygote. Judges one program at a time."""
+
+    def __init__(self, mode: RealMode) -> None:
+        """Raises SandboxError where the confinement of `mode` cannot be had."""
+        self.mode = mode
+        self.zygote_log = tempfile.TemporaryFile()  # noqa: SIM115
+        self.harness, judge_end = socket.socketpair()
+        self.harness_fd = self.harness.fileno()
+        control, zygote_end = socket.socketpair()
+        proc_fd = os.open("/proc", os.O_PATH) if mode != "unsafe" else os.open("/", os.O_RDONLY)
+        try:
+            self.zygote = self._start_zygote(zygote_end.fileno(), proc_fd)
+            self.judge = self._start_judge(judge_end.fileno(), control.fileno())
+            send_frame(control.fileno(), _boot_message(mode, proc_fd))
+        except Hangup:
+            pass  # the wait below tells why
+        finally:
+            for end in (judge_end, control, zygote_end):
+                end.close()
+            os.close(proc_fd)
+        self.info = self._wait_ready()
+
+    def _start_zygote(self, control_fd: int, proc_fd: int) -> subprocess.Popen[bytes]:
+        python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _BOOT_ZYGOTE, str(control_fd)]
+        command = [*_bubblewrap_arguments(), *python] if self.mode == "bubblewrap" else python
+        return subprocess.Popen(
+            command,
+            env={},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.zygote_log,
+            pass_fds=(control_fd, proc_fd),
+            start_new_session=True,
+        )
+
+    def _start_judge(self, harness_fd: int, control_fd: int) -> subprocess.Popen[bytes]:
+        root = str(Path(__file__).resolve().parents[2])
+        command = [sys.executable, "-I", "-B", "-c", _BOOT_JUDGE, str(harness_fd), str(control_fd), root]
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=(harness_fd, control_fd), start_new_session=True
+        )
+
+    def _wait_ready(self) -> dict[str, Any]:
+        try:
+            if not self._readable(START_S):
+                raise WorkerLost
+            info: dict[str, Any] = receive_frame(self.harness_fd)
+        except (WorkerLost, Hangup, Damaged, Oversize):
+            self.close()
+            self.zygote_log.seek(0)
+            lines = self.zygote_log.read().decode(errors="replace").strip().splitlines() or ["it ended at once"]
+            raise SandboxError(f"sandbox={self.mode}: {lines[-1][:300]}") from None
+        return info
+
+    def _readable(self, timeout_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self.harness_fd, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout_s) * 1000))
+
+    def run(self, program: Program, timeout_s: float, memory_bytes: int) -> Verdict:
+        """Raises WorkerLost when judge or zygote died; the program may be at fault or not."""
+        request = {
+            "solution": program.solution,
+            "test": program.test,
+            "prelude": program.prelude,
+            "entry_point": program.entry_point,
+            "timeout_s": timeout_s,
+            "memory_bytes": memory_bytes,
+        }
+        start = time.perf_counter()
+        try:
+            send_frame(self.harness_fd, request, 1 << 30)
+            if not self._readable(timeout_s + GRACE_S):
+                self.close()
+                return Verdict(False, "timed out", time.perf_counter() - start)
+            reason, wall_s = receive_frame(self.harness_fd)
+        except (Hangup, Damaged, Oversize):
+            self.close()
+            raise WorkerLost from None
+        return Verdict(reason == "passed", reason, wall_s)
+
+    @property
+    def is_open(self) -> bool:
+        return self.harness.fileno() >= 0
+
+    def close(self) -> None:
+        """Hang up, upon which an idle judge ends and the zygote after it; what does not is killed."""
+        self.harness.close()
+        for process in (getattr(self, "judge", None), getattr(self, "zygote", None)):
+            if process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.5)
+                process.kill()
+                process.wait()
+
+
+def _boot_message(mode: RealMode, proc_fd: int) -> dict[str, Any]:
+    folder = Path(__file__).parent
+    return {
+        "sources": [(name, (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _INSIDE],
+        "arguments": {
+            "proc_fd": proc_fd,
+            "tree": _tree() if mode == "namespaces" else None,
+            "is_confined": mode != "unsafe",
+            "extra_path": ["/site"] if mode != "unsafe" else sys.path,
+        },
+    }
+
+
+@functools.cache
+def _tree() -> dict[str, Any]:
+    """What Python needs of the host: its binary, its library, the system's shared libraries; numpy where we have it.
+
+    Packages installed beside are hidden, as are home folders, /etc, /proc, /sys and the project.
+    """
+    python, stdlib = os.path.realpath(sys.executable), os.path.realpath(sysconfig.get_paths()["stdlib"])
+    places = ["/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"]
+    places += [os.path.join(os.path.realpath(sys.base_prefix), "lib"), stdlib, python]
+    binds: list[tuple[str, str]] = []
+    links: list[tuple[str, str]] = []
+    for place in places:
+        if os.path.islink(place):
+            links.append((os.readlink(place), place))
+        elif os.path.exists(place) and not any(place.startswith(known + "/") for _, known in binds):
+            binds.append((place, place))
+    folders = {place for _, place in binds}
+    masks = [hidden for folder in folders for hidden in _package_folders(folder)]
+    purelib = sysconfig.get_paths()["purelib"]
+    for name in ("numpy", "numpy.libs"):
+        if os.path.isdir(os.path.join(purelib, name)):
+            binds.append((os.path.realpath(os.path.join(purelib, name)), f"/site/{name}"))
+    return {"binds": binds, "links": links, "masks": sorted(set(masks)), "devices": _DEVICES}
+
+
+def _package_folders(folder: str) -> list[str]:
+    names = ("site-packages", "dist-packages", "python*/site-packages", "python*/dist-packages")
+    return [place for name in names for place in glob.glob(os.path.join(glob.escape(folder), name))]
+
+
+def _bubblewrap_arguments() -> list[str]:
+    program = shutil.which("bwrap")
+    if program is None:
+        raise SandboxError("sandbox=bubblewrap: no bwrap on the PATH; install bubblewrap or pass sandbox=namespaces")
+    tree = _tree()
+    arguments = [program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    if os.geteuid() == 0:  # a true change of user inside needs these two; they are gone before any candidate runs
+        arguments += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        arguments += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    for folder in sorted({str(parent) for _, place in tree["binds"] for parent in Path(place).parents} - {"/"}):
+        arguments += ["--dir", folder]  # said by name they are 0755; made on the way they would be closed to nobody
+    for source, place in tree["binds"]:
+        arguments += ["--ro-bind", source, place]
+    for device in tree["devices"]:
+        arguments += ["--dev-bind", device, device]
+    for target, place in tree["links"]:
+        arguments += ["--symlink", target, place]
+    for place in tree["masks"]:
+        arguments += ["--tmpfs", place, "--remount-ro", place]
+    return [*arguments, "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+def is_possible() -> bool:
+    """False where no confinement is to be had at all: not Linux, or a machine whose system calls are not listed."""
+    return sys.platform == "linux" and seccomp.is_supported()

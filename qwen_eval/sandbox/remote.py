@@ -1,0 +1,176 @@
+"""The candidate as the judge's test sees it: proxies that send arguments out and let only plain data in."""
+
+from __future__ import annotations
+
+import builtins
+import os
+from typing import Any
+
+from qwen_eval.sandbox.codec import Damaged, Handle, Hangup, Oversize, pack, receive_frame, send_frame, unpack
+
+
+class Untestable(Exception):
+    """The test asks for something that cannot be judged apart from the candidate."""
+
+
+class OversizeAnswer(Exception):
+    """The candidate said that its answer is over the limit."""
+
+
+class Unconfined(Exception):
+    """The candidate's process could not be confined; nothing of it has run."""
+
+
+class CandidateError(Exception):
+    """The candidate raised something that is not a builtin exception."""
+
+
+class Channel:
+    """Asks one question at a time. Each carries a fresh nonce: an answer made before the question is damage."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.fault: Exception | None = None  # the first breach of the protocol: a test that catches it still fails
+
+    def load(self, source: str) -> None:
+        send_frame(self.fd, source)
+
+    def loaded(self) -> None:
+        """Wait until the source has run; raises what it raised."""
+        self._answer("")
+
+    def ask(self, operation: str, target: str | int, *operands: Any) -> tuple[Any, Any]:
+        nonce = os.urandom(8).hex()
+        try:
+            send_frame(self.fd, [nonce, operation, target, *operands])
+            return self._answer(nonce)
+        except (Damaged, Hangup, Oversize, OversizeAnswer) as error:
+            self.fault = self.fault or error
+            raise
+
+    def _answer(self, nonce: str) -> tuple[Any, Any]:
+        message = receive_frame(self.fd)
+        match message:
+            case [str(said), "ok", value, changed] if said == nonce:
+                return value, changed
+            case [str(said), "raise", str(kind), str(text)] if said == nonce:
+                raise _exception(kind, text)
+            case [str(said), "big"] if said == nonce:
+                raise OversizeAnswer
+            case ["", "unconfined", str(text)]:
+                raise Unconfined(text[:200])
+        raise Damaged("not an answer to what was asked")
+
+
+def _exception(kind: str, text: str) -> Exception:
+    known = getattr(builtins, kind, None)
+    if isinstance(known, type) and issubclass(known, Exception):
+        try:
+            error: Exception = known(text)
+        except Exception:  # UnicodeDecodeError and its kin want more than a text
+            error = CandidateError(f"{kind}: {text}")
+    else:
+        error = CandidateError(f"{kind}: {text}" if text else kind)
+    error.from_candidate = True  # type: ignore[attr-defined]
+    return error
+
+
+class Remote:
+    """An object or a named function on the candidate's side.
+
+    It can be called, iterated, asked for its truth and its attributes. It never compares: an object of the candidate's
+    that equals everything satisfies no assertion about a value. `_is_subject` marks the entry point and what came from
+    it. Anything else the candidate defines may build objects for the test, but a plain value from it would let the
+    candidate write its own expectations, so that is Untestable.
+    """
+
+    __slots__ = ("_channel", "_is_subject", "_target")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, channel: Channel, target: str | int | None, is_subject: bool) -> None:
+        object.__setattr__(self, "_channel", channel)
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_is_subject", is_subject)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sent = pack(list(args), _export), pack(kwargs, _export)["d"]
+        packed, changed = self._channel.ask("call", self._target, sent[0], {"d": sent[1]})
+        result = _admit(self, packed)
+        if changed is not None and self._is_subject:
+            after = unpack(changed, lambda handle: Remote(self._channel, handle.number, True))
+            if type(after) is list and len(after) == len(args):
+                for old, new in zip(args, after):
+                    update(old, new)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return _admit(self, self._channel.ask("get", self._target, name)[0])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._channel.ask("set", self._target, name, pack(value, _export))
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        items = _admit(self, self._channel.ask("next", self._target)[0])
+        if type(items) is not list or len(items) > 1:
+            raise Damaged("not an item")
+        if not items:
+            raise StopIteration
+        return items[0]
+
+    def __bool__(self) -> bool:
+        truth = _admit(self, self._channel.ask("bool", self._target)[0])
+        if type(truth) is not bool:
+            raise TypeError("an object of the candidate's is not plain data")
+        return truth
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("an object of the candidate's is not plain data")
+
+    def __ne__(self, other: object) -> bool:
+        raise TypeError("an object of the candidate's is not plain data")
+
+
+def _export(value: Any) -> Handle:
+    if type(value) is Remote and isinstance(value._target, int):
+        return Handle(value._target)
+    raise Untestable(f"the test passes a {type(value).__name__} to the candidate")
+
+
+def _admit(source: Remote, packed: Any) -> Any:
+    """What `source` gave, as the test may see it."""
+    channel = source._channel
+    try:
+        value = unpack(packed, lambda handle: Remote(channel, handle.number, source._is_subject))
+    except (Damaged, RecursionError) as error:
+        channel.fault = channel.fault or error
+        raise
+    if source._is_subject or type(value) is Remote:
+        return value
+    if value is None:
+        return Remote(channel, None, False)
+    raise Untestable(f"the test uses a value of {source._target!r}, which the candidate defines; give it as prelude")
+
+
+def update(old: Any, new: Any) -> Any:
+    """Make the mutable `old` equal to `new` in place, as deep as types agree; return it, or `new` where they do not."""
+    if type(old) is not type(new):
+        return new
+    if type(old) is list:
+        old[:] = [update(a, b) for a, b in zip(old, new)] + new[len(old) :]
+    elif type(old) is dict:
+        fresh = {key: update(old[key], value) if key in old else value for key, value in new.items()}
+        old.clear()
+        old.update(fresh)
+    elif type(old) is set:
+        old.clear()
+        old.update(new)
+    elif type(old) is tuple and len(old) == len(new):
+        return tuple(update(a, b) for a, b in zip(old, new))
+    else:
+        return new
+    return old
