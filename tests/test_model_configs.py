@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from qwen_eval.config import QUANTS, ModelSpec
 from qwen_eval.core import ConfigError, ModelError
+from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.hub import ASSETS, FILES, asset_dir, checkpoint_dir, wanted_files
 from qwen_eval.models.tokenizer import load_tokenizer
 
@@ -60,10 +60,13 @@ NUM_PARAMETERS = {  # of the published weights
 
 @pytest.fixture(scope="module")
 def specs() -> dict[str, ModelSpec]:
-    ConfigStore.instance().store(name="only_a_model", node={"model": ModelSpec})
+    """All in one composition, each under its own key: composing one by one takes several times as long."""
+    overrides = [f"+model@model_{i}={name}" for i, name in enumerate(NAMES)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = {name: compose("only_a_model", overrides=[f"+model={name}"]) for name in NAMES}
-    objects: dict[str, Any] = {name: OmegaConf.to_object(config)["model"] for name, config in composed.items()}  # type: ignore[index,call-overload]
+        composed = compose(overrides=overrides)
+    schema = OmegaConf.structured(ModelSpec)
+    nodes = {name: OmegaConf.merge(schema, composed[f"model_{i}"]) for i, name in enumerate(NAMES)}
+    objects: dict[str, Any] = {name: OmegaConf.to_object(node) for name, node in nodes.items()}
     return objects
 
 
@@ -140,6 +143,23 @@ def test_facts_that_differ_within_a_family(specs: dict[str, ModelSpec]) -> None:
     assert specs["qwen1.5-4b"].arch["rope_theta"] == 5_000_000
     assert specs["qwen2.5-14b"].arch["rms_norm_eps"] == 1e-5
     assert specs["qwen2.5-14b-instruct"].arch["rms_norm_eps"] == 1e-6
+
+
+def test_the_native_model_reads_every_shape(specs: dict[str, ModelSpec]) -> None:
+    for spec in specs.values():
+        config = ModelConfig.from_hf(spec.arch)
+        assert config.num_layers == spec.arch["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", ["qwen-1.8b", "qwen1.5-0.5b", "qwen2.5-0.5b", "qwen3-0.6b", "qwen-tiny"])
+def test_the_native_model_has_these_many_parameters(specs: dict[str, ModelSpec], name: str) -> None:
+    import torch
+
+    from qwen_eval.models.transformer import Transformer
+
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_hf(specs[name].arch))
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(specs[name].arch)
 
 
 # --- where checkpoints are -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qwen_eval.core import Message, ModelError, Prompt
+from qwen_eval.core import DataError, Message, ModelError, Prompt
 from qwen_eval.models.tokenizer import (
     PRETOKEN,
     HfTokenizer,
@@ -209,6 +209,12 @@ def test_remembering_paragraphs_changes_no_token(qwen: QwenTokenizer, seed: int)
     for _ in range(2000):
         text = "".join(draw.choices(FRAGMENTS, k=draw.randrange(1, 14)))
         assert qwen.encode(text) == qwen.encode_allowing(text, ()), repr(text)
+
+
+def test_a_text_that_would_crash_tiktoken_is_refused(qwen: QwenTokenizer) -> None:
+    assert len(qwen.encode(" " * 499_999 + "x")) < 10_000
+    with pytest.raises(DataError, match="blanks in a row"):
+        qwen.encode("A" + " " * 500_000 + "x")
 
 
 def test_an_empty_batch_and_an_empty_text(qwen: QwenTokenizer) -> None:

@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from qwen_eval.core import Message, ModelError, Prompt
+from qwen_eval.core import DataError, Message, ModelError, Prompt
 
 Errors: TypeAlias = Literal["replace", "ignore", "strict"]
 
@@ -32,6 +32,10 @@ PRETOKEN = (  # single digits, unlike GPT-4's
 # No pre-token reaches from a line break into a letter or digit: the regex above ends every run of white space at its
 # last line break, and nothing composes with a line break under NFC. So text may be cut there without changing a token.
 _SAFE_CUT = re.compile(r"(?<=\n\n)(?=[^\W_])")
+
+# Somewhere between 600,000 and a million white-space characters in a row tiktoken overflows its stack and panics.
+_MAX_BLANKS = 500_000
+_TOO_BLANK = re.compile(rf"\s{{{_MAX_BLANKS}}}")
 
 
 class ChatTokenizer:
@@ -151,7 +155,7 @@ class QwenTokenizer(ChatTokenizer):
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """NFC first. Paragraphs are remembered: few-shot examples are tokenised once, not once a question."""
-        text = unicodedata.normalize("NFC", text)
+        text = _nfc(text)
         if parse_special and "<|" in text:
             return self.encode_allowing(text, self.special_tokens)
         ids: list[int] = []
@@ -161,7 +165,7 @@ class QwenTokenizer(ChatTokenizer):
 
     def encode_allowing(self, text: str, allowed: Iterable[str]) -> list[int]:
         """NFC, and only the surface forms in `allowed` become special tokens; the others stay text."""
-        text = unicodedata.normalize("NFC", text)
+        text = _nfc(text)
         ids: list[int] = self._encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
         return ids
 
@@ -293,6 +297,12 @@ class StreamDecoder:
         if token_id in self._tokenizer.special_ids:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+
+def _nfc(text: str) -> str:
+    if len(text) >= _MAX_BLANKS and _TOO_BLANK.search(text):
+        raise DataError(f"a text of {len(text):,} characters has {_MAX_BLANKS:,} blanks in a row; clean the data")
+    return unicodedata.normalize("NFC", text)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
