@@ -16,7 +16,8 @@ import pytest
 from qwen_eval import data
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Sample
-from qwen_eval.data import Source, draw, files_at, open_source
+from qwen_eval.data import Source, draw, open_source
+from qwen_eval.files import files_at
 
 COLUMNS = ("question", "A", "B", "answer")
 

@@ -34,7 +34,7 @@ from qwen_eval.core import (
 )
 from qwen_eval.data import Row, nearest, open_source
 from qwen_eval.extract import concluded_letter
-from qwen_eval.metrics import macro, mean, rates, share
+from qwen_eval.metrics import macro, mean, share
 from qwen_eval.prompts import ShotFormat, chat_shots, few_shot
 from qwen_eval.replies import flags
 from qwen_eval.tasks.registry import TaskContext
@@ -231,7 +231,7 @@ class ChoiceTask(ABC):
                 scores[record.group].append(record.grade.score)
                 upstream[record.group].append(record.grade.score_upstream or 0.0)
         if not scores:  # the split has no answers
-            return {"answered": Metric(value=float(len(records)), n=len(records), kind="count")} | rates(records)
+            return {"answered": Metric(value=float(len(records)), n=len(records), kind="count")}
         metrics = {"accuracy": self.averaged(scores)}
         if not self.is_upstream:
             metrics["accuracy_upstream"] = self.averaged(upstream)
@@ -243,7 +243,7 @@ class ChoiceTask(ABC):
         masses = [r.grade.values["mass"] for r in records if "mass" in r.grade.values]
         if masses:
             metrics["letter_mass"] = mean(masses)
-        return metrics | rates(records)
+        return metrics
 
     def averaged(self, scores: Mapping[str, Sequence[float]]) -> Metric:
         """Micro: every question counts the same. Macro: every subject does."""
