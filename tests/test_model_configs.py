@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qwen_eval.config import QUANTS, ModelSpec
-from qwen_eval.core import ConfigError, ModelError
+from qwen_eval.core import ConfigError, ModelError, Prompt
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.hub import ASSETS, FILES, asset_dir, checkpoint_dir, wanted_files
 from qwen_eval.models.tokenizer import load_tokenizer
@@ -172,6 +173,18 @@ def test_the_tiny_model_needs_nothing_but_the_package(specs: dict[str, ModelSpec
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.vocab_size <= specs["qwen-tiny"].arch["vocab_size"]
     assert len(tokenizer.encode("the answer")) < len("the answer")
+
+
+@pytest.mark.parametrize("name", ["qwen-7b-chat", "qwen3-8b"])
+def test_random_weights_of_any_shape_need_no_hub(specs: dict[str, ModelSpec], name: str) -> None:
+    from qwen_eval.models.opening import open_forward
+
+    narrow = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 128}
+    narrow |= {"kv_channels": 16} if name.startswith("qwen-") else {"head_dim": 16, "num_key_value_heads": 2}
+    spec = replace(specs[name], weights="random", dtype="fp32", device="cpu", arch={**specs[name].arch, **narrow})
+    opened = open_forward(spec)
+    assert opened.forward.config.vocab_size == 151_936
+    assert opened.tokenizer.decode(opened.tokenizer.render(Prompt.raw("x y"))) == "x y"
 
 
 def test_the_tiny_models_config_is_its_yamls(specs: dict[str, ModelSpec]) -> None:

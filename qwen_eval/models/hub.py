@@ -25,12 +25,15 @@ MODELSCOPE_HOST = "www.modelscope.cn"
 def checkpoint_dir(spec: ModelSpec) -> Path:
     """The directory with config.json, weights and tokenizer of `spec`; ModelError in one line where there is none.
 
-    `path` wins over `asset`, `asset` over the hub.
+    `path` wins over `asset`, `asset` over the hub. Random weights of a hub model need no file of it: their shape is
+    `arch`, and the directory is that of qwen-tiny, for its vocabulary.
     """
     if spec.path is not None:
         return local_dir(spec.path)
     if spec.asset is not None:
         return asset_dir(spec.asset)
+    if spec.weights == "random" and spec.arch:
+        return asset_dir("qwen-tiny")
     if spec.hub not in HUBS:
         raise ConfigError(f"model.hub={spec.hub}: not a hub; one of {', '.join(HUBS)}")
     if spec.hub == "modelscope":

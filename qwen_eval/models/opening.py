@@ -55,7 +55,9 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
 
 
 def read_config(directory: Path, spec: ModelSpec) -> dict[str, Any]:
-    """config.json of the checkpoint; for random weights the keys of `model.arch` on top."""
+    """config.json of the checkpoint; for random weights `model.arch` on top, or alone without a checkpoint."""
+    if spec.weights == "random" and spec.arch and spec.path is None and spec.asset is None:
+        return dict(spec.arch)
     try:
         fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -57,6 +57,12 @@ class Codes:
     scale_GN: Tensor  # float, as stored
     group_K: Tensor  # int64
 
+    @property
+    def weight(self) -> Tensor:
+        """fp32 [N, K]: `scale * (q - zero)` with the product in fp32."""
+        offset_KN = self.q_KN - self.zero_GN[self.group_K]
+        return (self.scale_GN.float()[self.group_K] * offset_KN).t().contiguous()
+
 
 def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig | None:
     """The GPTQ settings of a checkpoint, from config.json or else quantize_config.json; None when it is not quantised.
@@ -178,9 +184,7 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
 
 def dequantise(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> Tensor:
     """The exact weight, fp32 [out, in]: `scale * (q - zero)` with the product in fp32."""
-    codes = unpack(tensors, config, name=name)
-    offset_KN = codes.q_KN - codes.zero_GN[codes.group_K]
-    return (codes.scale_GN.float()[codes.group_K] * offset_KN).t().contiguous()
+    return unpack(tensors, config, name=name).weight
 
 
 def build_linear(
@@ -202,8 +206,7 @@ def build_linear(
         groups = kernels.contiguous_groups(codes.group_K, codes.scale_GN.shape[0])
         if groups is not None:
             return kernels.pack(codes.q_KN, codes.zero_GN, codes.scale_GN, groups, config.bits, bias, device=device)
-    weight = dequantise(tensors, config, name=name)
-    return kernels.DequantisedLinear(weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
+    return kernels.DequantisedLinear(codes.weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
 
 
 def builder(

@@ -52,10 +52,23 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Result:
-    """The tensors to be written, and the weight that any reader will make of them, fp32 [N, K]."""
+    """Codes of one Linear, and the weight that any reader will make of them, fp32 [N, K]."""
 
-    tensors: dict[str, Tensor]
+    codes: gptq.Codes
     weight_NK: Tensor
+
+    def rows(self, start: int, size: int, recipe: Recipe) -> dict[str, Tensor]:
+        """The tensors to be written for the outputs `start` .. `start + size`, zero points less one (format v1)."""
+        part = slice(start, start + size)
+        return {
+            "qweight": gptq.pack_rows(self.codes.q_KN[:, part], recipe.bits),
+            "qzeros": gptq.pack_rows(self.codes.zero_GN[:, part].T - 1, recipe.bits).T.contiguous(),
+            "scales": self.codes.scale_GN[:, part].contiguous(),
+            "g_idx": self.codes.group_K.int(),
+        }
+
+    def tensors(self, recipe: Recipe) -> dict[str, Tensor]:
+        return self.rows(0, len(self.weight_NK), recipe)
 
 
 def quantise(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
@@ -71,12 +84,22 @@ def quantise(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str
     factor = _inverse_factor(hessian[order][:, order], recipe.damp, name)
     codes_NK, scale_GN, zero_GN = _round_columns(weight[:, order], factor, recipe)
     size = num_inputs if recipe.group_size == -1 else recipe.group_size
-    group_K = torch.empty(num_inputs, dtype=torch.int32, device=weight.device)
-    group_K[order] = (torch.arange(num_inputs, device=weight.device) // size).int()
+    group_K = torch.empty(num_inputs, dtype=torch.int64, device=weight.device)
+    group_K[order] = torch.arange(num_inputs, device=weight.device) // size
     q_KN = torch.empty_like(codes_NK.T)
     q_KN[order] = codes_NK.T
-    tensors = _pack(q_KN, scale_GN, zero_GN, group_K, recipe)
-    return Result(tensors, gptq.dequantise(tensors, recipe.config, name=name))
+    codes = gptq.Codes(q_KN, zero_GN, scale_GN, group_K)
+    return Result(codes, codes.weight)
+
+
+def output_error(weight_NK: Tensor, quantised_NK: Tensor, hessian_KK: Tensor) -> float:
+    """|x (Q - W)| / |x W| over the inputs that made the Hessian."""
+
+    def energy(matrix_NK: Tensor) -> Tensor:
+        return ((matrix_NK @ hessian_KK) * matrix_NK).sum().clamp_min(0)
+
+    weight = weight_NK.float()
+    return float((energy(quantised_NK - weight) / energy(weight).clamp_min(1e-30)).sqrt())
 
 
 def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
@@ -148,12 +171,3 @@ def fit(weight_Ng: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
 def round_to_nearest(weight_NK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
     """Quantise without calibration: what GPTQ is when all inputs are independent and alike."""
     return quantise(weight_NK, torch.eye(weight_NK.shape[1], device=weight_NK.device), recipe, name=name)
-
-
-def _pack(q_KN: Tensor, scale_GN: Tensor, zero_GN: Tensor, group_K: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    return {
-        "qweight": gptq.pack_rows(q_KN, recipe.bits).contiguous(),
-        "qzeros": gptq.pack_rows((zero_GN - 1).T, recipe.bits).T.contiguous(),
-        "scales": scale_GN.contiguous(),
-        "g_idx": group_K,
-    }
