@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -105,7 +106,7 @@ class FakeEngine:
             return self._choose(request, ids, reply)
         if isinstance(request, Score):
             scored = tuple(ids[request.num_context :])
-            logprobs = tuple(-8 * _fraction(ids[: request.num_context + i], "score") for i in range(len(scored)))
+            logprobs = tuple(_f32(-8 * _fraction(ids[: request.num_context + i], "score")) for i in range(len(scored)))
             return TokenLogprobs(token_ids=scored, logprobs=logprobs, num_greedy=sum(lp > -1 for lp in logprobs))
         return Completions(completions=tuple(self._complete(request, ids, reply, draw) for draw in range(request.n)))
 
@@ -137,6 +138,10 @@ def _fraction(ids: Sequence[int], salt: str) -> float:
     """A number in [0, 1) that depends on every token and on nothing else."""
     data = salt.encode("utf-8", "surrogatepass") + b"\0" + b"".join(i.to_bytes(4, "little") for i in ids)
     return int.from_bytes(hashlib.sha256(data).digest()[:6], "little") / (1 << 48)
+
+
+def _f32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> FakeEngine:

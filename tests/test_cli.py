@@ -1,0 +1,185 @@
+"""A mistake on the command line costs a second and a line; lists and grids mean what they look like."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import toy
+
+from qwen_eval.cli import bracket_lists, conf_dir, list_keys, model_first
+from qwen_eval.config import EvalSpec
+
+TOY = [sys.executable, str(Path(toy.__file__))]
+
+
+def command(tmp_path: Path, *arguments: str, module: bool = False) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "qwen_eval"] if module else TOY
+    return subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["task=mmlv"], 'task=mmlv: unknown; did you mean "mmlu"?'),
+        (["modle=x"], 'modle: no such key; did you mean "model"?'),
+        (["model.dtype=fp17"], 'model.dtype=fp17: unknown; did you mean "fp16"? one of auto, bf16, fp16, fp32'),
+        (["model.dtyp=fp16"], 'model.dtyp: no such key; did you mean "model.dtype"?'),
+        (["task.max_new_token=3"], 'task.max_new_token: no such key; did you mean "task.max_new_tokens"?'),
+        (["engine=nativ"], 'engine=nativ: unknown; did you mean "native"?'),
+        (["engine.max_batch_size=0"], "engine.max_batch_size=0: must be at least 1"),
+        (["limit=many"], "limit: Value 'many' of type 'str' could not be converted to Integer"),
+        (["limit=0"], "task.limit=0: must be at least 1"),
+        (["protocol=upsteam"], 'did you mean "upstream"?'),
+        (["tag=../x"], "must be a plain file name"),
+        (["task.num"], "task.num: not of the form key=value"),
+        (["--limit", "3"], "options are written key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_way_out(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = command(tmp_path, "task=toy", "model=toy", "engine=fake", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("typo", ["task=mmlv", "modle=x", "model.dtype=fp17"])
+def test_a_typo_loads_nothing_heavy(tmp_path: Path, typo: str) -> None:
+    code = "import sys; from qwen_eval.__main__ import main; main(sys.argv[1:]); print(*sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, typo], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    wall_s = time.perf_counter() - start
+    heavy = {"torch", "transformers", "datasets", "pandas", "scipy", "matplotlib", "numpy"}
+    assert not heavy & set(done.stdout.split())
+    assert done.stderr.count("\n") == 1
+    assert wall_s < 5  # it is well below one second on an idle machine; this one may be busy
+
+
+def test_a_run_leaves_only_its_run_directory(tmp_path: Path) -> None:
+    done = command(tmp_path, "task=toy", "model=toy", "engine=fake", "limit=8", "seed=3")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "accuracy" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    run = tmp_path / "runs" / "eval" / "toy" / "toy" / "default"
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "records.jsonl", "result.json", "spec.json"]
+    spec = json.loads((run / "spec.json").read_text())
+    assert (spec["config"]["task"]["limit"], spec["config"]["task"]["seed"]) == (8, 3)
+
+
+def test_a_list_needs_no_brackets(tmp_path: Path) -> None:
+    done = command(tmp_path, "task=toy", "model=toy", "engine=fake", "task.levels=1,2", "task.subjects=甲", "run_dir=r")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "r" / "spec.json").read_text())["config"]
+    assert (config["task"]["levels"], config["task"]["subjects"]) == ([1, 2], ["甲"])
+
+
+def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    grid = ["-m", "task=toy", "task.levels=1,2", "protocol=robust,upstream", "model=toy,toy-chat", "engine=fake"]
+    done = command(tmp_path, *grid)
+    assert done.returncode == 0, done.stderr
+    results = sorted((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))
+    assert [str(path.parent.relative_to(tmp_path / "runs" / "eval")) for path in results] == [
+        f"toy/{model}/default,protocol={protocol}"
+        for model in ("toy", "toy-chat")
+        for protocol in ("robust", "upstream")
+    ]
+
+
+def test_a_cell_that_fails_does_not_take_the_grid_with_it(tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", "task=toy", "model=toy", "engine=fake", "model.dtype=fp17,fp16")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert len(list((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))) == 1
+
+
+def test_a_run_directory_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file in the way")
+    for grid in ([], ["-m"]):
+        done = command(tmp_path, *grid, "task=toy", "model=toy", "engine=fake")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "runs" in done.stderr
+
+
+def test_experiments_are_yaml_diffs(tmp_path: Path) -> None:
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "short.yaml").write_text("# @package _global_\ndefaults:\n  - override /engine: fake\ntask:\n  num: 3\n")
+    done = command(tmp_path, "hydra.searchpath=[file://conf]", "task=toy", "model=toy", "+experiment=short")
+    assert done.returncode == 0, done.stderr
+    assert "n=3" in done.stdout
+    typo = command(tmp_path, "hydra.searchpath=[file://conf]", "task=toy", "model=toy", "+experiment=shirt")
+    assert 'experiment=shirt: unknown; did you mean "short"?' in typo.stderr
+
+
+def test_help_lists_the_choices(tmp_path: Path) -> None:
+    done = command(tmp_path, "--help", module=True)
+    assert done.returncode == 0
+    assert "task=mmlu" in done.stdout
+    assert "engine: " in done.stdout
+
+
+@dataclass
+class Inner:
+    levels: list[int] | None = None
+    name: str = ""
+
+
+@dataclass
+class Outer:
+    seq: list[int] = field(default_factory=list)
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+
+
+def test_list_keys_come_from_the_types() -> None:
+    assert list_keys(Outer) == {"seq", "inner.levels", "maybe.levels"}
+    assert "task.subjects" in list_keys(EvalSpec)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("seq=2048,8192", "seq=[2048,8192]"),
+        ("seq=2048", "seq=[2048]"),
+        ("+seq=1,2", "+seq=[1,2]"),
+        ("seq=[1,2],[3]", "seq=[1,2],[3]"),  # a sweep over lists
+        ("seq=choice([1],[2])", "seq=choice([1],[2])"),
+        ("seq=", "seq="),
+        ("seq=null", "seq=null"),
+        ("task=a,b", "task=a,b"),  # a sweep over a group
+        ("-m", "-m"),
+        ("model.window=2048,4096", "model.window='2048,4096'"),  # one value: tokens per group of layers
+        ("model.window=none,layerwise", "model.window=none,layerwise"),
+    ],
+)
+def test_a_bare_comma_is_a_list_where_the_key_is_one(given: str, meant: str) -> None:
+    assert bracket_lists([given], {"seq"}) == [meant]
+
+
+def test_a_grid_loads_each_model_once() -> None:
+    given = ["task=a,b", "-m", "model.dtype=bf16,fp16", "limit=3", "--config-dir", "dir", "model=x,y"]
+    assert model_first(given) == [
+        "-m",
+        "--config-dir",
+        "dir",
+        "model.dtype=bf16,fp16",
+        "model=x,y",
+        "task=a,b",
+        "limit=3",
+    ]
+
+
+def test_every_yaml_of_the_engines_composes(tmp_path: Path) -> None:
+    for path in (conf_dir() / "engine").glob("*.yaml"):
+        done = command(tmp_path, f"engine={path.stem}", "task=toy", "model=toy", "--cfg", "job")
+        assert done.returncode == 0, done.stderr
+        assert f"name: {path.stem}" in done.stdout
