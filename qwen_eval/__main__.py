@@ -37,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     slot = EngineSlot()
     try:
-        return cli.run(argv, config_name="config", schema=EvalSpec, job=lambda spec: run_cell(spec, slot, argv))
+        return cli.run(argv, config_name="config", schema=EvalSpec, job=lambda spec: run_cell(spec, slot))
     finally:
         slot.close()
 
 
-def run_cell(spec: EvalSpec, slot: EngineSlot, argv: Sequence[str]) -> None:
+def run_cell(spec: EvalSpec, slot: EngineSlot) -> None:
     """Evaluate one cell and print its table."""
-    spec.tag = cli.cell_tag(argv, spec.tag)
+    spec.tag = cli.cell_tag(spec.tag)
     check(spec)
     from qwen_eval.evaluate import evaluate
     from qwen_eval.progress import Progress

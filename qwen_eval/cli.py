@@ -20,6 +20,9 @@ from qwen_eval.tasks.registry import TASKS, task_class
 
 PACKAGE = Path(__file__).parent
 NUMBER_LIST = re.compile(r"\d+(,\d+)+")
+FOREIGN = re.compile(r"[^\x00-\x7f]|[ =]")
+SYNTAX = re.compile(r"[\[\]{}()'\",$]")  # a list, a sweep or quotes: the writer knows the grammar
+PLAIN_KEY = re.compile(r"[+~]*[a-z_]\w*([./]\w+)*")
 LISTS_IN_TEXT = ("model.window",)  # text to Hydra, but "2048,4096" in it is one value and no sweep
 ENGINE_GROUPS = ("model", "engine", "protocol")
 
@@ -147,8 +150,17 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     name = key.lstrip("+~")
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
+    if not equals or not PLAIN_KEY.fullmatch(key):
+        return argument
     is_plain = value and value != "null" and not value.startswith(("[", "{", "${", "choice(", "range("))
-    return f"{key}=[{value}]" if equals and name in keys and is_plain else argument
+    if name in keys and is_plain:
+        return f"{key}=[{','.join(map(_quote, value.split(',')))}]"
+    return f"{key}={_quote(value)}"
+
+
+def _quote(value: str) -> str:
+    """Quoted where Hydra's grammar would stumble over a letter of another alphabet, a space or "=": `数据/ceval`."""
+    return f"'{value}'" if FOREIGN.search(value) and not SYNTAX.search(value) else value
 
 
 def model_first(argv: Sequence[str]) -> list[str]:
@@ -162,17 +174,19 @@ def model_first(argv: Sequence[str]) -> list[str]:
     return sorted(argv, key=rank)
 
 
-def cell_tag(argv: Sequence[str], tag: str) -> str:
+def cell_tag(tag: str) -> str:
     """In a grid: what is swept beside task and model must show in the name of the run directory, else cells collide."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return tag
-    fixed = set(argv)
-    overrides = [override for override in HydraConfig.get().overrides.task if override not in fixed]
-    swept = [override for override in overrides if override.partition("=")[0] not in ("task", "model")]
-    return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in swept)])
+    given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(given)
+    swept = {item.get_key_element() for item in parsed if item.is_sweep_override()} - {"task", "model"}
+    overrides = [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] in swept]
+    return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in overrides)])
 
 
 # --- error text ------------------------------------------------------------------------------------------------------

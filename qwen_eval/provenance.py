@@ -92,7 +92,7 @@ def weights_digest(model: ModelSpec, info: Mapping[str, JSON]) -> str:
 
 
 def directory_digest(directory: Path) -> str:
-    """sha256 over the files of a checkpoint; of a large one ("sampled") 64 KiB of every 8 MiB, which sees a change."""
+    """sha256 over the files of a checkpoint; of a large one ("sampled") 64 KiB of every 8 MiB."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
     is_whole = sum(path.stat().st_size for path in files) <= WHOLE_BYTES
     digest = hashlib.sha256()

@@ -6,21 +6,40 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import toy
 
+from qwen_eval.__main__ import main
 from qwen_eval.cli import bracket_lists, conf_dir, list_keys, model_first
 from qwen_eval.config import EvalSpec
 
-TOY = [sys.executable, str(Path(toy.__file__))]
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def command(tmp_path: Path, *arguments: str, module: bool = False) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "qwen_eval"] if module else TOY
-    return subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run a command line in an empty directory, in this process: starting one takes longer than most of the tests."""
+    monkeypatch.chdir(tmp_path)
+    toy.register()
+
+    def call(*arguments: str) -> Done:
+        code = main(["--config-dir", str(toy.CONF), *arguments])
+        said = capfd.readouterr()
+        return Done(code, said.out, said.err)
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -41,8 +60,10 @@ def command(tmp_path: Path, *arguments: str, module: bool = False) -> subprocess
         (["--limit", "3"], "options are written key=value"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_way_out(tmp_path: Path, arguments: list[str], said: str) -> None:
-    done = command(tmp_path, "task=toy", "model=toy", "engine=fake", *arguments)
+def test_a_mistake_is_one_line_with_the_way_out(
+    tmp_path: Path, command: Command, arguments: list[str], said: str
+) -> None:
+    done = command("task=toy", "model=toy", "engine=fake", *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
@@ -62,8 +83,8 @@ def test_a_typo_loads_nothing_heavy(tmp_path: Path, typo: str) -> None:
     assert wall_s < 5  # it is well below one second on an idle machine; this one may be busy
 
 
-def test_a_run_leaves_only_its_run_directory(tmp_path: Path) -> None:
-    done = command(tmp_path, "task=toy", "model=toy", "engine=fake", "limit=8", "seed=3")
+def test_a_run_leaves_only_its_run_directory(tmp_path: Path, command: Command) -> None:
+    done = command("task=toy", "model=toy", "engine=fake", "limit=8", "seed=3")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "accuracy" in done.stdout
@@ -74,16 +95,16 @@ def test_a_run_leaves_only_its_run_directory(tmp_path: Path) -> None:
     assert (spec["config"]["task"]["limit"], spec["config"]["task"]["seed"]) == (8, 3)
 
 
-def test_a_list_needs_no_brackets(tmp_path: Path) -> None:
-    done = command(tmp_path, "task=toy", "model=toy", "engine=fake", "task.levels=1,2", "task.subjects=甲", "run_dir=r")
+def test_a_list_needs_no_brackets(tmp_path: Path, command: Command) -> None:
+    done = command("task=toy", "model=toy", "engine=fake", "task.levels=1,2", "task.subjects=甲", "run_dir=r")
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "r" / "spec.json").read_text())["config"]
     assert (config["task"]["levels"], config["task"]["subjects"]) == ([1, 2], ["甲"])
 
 
-def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path) -> None:
+def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path, command: Command) -> None:
     grid = ["-m", "task=toy", "task.levels=1,2", "protocol=robust,upstream", "model=toy,toy-chat", "engine=fake"]
-    done = command(tmp_path, *grid)
+    done = command(*grid)
     assert done.returncode == 0, done.stderr
     results = sorted((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))
     assert [str(path.parent.relative_to(tmp_path / "runs" / "eval")) for path in results] == [
@@ -93,35 +114,36 @@ def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path) -> None:
     ]
 
 
-def test_a_cell_that_fails_does_not_take_the_grid_with_it(tmp_path: Path) -> None:
-    done = command(tmp_path, "-m", "task=toy", "model=toy", "engine=fake", "model.dtype=fp17,fp16")
+def test_a_cell_that_fails_does_not_take_the_grid_with_it(tmp_path: Path, command: Command) -> None:
+    done = command("-m", "task=toy", "model=toy", "engine=fake", "model.dtype=fp17,fp16")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert len(list((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))) == 1
 
 
-def test_a_run_directory_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_is_one_line(tmp_path: Path, command: Command) -> None:
     (tmp_path / "runs").write_text("a file in the way")
     for grid in ([], ["-m"]):
-        done = command(tmp_path, *grid, "task=toy", "model=toy", "engine=fake")
+        done = command(*grid, "task=toy", "model=toy", "engine=fake")
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "runs" in done.stderr
 
 
-def test_experiments_are_yaml_diffs(tmp_path: Path) -> None:
+def test_experiments_are_yaml_diffs(tmp_path: Path, command: Command) -> None:
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     (folder / "short.yaml").write_text("# @package _global_\ndefaults:\n  - override /engine: fake\ntask:\n  num: 3\n")
-    done = command(tmp_path, "hydra.searchpath=[file://conf]", "task=toy", "model=toy", "+experiment=short")
+    done = command("hydra.searchpath=[file://conf]", "task=toy", "model=toy", "+experiment=short")
     assert done.returncode == 0, done.stderr
     assert "n=3" in done.stdout
-    typo = command(tmp_path, "hydra.searchpath=[file://conf]", "task=toy", "model=toy", "+experiment=shirt")
+    typo = command("hydra.searchpath=[file://conf]", "task=toy", "model=toy", "+experiment=shirt")
     assert 'experiment=shirt: unknown; did you mean "short"?' in typo.stderr
 
 
 def test_help_lists_the_choices(tmp_path: Path) -> None:
-    done = command(tmp_path, "--help", module=True)
+    call = [sys.executable, "-m", "qwen_eval", "--help"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "task=mmlu" in done.stdout
     assert "engine: " in done.stdout
@@ -153,6 +175,10 @@ def test_list_keys_come_from_the_types() -> None:
         ("+seq=1,2", "+seq=[1,2]"),
         ("seq=[1,2],[3]", "seq=[1,2],[3]"),  # a sweep over lists
         ("seq=choice([1],[2])", "seq=choice([1],[2])"),
+        ("seq=甲,b c", "seq=['甲','b c']"),  # Hydra's grammar is ASCII
+        ("task.path=数据/ceval", "task.path='数据/ceval'"),
+        ("task.path=a=b", "task.path='a=b'"),
+        ("task.path='数据'", "task.path='数据'"),
         ("seq=", "seq="),
         ("seq=null", "seq=null"),
         ("task=a,b", "task=a,b"),  # a sweep over a group
@@ -178,8 +204,8 @@ def test_a_grid_loads_each_model_once() -> None:
     ]
 
 
-def test_every_yaml_of_the_engines_composes(tmp_path: Path) -> None:
+def test_every_yaml_of_the_engines_composes(tmp_path: Path, command: Command) -> None:
     for path in (conf_dir() / "engine").glob("*.yaml"):
-        done = command(tmp_path, f"engine={path.stem}", "task=toy", "model=toy", "--cfg", "job")
+        done = command(f"engine={path.stem}", "task=toy", "model=toy", "--cfg", "job")
         assert done.returncode == 0, done.stderr
         assert f"name: {path.stem}" in done.stdout
