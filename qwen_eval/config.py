@@ -128,7 +128,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 AT_LEAST: dict[str, int] = {
     "task.limit": 1,
-    "task.shots": 0,
+    "task.shots": -1,  # -1: the official number of the task
     "task.max_new_tokens": 1,
     "engine.max_batch_tokens": 1,
     "engine.max_batch_size": 1,
