@@ -73,9 +73,10 @@ class Prompt:
         return Prompt(text=text, parse_special=parse_special)
 
     @staticmethod
-    def user(content: str, *, system: str = "You are a helpful assistant.", prefill: str = "") -> Prompt:
-        """One user turn under the default system message of Qwen."""
-        messages = (Message(role="system", content=system), Message(role="user", content=content))
+    def user(content: str, *, system: str | None = None, prefill: str = "") -> Prompt:
+        """One user turn. Without `system` the checkpoint's own default system message stands, where it has one."""
+        asked = Message(role="user", content=content)
+        messages = (asked,) if system is None else (Message(role="system", content=system), asked)
         return Prompt(messages=messages, prefill=prefill)
 
 
