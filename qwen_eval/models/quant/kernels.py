@@ -22,9 +22,10 @@ from torch import Tensor, nn
 GROUP_SIZES = (256, 128, 64, 32)  # of torch's int4 kernels
 BLOCK_N = 64  # outputs packed together by the CPU kernel with AVX-512
 CUDA_INNER_TILES = 8
+SLAB_N = 1024  # outputs dequantised at a time: a few MiB
 # From about this many rows on, dequantising the layer for this call and multiplying densely is faster than the packed
 # kernel, whose time grows with the rows (tools/bench_int4_decode.py prints the curve).
-MAX_PACKED_ROWS = 64
+MAX_PACKED_ROWS = 96
 
 
 @dataclass(frozen=True)
@@ -120,24 +121,30 @@ class PackedLinear(nn.Module):
         return _int4_mm(x_RK.contiguous(), self.packed, self.group_size, self.scale_zero)
 
     def _dense(self, x_RK: Tensor) -> Tensor:
+        """Slabs of outputs, each dequantised into memory that is still in the cache when it is multiplied."""
         dtype = dense_dtype()
-        return (x_RK.to(dtype) @ self.unpacked(dtype)).to(x_RK.dtype)
+        x, num_padded = x_RK.to(dtype), self.scale_zero.shape[1]
+        y_RN = torch.empty(len(x), num_padded, dtype=x_RK.dtype)
+        for start in range(0, num_padded, SLAB_N):
+            outputs = slice(start, min(start + SLAB_N, num_padded))
+            y_RN[:, outputs] = x @ self.unpacked(dtype, outputs)
+        return y_RN
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The weight the packed kernel multiplies with, [K, N padded], inputs in permuted order."""
-        planes = unpack_cpu(self.packed, self.in_features * self.num_planes, dtype)
-        groups = self.scale_zero.shape[0] // self.num_planes
+    def unpacked(self, dtype: torch.dtype, outputs: slice) -> Tensor:
+        """The weight the packed kernel multiplies with, [K, outputs], inputs in permuted order; whole blocks only."""
+        rows = self.packed.view(-1, self.in_features * self.num_planes, block_outputs() // 2)
+        blocks = rows[outputs.start // block_outputs() : outputs.stop // block_outputs()]
+        scale_zero = self.scale_zero[:, outputs].to(dtype)
+        groups = len(scale_zero) // self.num_planes
+        planes = unpack_cpu(blocks, dtype)
         if self.num_planes == 2:
             high, low = planes.chunk(2)
-            planes, scale_GN = high.sub_(8).mul_(16).add_(low), self.scale_zero[groups:, :, 0]
+            planes = high.sub_(8).mul_(16).add_(low)
         else:
-            planes, scale_GN = planes.sub_(8), self.scale_zero[:, :, 0]
-        weight_GgN = planes.view(groups, self.group_size, -1)
+            planes.sub_(8)
+        weight_GgN = planes.view(groups, self.group_size, -1).mul_(scale_zero[-groups:, None, :, 0])
         if self.has_zeros:
-            zero_GN = self.scale_zero[:groups, :, 1]
-            weight_GgN = torch.addcmul(zero_GN.to(dtype)[:, None], weight_GgN, scale_GN.to(dtype)[:, None])
-        else:
-            weight_GgN.mul_(scale_GN.to(dtype)[:, None])
+            weight_GgN += scale_zero[:groups, None, :, 1]
         return weight_GgN.view(self.in_features, -1)
 
 
@@ -226,14 +233,13 @@ def _int4_mm(x_RK: Tensor, packed: Tensor, group_size: int, scale_zero: Tensor) 
     return y_RN
 
 
-def unpack_cpu(packed: Tensor, num_inputs: int, dtype: torch.dtype) -> Tensor:
+def unpack_cpu(blocks_BKh: Tensor, dtype: torch.dtype) -> Tensor:
     """The codes 0..15 as [K, N] of `dtype`, from the CPU layout: per block of outputs and input the low nibbles are the
     first half of the block, the high nibbles the second half."""
-    half = block_outputs() // 2
-    blocks = packed.view(-1, num_inputs, half)
-    codes_KBN = torch.empty(num_inputs, len(blocks), 2 * half, dtype=dtype)
-    codes_KBN[:, :, :half] = (blocks & 15).transpose(0, 1)
-    codes_KBN[:, :, half:] = (blocks >> 4).transpose(0, 1)
+    num_blocks, num_inputs, half = blocks_BKh.shape
+    codes_KBN = torch.empty(num_inputs, num_blocks, 2 * half, dtype=dtype)
+    codes_KBN[:, :, :half] = (blocks_BKh & 15).transpose(0, 1)
+    codes_KBN[:, :, half:] = (blocks_BKh >> 4).transpose(0, 1)
     return codes_KBN.view(num_inputs, -1)
 
 
@@ -247,7 +253,8 @@ def can_unpack(device_type: str) -> bool:
     if device_type != "cpu":
         return False
     q_NK = torch.randint(0, 16, (2 * BLOCK_N, 96), generator=torch.Generator().manual_seed(0))
-    return torch.equal(unpack_cpu(_int4_pack(q_NK), 96, torch.float32), q_NK.t().float())
+    blocks = _int4_pack(q_NK).view(-1, 96, block_outputs() // 2)
+    return torch.equal(unpack_cpu(blocks, torch.float32), q_NK.t().float())
 
 
 @functools.cache
