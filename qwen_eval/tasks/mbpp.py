@@ -1,0 +1,153 @@
+"""MBPP: short Python functions from a sentence and three tests, 3-shot (https://arxiv.org/abs/2108.07732).
+
+`mbpp` is the test part of the full set (ids 11-510), `mbpp_sanitized` that of the hand-verified one, `mbpp_plus`
+EvalPlus' rows with many more inputs. Prompt: the OpenCompass form that the Qwen reports use, `[BEGIN]` ... `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen_eval.code_reading import definitions, longest_program, parsed, program_in_reply, without_examples
+from qwen_eval.core import JSON, Completion, ConfigError, DataError, Message, Prompt, Sample
+from qwen_eval.data import Source
+from qwen_eval.replies import cut
+from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
+from qwen_eval.tasks.evalplus import plus_test
+from qwen_eval.tasks.generation import prompt_text
+
+if TYPE_CHECKING:
+    from qwen_eval.sandbox import Program
+
+FILES = {
+    "mbpp": ("mbpp.jsonl", "mbpp.jsonl.gz"),
+    "mbpp_sanitized": ("sanitized-mbpp.json",),
+    "mbpp_plus": ("MbppPlus.jsonl.gz", "MbppPlus.jsonl"),
+}
+SPLITS = {"test": range(11, 511), "validation": range(511, 601), "train": range(601, 975), "all": range(1, 975)}
+STOPS = ("[DONE]",)
+UPSTREAM_END = re.compile(r"('\s*|)(\[DONE\]|DONE)")
+UPSTREAM_BEGIN = re.compile(r"(\[BEGIN\]|BEGIN)('\s*|)")
+
+
+@dataclass(kw_only=True)
+class Spec(CodeSpec):
+    name: str = "mbpp"
+    shots: int = 3
+    timeout_s: float = 10.0  # id 123's reference counts for a second or two
+
+
+class Mbpp(CodeTask[Spec]):
+    Spec = Spec
+    version = 1
+
+    def rows(self, source: Source) -> list[Sample]:
+        if self.spec.split not in SPLITS:
+            raise ConfigError(f"task.split={self.spec.split}: one of {', '.join(SPLITS)}")
+        rows = self._hub_rows(source) if source.is_hub else self._file_rows(source)
+        samples = []
+        for i, row in enumerate(rows):
+            if "task_id" not in row or not ("test_list" in row or "assertion" in row):
+                raise DataError(f"{source.origin} row {i}: no task_id with tests, not a row of MBPP")
+            number = int(str(row["task_id"]).rpartition("/")[2])
+            if self.name == "mbpp_plus" or number in SPLITS[self.spec.split]:
+                samples.append(Sample(id=f"mbpp/{number}", data=row))
+        return samples
+
+    def _file_rows(self, source: Source) -> list[dict[str, JSON]]:
+        names = FILES[self.name]
+        rows: list[dict[str, JSON]] = source.json(*names) if names[0].endswith(".json") else source.jsonl(*names)
+        return rows
+
+    def _hub_rows(self, source: Source) -> list[dict[str, JSON]]:
+        config = {"mbpp": "full", "mbpp_sanitized": "sanitized"}.get(self.name)
+        return source.hub_rows(config, self.spec.split)
+
+    # --- asking ---
+
+    def prompt(self, sample: Sample) -> Prompt:
+        *examples, query, begin = json.loads(prompt_text("mbpp_3shot.json"))
+        if not 0 <= self.shots <= len(examples) // 2:
+            raise ConfigError(f"task.shots={self.shots}: the official prompt has {len(examples) // 2} examples")
+        words = {"{text}": task_text(sample.data), "{test_list}": "\n".join(tests_of(sample.data))}
+        question = re.sub(r"\{\w+\}", lambda match: words[match[0]], query["prompt"])
+        texts = [turn["prompt"] for turn in examples[: 2 * self.shots]] + [question]
+        if not self.is_chat:
+            return Prompt.raw("\n".join([*texts, begin["prompt"]]))
+        turns = [Message(role=("assistant" if i % 2 else "user"), content=text) for i, text in enumerate(texts)]
+        return Prompt(messages=(Message(role="system", content="You are a helpful assistant."), *turns))
+
+    def stops(self) -> tuple[str, ...]:
+        return STOPS
+
+    # --- reading and running ---
+
+    def read(self, sample: Sample, completion: Completion) -> Readings:
+        upstream = upstream_program(completion.text)
+        return Readings(robust=program_between_marks(completion.text, entry_point(sample.data)), upstream=upstream)
+
+    def program(self, sample: Sample, source: str) -> Program:
+        from qwen_eval.sandbox import Program
+
+        return Program(
+            id=sample.id, solution=source, test=test_source(sample.data), entry_point=entry_point(sample.data)
+        )
+
+
+def task_text(row: dict[str, JSON] | JSON) -> str:
+    """The sentence that asks: `text` in the full set, `prompt` in the sanitized one, a docstring in EvalPlus'."""
+    text = str(row["text"] if "text" in row else row["prompt"]).strip()
+    return text.strip('"').strip().split("\nassert")[0] if "assertion" in row else text
+
+
+def tests_of(row: JSON) -> list[str]:
+    """The assertions a model is shown."""
+    if "test_list" in row:
+        return list(row["test_list"])
+    return [line for line in str(row["assertion"]).splitlines() if line.strip()]
+
+
+def entry_point(row: JSON) -> str:
+    """The function that the tests call; MBPP's own rows do not name it."""
+    from qwen_eval.sandbox import called_function
+
+    if "entry_point" in row:
+        return str(row["entry_point"])
+    return called_function("\n".join(row["test_list"]), row["code"].replace("\r\n", "\n"))
+
+
+def test_source(row: JSON) -> str:
+    """Set-up code stands behind the solution: that of ids 367 and 927 uses the solution's own classes."""
+    if "plus_input" in row:
+        return plus_test(row)
+    parts = [*row.get("test_imports", []), row.get("test_setup_code", ""), *row["test_list"]]
+    return "\n".join(part.replace("\r\n", "\n") for part in parts if part) + "\n"
+
+
+def program_between_marks(text: str, function: str) -> str | None:
+    """The program between `[BEGIN]` and `[DONE]`, quoted, fenced or bare, that defines `function`."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = cut(text.rpartition("[BEGIN]")[2], STOPS)
+    quoted = re.fullmatch(r"\s*(['\"]{1,3})(.*?)\1?\s*", text, re.DOTALL)
+    for candidate in [text.strip("\n"), *([quoted[2]] if quoted else [])]:
+        program = longest_program(candidate)
+        if (tree := parsed(program)) and definitions(program) and _names(tree, function):
+            return without_examples(program) + "\n"
+    return program_in_reply(text, function)
+
+
+def _names(tree: object, function: str) -> bool:
+    return any(getattr(node, "name", None) == function for node in getattr(tree, "body", []))
+
+
+def upstream_program(text: str) -> str:
+    """What the official harness runs: the text between the first marks, without the quote that opens it."""
+    text = text.strip()
+    if end := UPSTREAM_END.search(text):
+        text = text[: end.start()]
+    if begin := UPSTREAM_BEGIN.search(text):
+        text = text[begin.end() :]
+    return text.strip().removeprefix("'")

@@ -1,0 +1,225 @@
+"""HumanEval: official prompts and readings, a reader that keeps the program whole, verdicts from the sandbox."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_gsm8k import golden_rows, ids_sha256
+
+from qwen_eval.code_reading import (
+    continued_program,
+    longest_program,
+    program_in_reply,
+    prompt_context,
+    upstream_chat_body,
+)
+from qwen_eval.core import Completion, Completions, ConfigError, Generate, Record, Sample, Turn
+from qwen_eval.models.tokenizer import load_tokenizer
+from qwen_eval.replies import cut
+from qwen_eval.tasks.evalplus import plus_test
+from qwen_eval.tasks.humaneval import UPSTREAM_CUTS, HumanEval, Spec, chat_question
+from qwen_eval.tasks.registry import TaskContext
+
+DATA = Path(__file__).parent / "data"
+
+
+def humaneval(*, protocol: str = "robust", is_chat: bool = False, **keys: Any) -> HumanEval:
+    return HumanEval(Spec(**keys), TaskContext(protocol=protocol, is_chat=is_chat))
+
+
+def replied(task: HumanEval, sample: Sample, *texts: str) -> list[Turn]:
+    completions = tuple(Completion(text=text, finish_reason="eos", num_tokens=9) for text in texts)
+    request = Generate(prompt=task.prompt(sample), max_new_tokens=9)
+    return [Turn(request=request, answer=Completions(completions=completions))]
+
+
+# --- official prompts and readings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bench", ["humaneval_base", "chat_humaneval"])
+def test_prompts_are_the_official_ones_token_for_token(golden: Path, bench: str) -> None:
+    tokenizer = load_tokenizer(DATA)
+    task = humaneval(is_chat=bench.startswith("chat"))
+    samples = {sample.id: sample for sample in task.samples()}
+    rows = [row for row in golden_rows(golden, "prompts.jsonl") if row["bench"] == bench]
+    assert rows, f"no {bench} rows"
+    for row in rows:
+        sample = samples[row["task_id"]]
+        ids = tokenizer.render(task.prompt(sample))
+        assert (len(ids), ids_sha256(ids)) == (row["n_tokens"], row["prompt_ids_sha256"]), row["task_id"]
+        if "prompt_text_sha256" in row:
+            text = chat_question(sample)
+            assert hashlib.sha256(text.encode()).hexdigest() == row["prompt_text_sha256"]
+
+
+def test_upstream_readings_equal_the_recorded_ones(golden: Path) -> None:
+    for row in golden_rows(golden, "extraction/humaneval.jsonl"):
+        assert upstream_chat_body(row["response"], row["entry_point"]) == row["chat_code"]
+        assert cut(row["response"], UPSTREAM_CUTS) == row["base_decode"]
+
+
+# --- reading programs -----------------------------------------------------------------------------------------------
+
+PROMPT = (
+    "import math\n\ndef helper(x):\n    return x\n\n"
+    'def area(r: float) -> float:\n    """Area of a circle.\n    >>> area(1)\n    """\n'
+)
+BODY = "    two = 2\n\n    return math.pi * r ** two"
+FUNCTION = f"def area(r):\n{BODY}\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"Here you are:\n```python\n{FUNCTION}```\nIt multiplies.",
+        f"```Python\nimport math\n\n{FUNCTION}\nprint(area(1))\nassert area(1) == 3\n```",
+        f"~~~\n{FUNCTION}~~~",
+        f"```py\n{FUNCTION}",  # cut off, or never closed
+        f"Sure!\n\n{FUNCTION}\nThis function does it.",
+        FUNCTION.replace("\n", "\r\n"),
+        BODY,
+        f"```\n{BODY}\n```",
+        "two = 2\nreturn math.pi * r ** two",  # a body without its indentation
+        f"1. First:\n   ```python\n   {FUNCTION.strip().replace(chr(10), chr(10) + '   ')}\n   ```",
+        f"```python\n{FUNCTION}```\nFor example:\n```python\nassert area(1) == 3\n```",
+        f"```python\n{FUNCTION}\nif __name__ == '__main__':\n    print(area(float(input())))\n```",
+    ],
+)
+def test_the_program_of_a_reply_is_found_whole(reply: str) -> None:
+    program = program_in_reply(reply, "area", PROMPT)
+    assert program is not None
+    names: dict[str, Any] = {}
+    exec(program, names)  # written above, not by a model
+    assert round(names["area"](2), 4) == 12.5664
+    assert "helper" in names  # the prompt's helpers come along
+
+
+def test_helpers_of_an_earlier_block_come_along_and_the_last_definition_wins() -> None:
+    reply = (
+        "```python\nfrom math import pi\ndef square(x):\n    return x * x\nsquare(3)\n```\nFirst try:\n"
+        "```python\ndef area(r):\n    return 0\n```\nBetter:\n```python\ndef area(r):\n    return pi * square(r)\n```"
+    )
+    program = program_in_reply(reply, "area", PROMPT)
+    assert program is not None
+    assert program.index("def square") < program.rindex("def area")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert round(names["area"](1), 2) == 3.14
+
+
+@pytest.mark.parametrize("reply", ["", "I cannot solve this.", "def area(r):\n", "```python\nprint(1)\n```"])
+def test_a_reply_without_the_function_has_no_program(reply: str) -> None:
+    assert program_in_reply(reply, "area") is None
+
+
+@pytest.mark.parametrize("hostile", ["(" * 40_000, "-" * 40_000 + "1", "a." * 20_000, "\0", "if x:\n" * 3000])
+def test_hostile_nesting_is_no_program(hostile: str) -> None:
+    assert program_in_reply(f"```python\n{hostile}\n```", "area", PROMPT) is None
+    assert isinstance(continued_program(PROMPT, hostile), str)
+
+
+def test_a_completion_loses_only_what_keeps_it_from_running() -> None:
+    completion = f"{BODY}\n\nThis is the area, of course.\n"
+    assert continued_program(PROMPT, completion).rstrip() == (PROMPT + BODY).rstrip()
+    assert continued_program(PROMPT, BODY) == PROMPT + BODY
+    assert continued_program(PROMPT, "    return (") == PROMPT.rstrip("\n")  # never less than the prompt
+
+
+def test_the_longest_program_is_linear_text() -> None:
+    assert longest_program("x = 1\ny = 2\nand so on") == "x = 1\ny = 2"
+    assert prompt_context(PROMPT, "area").count("def ") == 1
+
+
+# --- the task -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def samples() -> Sequence[Sample]:
+    return humaneval().samples()
+
+
+def test_the_package_carries_the_164_problems(samples: Sequence[Sample]) -> None:
+    assert [sample.id for sample in samples] == [f"HumanEval/{i}" for i in range(164)]
+
+
+def test_a_batch_is_graded_as_each_alone(samples: Sequence[Sample]) -> None:
+    task = humaneval()
+    items = [(s, replied(task, s, s.data["canonical_solution"])) for s in samples[:12]]
+    items[3] = (samples[3], replied(task, samples[3], "    return None"))
+    grades = task.grade_many(items)
+    assert [grade.score for grade in grades] == [1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert task.grade(*items[3]) == grades[3]
+
+
+def test_upstream_ends_a_solution_at_the_first_blank_line(samples: Sequence[Sample]) -> None:
+    sample = samples[0]
+    body = "    n = len(numbers)\n\n    for i in range(n):\n        for j in range(i):\n"
+    body += "            if abs(numbers[i] - numbers[j]) < threshold:\n                return True\n    return False\n"
+    for protocol, score in (("robust", 1.0), ("upstream", 0.0)):
+        task = humaneval(protocol=protocol)
+        grade = task.grade(sample, replied(task, sample, body))
+        assert (grade.score, grade.score_upstream) == (score, 0.0)
+        assert grade.extracted != grade.extracted_upstream
+
+
+def test_upstream_loses_the_imports_of_a_chat_reply(samples: Sequence[Sample]) -> None:
+    sample = next(s for s in samples if s.id == "HumanEval/2")
+    reply = "```python\nimport math\n\ndef truncate_number(number):\n    return number - math.floor(number)\n```"
+    task = humaneval(is_chat=True)
+    grade = task.grade(sample, replied(task, sample, reply))
+    assert (grade.score, grade.score_upstream) == (1.0, 0.0)
+
+
+def test_several_completions_give_pass_at_k(samples: Sequence[Sample]) -> None:
+    task = humaneval(samples_per_problem=3, temperature=0.8, k=[1, 2])
+    sample = samples[0]
+    request = task.request(sample, [])
+    assert isinstance(request, Generate)
+    assert (request.n, request.sampling.temperature) == (3, 0.8)
+    grade = task.grade(sample, replied(task, sample, sample.data["canonical_solution"], "    return 7", ""))
+    record = Record(
+        sample_id=sample.id, group="", cluster="", target=None, prompts=(), prompt_sha256=(), num_prompt_tokens=(),
+        answers=(), grade=grade,
+    )  # fmt: skip
+    metrics = task.summarise([record])
+    assert metrics["pass@1"].value == pytest.approx(1 / 3)
+    assert metrics["pass@2"].value == pytest.approx(2 / 3)
+    assert grade.flags == ("empty", "no_answer")
+
+
+@pytest.mark.parametrize("keys", [{"samples_per_problem": 4}, {"k": [10]}, {"mode": "cht"}])
+def test_settings_that_cannot_work_are_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        humaneval(**keys)
+
+
+# --- HumanEval+ -----------------------------------------------------------------------------------------------------
+
+
+def test_plus_rows_pass_with_their_reference_and_fail_without() -> None:
+    task = HumanEval(Spec(name="humaneval_plus", data="bundled", timeout_s=30.0), TaskContext())
+    samples = task.samples()[:8]
+    items = [(s, replied(task, s, s.data["canonical_solution"])) for s in samples]
+    assert [grade.score for grade in task.grade_many(items)] == [1.0] * len(items)
+    wrong = [(s, replied(task, s, "    return None")) for s in samples]
+    assert [grade.score for grade in task.grade_many(wrong)] == [0.0] * len(items)
+
+
+def test_tuples_that_json_lost_are_put_back() -> None:
+    row = {
+        "entry_point": "f",
+        "canonical_solution": "def f(t, xs):\n    return hash(t) and len(xs)\n",
+        "assertion": "assert f((1, (2, 3)), [1]) == 1",
+        "base_input": [[[1, [2, 3]], [1]]],
+        "plus_input": [[[4, [5, [6]]], []]],
+        "atol": 0,
+    }
+    inputs = next(n for n in ast.parse(plus_test(row)).body if isinstance(n, ast.Assign) and "inputs" in ast.unparse(n))
+    assert ast.literal_eval(inputs.value) == [[(1, (2, 3)), [1]], [(4, (5, (6,))), []]]
+    assert json.dumps(row)  # as the file holds it
