@@ -164,7 +164,7 @@ class ChoiceLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """`logprobs[i]` is the log-probability (nats, fp32) of `token_ids[i]` given all tokens before it; scored ones only."""
+    """`logprobs[i]` is the log-probability (nats, fp32) of `token_ids[i]` given all before it; scored ones only."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -13,7 +13,7 @@ CHANGES_NUMBERS = ("dtype", "quant", "kv_cache", "rope", "logn", "window", "atte
 HONOURED = {
     "native": CHANGES_NUMBERS,
     "hf": ("dtype", "quant", "attention", "weights"),
-    "vllm": ("dtype", "quant", "kv_cache"),
+    "vllm": ("dtype", "quant"),
     "openai": (),  # the server decided all of them when it was started
     "fake": CHANGES_NUMBERS,  # has no model: nothing to dishonour
 }

@@ -1,0 +1,168 @@
+"""The API engine against a real HTTP server: what it sends, what it reads, and what it says when that fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from qwen_eval.config import EngineSpec, ModelSpec
+from qwen_eval.core import ChoiceLogprobs, Choose, Completions, EngineError, Generate, Prompt, Sampling, Score
+from qwen_eval.engines import open_engine
+
+pytest.importorskip("openai")
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.errors: list[int] = []  # statuses of the next replies
+        self.in_flight = self.most_in_flight = 0
+        self.has_logprobs = True
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append((self.path, body))
+            status = self.server.errors.pop(0) if self.server.errors else 200
+            self.server.in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        time.sleep(0.02)
+        with self.server.lock:
+            self.server.in_flight -= 1
+        reply = self._reply(body) if status == 200 else {"error": {"message": f"status {status}\nand a second line"}}
+        data = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        text = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        tops = {"A": -0.5, "B": -1.5, " A": -3.0} if self.server.has_logprobs else {}
+        chosen = []
+        for index in range(body.get("n") or 1):
+            choice: dict[str, Any] = {"index": index, "finish_reason": "length" if "long" in text else "stop"}
+            said = f"echo {text} STOP rest"
+            if "messages" in body:
+                rows = [{"token": token, "logprob": value, "bytes": None} for token, value in tops.items()]
+                content = [{"token": "A", "logprob": -0.5, "bytes": None, "top_logprobs": rows}] if tops else None
+                choice |= {"message": {"role": "assistant", "content": said}, "logprobs": {"content": content}}
+            else:
+                choice |= {"text": said, "logprobs": {"top_logprobs": [tops]} if tops else None}
+            chosen.append(choice)
+        usage = {"completion_tokens": 7 * len(chosen), "prompt_tokens": 3, "total_tokens": 10}
+        return {"id": "x", "object": "completion", "created": 0, "model": "m", "choices": chosen, "usage": usage}
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def engine_at(server: Server, **options: Any) -> Any:
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    return open_engine(EngineSpec(name="openai", base_url=url, **options), ModelSpec(name="m", hub_id="Qwen/X"))
+
+
+def test_texts_come_back_to_their_requests_with_many_in_flight(server: Server) -> None:
+    engine = engine_at(server, concurrency=4)
+    requests = [Generate(prompt=Prompt.user(f"q{i}"), max_new_tokens=9, stop=(" STOP",)) for i in range(12)]
+    found = dict(engine.run(requests))
+    assert {i: answer.text for i, answer in found.items()} == {i: f"echo q{i}" for i in range(12)}
+    assert 2 <= server.most_in_flight <= 4
+    path, body = server.seen[0]
+    assert path == "/v1/chat/completions"
+    assert (body["model"], body["max_tokens"], body["temperature"], body["stop"]) == ("Qwen/X", 9, 0.0, [" STOP"])
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+
+
+def test_raw_text_goes_to_the_completions_endpoint(server: Server) -> None:
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=20, seed=5)
+    request = Generate(prompt=Prompt.raw("long text"), max_new_tokens=4, sampling=sampling, n=2)
+    ((_, answer),) = engine_at(server).run([request])
+    assert isinstance(answer, Completions)
+    assert [(item.finish_reason, item.num_tokens) for item in answer.completions] == [("length", 7)] * 2
+    path, body = server.seen[0]
+    assert path == "/v1/completions"
+    assert (body["prompt"], body["n"], body["seed"], body["top_k"]) == ("long text", 2, 5, 20)
+
+
+@pytest.mark.parametrize("prompt", [Prompt.raw("Q"), Prompt.user("Q")])
+def test_choices_are_read_from_the_likeliest_tokens(server: Server, prompt: Prompt) -> None:
+    ((_, answer),) = engine_at(server).run([Choose(prompt=prompt, choices=("B", "A"))])
+    assert isinstance(answer, ChoiceLogprobs)
+    assert answer.logprobs == (-1.5, -0.5)
+
+
+def test_a_choice_the_server_does_not_name_is_never_guessed(server: Server) -> None:
+    with pytest.raises(EngineError, match="'C' is not among the 3 likeliest"):
+        list(engine_at(server).run([Choose(prompt=Prompt.raw("Q"), choices=("A", "C"))]))
+    server.has_logprobs = False
+    with pytest.raises(EngineError, match="gives no log-probabilities"):
+        list(engine_at(server).run([Choose(prompt=Prompt.raw("Q"), choices=("A", "C"))]))
+
+
+def test_a_busy_server_is_asked_again(server: Server) -> None:
+    server.errors = [503, 429]
+    ((_, answer),) = engine_at(server).run([Generate(prompt=Prompt.raw("x"), max_new_tokens=3)])
+    assert answer.text.startswith("echo x")
+    assert len(server.seen) == 3
+
+
+def test_a_refusal_is_one_line_and_ends_the_asking(server: Server) -> None:
+    server.errors = [400]
+    requests = [Generate(prompt=Prompt.raw(f"{i}"), max_new_tokens=3) for i in range(50)]
+    with pytest.raises(EngineError, match="status 400") as caught:
+        list(engine_at(server, concurrency=1).run(requests))
+    assert "\n" not in str(caught.value)
+    assert len(server.seen) < 10
+
+
+def test_no_server_and_no_address_are_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(EngineError, match=r"pass engine\.base_url="):
+        open_engine(EngineSpec(name="openai"), ModelSpec(name="m"))
+    monkeypatch.setattr("qwen_eval.engines.openai.MAX_RETRIES", 0)
+    gone = open_engine(EngineSpec(name="openai", base_url="http://127.0.0.1:9/v1"), ModelSpec(name="m"))
+    with pytest.raises(EngineError, match="no server answers"):
+        list(gone.run([Generate(prompt=Prompt.raw("x"), max_new_tokens=3)]))
+
+
+def test_scoring_over_an_api_is_refused(server: Server) -> None:
+    with pytest.raises(EngineError, match="cannot score text"):
+        list(engine_at(server).run([Score(prompt=Prompt.raw("x"))]))
+
+
+def test_vllm_that_is_not_installed_says_how_to_get_it() -> None:
+    try:
+        import vllm  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        with pytest.raises(EngineError, match=r"pip install 'qwen_eval\[vllm\]'"):
+            open_engine(EngineSpec(name="vllm"), ModelSpec(name="m"))
+    else:
+        pytest.skip("vllm is installed")
