@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -326,8 +327,14 @@ def _bundled(name: str, why: str = "") -> Source:
             f"{name}: no sample is bundled; pass task.path=<folder, archive or file in the official format>"
         )
     if why:
-        logger.warning("%s: %s: scoring the small bundled sample; task.path= takes the full benchmark", name, why)
+        _warn_once(f"{name}: {why}: scoring the small bundled sample; task.path= takes the full benchmark")
     return Source(f"bundled:{name}", Folder(root))
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    """A task may be built several times in one run."""
+    logger.warning("%s", message)
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

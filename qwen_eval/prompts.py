@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from qwen_eval.core import Message, Prompt
 
-SYSTEM = "You are a helpful assistant."  # Qwen's default
-
 
 @dataclass(frozen=True, kw_only=True)
 class ShotFormat:
@@ -56,11 +54,12 @@ def few_shot(
     )
 
 
-def chat_shots(
-    template: str, shots: Sequence[Mapping[str, str]], row: Mapping[str, str], *, system: str = SYSTEM
-) -> Prompt:
-    """A chat that asks `row` after earlier turns, in which each shot was asked and answered with its `answer`."""
-    messages = [Message(role="system", content=system)]
+def chat_shots(template: str, shots: Sequence[Mapping[str, str]], row: Mapping[str, str]) -> Prompt:
+    """A chat that asks `row` after earlier turns, in which each shot was asked and answered with its `answer`.
+
+    Without a system message: the checkpoint's own default stands.
+    """
+    messages: list[Message] = []
     for shot in shots:
         messages.append(Message(role="user", content=template.format_map(shot)))
         messages.append(Message(role="assistant", content=shot["answer"]))

@@ -174,8 +174,8 @@ def test_too_few_shots_are_refused(tmp_path: Path) -> None:
     [
         ({"subjects": ["astrnomy"]}, "task.subjects=astrnomy: not a subject of mmlu; did you mean astronomy?"),
         ({"mode": "chta"}, "task.mode=chta: one of auto, base, chat; did you mean chat?"),
-        ({"shots": 6}, "task.shots=6: 0 to 5"),
-        ({"chat_shots": -1}, "task.chat_shots=-1: 0 to 5"),
+        ({"shots": 6}, "task.shots=6: 0 to 5, or -1 for the official number"),
+        ({"shots": -2}, "task.shots=-2: 0 to 5, or -1 for the official number"),
         ({"split": "val"}, "task.split=val: mmlu is scored on test"),
     ],
 )
@@ -263,10 +263,10 @@ def test_any_number_of_shots_to_five(shots: int) -> None:
     request = task.request(task.samples()[0], ())
     assert request is not None
     assert (request.prompt.text or "").count("问题：") == shots + 1
-    chat = exam("cmmlu", chat_shots=shots, is_chat=True)
+    chat = exam("cmmlu", shots=shots, is_chat=True)
     request = chat.request(chat.samples()[0], ())
     assert request is not None
-    assert len(request.prompt.messages) == 2 * shots + 2
+    assert len(request.prompt.messages) == 2 * shots + 1
 
 
 # --- grading -------------------------------------------------------------------------------------------------------

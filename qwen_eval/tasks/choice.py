@@ -41,6 +41,7 @@ from qwen_eval.tasks.registry import TaskContext
 
 LETTERS = ("A", "B", "C", "D")
 MODES = ("auto", "base", "chat")
+OFFICIAL = -1  # shots
 MAX_SHOTS = 5  # the dev split of each exam has five rows a subject
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ChoiceSpec(TaskSpec):
-    """`shots` are those of the base form (official: 5), `chat_shots` those of the chat form (official: 0)."""
+    """`shots=-1`: the official number, 5 in base form and 0 in chat form, where shots are earlier turns."""
 
     split: str = "test"
-    shots: int = 5
-    chat_shots: int = 0
+    shots: int = OFFICIAL
 
 
 class ChoiceTask(ABC):
@@ -82,9 +82,16 @@ class ChoiceTask(ABC):
             raise ConfigError(f"task.mode={self.spec.mode}: one of {', '.join(MODES)}{nearest(self.spec.mode, MODES)}")
         if self.spec.split not in self.splits:
             raise ConfigError(f"task.split={self.spec.split}: {self.name} is scored on {' or '.join(self.splits)}")
-        for key in ("shots", "chat_shots"):
-            if not 0 <= getattr(self.spec, key) <= MAX_SHOTS:
-                raise ConfigError(f"task.{key}={getattr(self.spec, key)}: 0 to {MAX_SHOTS}")
+        if not OFFICIAL <= self.spec.shots <= MAX_SHOTS:
+            raise ConfigError(f"task.shots={self.spec.shots}: 0 to {MAX_SHOTS}, or {OFFICIAL} for the official number")
+        for name in self.spec.subjects:
+            self._named(name)
+
+    @property
+    def shots(self) -> int:
+        if self.spec.shots != OFFICIAL:
+            return self.spec.shots
+        return 0 if self.is_chat else MAX_SHOTS
 
     # --- rows ---
 
@@ -109,7 +116,7 @@ class ChoiceTask(ABC):
         """Those asked for, or all whose rows are there."""
         known = self.all_subjects()
         if self.spec.subjects:
-            return tuple(dict.fromkeys(s for name in self.spec.subjects for s in self._named(name, known)))
+            return tuple(dict.fromkeys(s for name in self.spec.subjects for s in self._named(name)))
         if self.source.is_hub:
             return known
         found = tuple(s for s in known if self.source.has(*self.candidates(s, self.spec.split)))
@@ -120,9 +127,11 @@ class ChoiceTask(ABC):
             logger.warning("%s: %d of %d subjects are there", self.source.origin, len(found), len(known))
         return found
 
-    def _named(self, name: str, known: Sequence[str]) -> tuple[str, ...]:
+    def _named(self, name: str) -> tuple[str, ...]:
+        """The subjects of a category, or the one subject of this name."""
         if name in self.categories:
             return self.categories[name]
+        known = self.all_subjects()
         if name not in known:
             raise ConfigError(
                 f"task.subjects={name}: not a subject of {self.name}{nearest(name, (*known, *self.categories))}"
@@ -136,7 +145,7 @@ class ChoiceTask(ABC):
     @cached_property
     def _shots(self) -> dict[str, list[Row]]:
         """The first dev rows of every subject, in order."""
-        n = self.spec.chat_shots if self.is_chat else self.spec.shots
+        n = self.shots
         if n == 0:
             return {subject: [] for subject in self.subjects}
         shots = {subject: self._checked(self.read(subject, "dev")) for subject in self.subjects}
@@ -256,7 +265,7 @@ class ChoiceTask(ABC):
         shots = self._shots  # read before the digest is taken
         return {
             "split": self.spec.split,
-            "shots": self.spec.chat_shots if self.is_chat else self.spec.shots,
+            "shots": self.shots,
             "format": "chat" if self.is_chat else "base",
             "average": self.average,
             "origin": self.source.origin,
