@@ -23,9 +23,10 @@ MAX_EXACT_CLUSTERS = 14
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """`delta` in [`low`, `high`] (1 - alpha), how likely by chance, and the smallest effect this n would have shown.
+    """`delta` in [`low`, `high`] (95 %) and how likely by chance.
 
-    `low`, `high` and `p_value` are None when there are fewer than two independent draws. `test` names the test.
+    `low`, `high`, `p_value` and `error` (the standard error) are None when there are fewer than two independent draws.
+    `test` names the test; `discordance` is the share of pairs that differ, for right/wrong items.
     """
 
     delta: float
@@ -34,12 +35,22 @@ class Difference:
     low: float | None = None
     high: float | None = None
     p_value: float | None = None
-    mde: float | None = None
+    error: float | None = None
+    discordance: float | None = None
     test: str = ""
+
+    def mde(self, alpha: float = ALPHA) -> float | None:
+        """The smallest |Δ| that the test at level `alpha` finds four times of five with this n and this spread."""
+        if self.discordance is not None:
+            return share_mde(self.num_clusters, self.discordance, alpha=alpha)
+        if self.error is None or self.num_clusters < 2:
+            return None
+        dof = self.num_clusters - 1
+        return (t_quantile(dof, 1 - alpha / 2) + t_quantile(dof, POWER)) * self.error
 
 
 def paired_share(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, alpha: float = ALPHA
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None
 ) -> Difference:
     """Difference of two means of scores in 0..1 over the same samples."""
     assert len(first) == len(second), (len(first), len(second))
@@ -49,24 +60,24 @@ def paired_share(
         return Difference(delta=math.nan, n=0, num_clusters=0)
     is_binary = all(x in (0.0, 1.0) for x in first) and all(x in (0.0, 1.0) for x in second)
     if not is_binary or groups is not None:
-        return _difference_of_means(diffs, groups, alpha=alpha, floor=True)
+        return _difference_of_means(diffs, groups, floor=True)
     gains, losses = sum(d > 0 for d in diffs), sum(d < 0 for d in diffs)
-    low, high = bonett_price(gains, losses, n, alpha=alpha)
+    low, high = bonett_price(gains, losses, n)
     return Difference(
         delta=(gains - losses) / n, n=n, num_clusters=n, low=low, high=high, p_value=mcnemar(gains, losses),
-        mde=share_mde(n, (gains + losses) / n, alpha=alpha), test="exact McNemar",
+        error=math.sqrt(gains + losses) / n, discordance=(gains + losses) / n, test="exact McNemar",
     )  # fmt: skip
 
 
 def paired_mean(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, alpha: float = ALPHA
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None
 ) -> Difference:
     """Difference of two means of any numbers over the same samples."""
     assert len(first) == len(second), (len(first), len(second))
     if not first:
         return Difference(delta=math.nan, n=0, num_clusters=0)
     diffs = [b - a for a, b in zip(first, second)]
-    return _difference_of_means(diffs, _real_clusters(clusters, len(diffs)), alpha=alpha, floor=False)
+    return _difference_of_means(diffs, _real_clusters(clusters, len(diffs)), floor=False)
 
 
 def paired_perplexity(
@@ -74,8 +85,6 @@ def paired_perplexity(
     second_nll: Sequence[float],
     num_tokens: Sequence[int],
     clusters: Sequence[Hashable] | None = None,
-    *,
-    alpha: float = ALPHA,
 ) -> Difference:
     """ΔPPL of two models over the same tokens, jointly linearised; the draws are documents (or `clusters` of rows)."""
     assert len(first_nll) == len(second_nll) == len(num_tokens)
@@ -90,11 +99,11 @@ def paired_perplexity(
     ]
     variance, dof = ratio_variance(influence, [float(t) for t in num_tokens], groups)
     diffs = [b - a for a, b in zip(first_nll, second_nll)]
-    return _interval(ppl_b - ppl_a, variance, dof, diffs, groups, alpha=alpha, n=int(total))
+    return _interval(ppl_b - ppl_a, variance, dof, diffs, groups, n=int(total))
 
 
-def speed_ratio(first: Sequence[float], second: Sequence[float], *, alpha: float = ALPHA) -> Difference:
-    """log(second / first) of two sets of repeats (not paired): Welch's t on logarithms. `mde` is on the same scale."""
+def speed_ratio(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """log(second / first) of two sets of repeats (not paired): Welch's t on logarithms."""
     a, b = np.log(np.asarray(first, dtype=float)), np.log(np.asarray(second, dtype=float))
     delta, n = float(np.median(b) - np.median(a)) if len(a) and len(b) else math.nan, len(a) + len(b)
     if min(len(a), len(b)) < 2:
@@ -103,7 +112,7 @@ def speed_ratio(first: Sequence[float], second: Sequence[float], *, alpha: float
     variance = max(var_a + var_b, 1e-12)
     dof = variance**2 / max(var_a**2 / (len(a) - 1) + var_b**2 / (len(b) - 1), 1e-30)
     dof = min(dof, float(n - 2))
-    return _interval(float(b.mean() - a.mean()), variance, dof, [], None, alpha=alpha, n=n, test="Welch t of logs")
+    return _interval(float(b.mean() - a.mean()), variance, dof, [], None, n=n, test="Welch t of logs")
 
 
 # --- tests ---------------------------------------------------------------------------------------------------------
@@ -126,11 +135,12 @@ def sign_flip(sums: NDArray[np.float64], *, seed: int = 0) -> float:
     if len(values) <= MAX_EXACT_CLUSTERS:
         signs = 1 - 2 * ((np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1)
         return float(np.mean(np.abs(signs @ values) >= observed))
-    rng, hits, done = np.random.default_rng(seed), 0, 0
+    rng, hits, done, width = np.random.default_rng(seed), 0, 0, -(-len(values) // 8)
     while done < NUM_FLIPS_DRAWN:  # in slices: 10,000 x 14,000 signs would be a gigabyte
         rows = min(NUM_FLIPS_DRAWN - done, max(1, 4_000_000 // len(values)))
-        signs = rng.integers(0, 2, (rows, len(values)), dtype=np.int8) * 2 - 1
-        hits += int(np.count_nonzero(np.abs(signs @ values) >= observed))
+        bits = np.unpackbits(np.frombuffer(rng.bytes(rows * width), dtype=np.uint8).reshape(rows, width), axis=1)
+        flipped = 2.0 * (bits[:, : len(values)].astype(np.float64) @ values) - values.sum()
+        hits += int(np.count_nonzero(np.abs(flipped) >= observed))
         done += rows
     return (hits + 1) / (NUM_FLIPS_DRAWN + 1)
 
@@ -195,18 +205,17 @@ def mcnemar_power(n: int, delta: float, discordance: float, alpha: float = ALPHA
 # --- shared pieces -------------------------------------------------------------------------------------------------
 
 
-def _difference_of_means(
-    diffs: Sequence[float], groups: Sequence[Hashable] | None, *, alpha: float, floor: bool
-) -> Difference:
+def _difference_of_means(diffs: Sequence[float], groups: Sequence[Hashable] | None, *, floor: bool) -> Difference:
     delta, n = math.fsum(diffs) / len(diffs), len(diffs)
     variance, dof = ratio_variance(diffs, [1.0] * n, groups)
     if floor and variance == 0.0:  # no cluster changed: that is not certainty, but at most a few in this many
-        low, high = bonett_price(0, 0, int(dof) + 1, alpha=alpha)
+        num_clusters = int(dof) + 1
+        low, high = bonett_price(0, 0, num_clusters)
         return Difference(
-            delta=delta, n=n, num_clusters=int(dof) + 1, low=min(low, delta), high=max(high, delta), p_value=1.0,
-            mde=share_mde(int(dof) + 1, 0.0, alpha=alpha), test="no difference",
+            delta=delta, n=n, num_clusters=num_clusters, low=min(low, delta), high=max(high, delta), p_value=1.0,
+            error=0.0, discordance=0.0, test="no difference",
         )  # fmt: skip
-    return _interval(delta, variance, dof, diffs, groups, alpha=alpha, n=n)
+    return _interval(delta, variance, dof, diffs, groups, n=n)
 
 
 def _interval(
@@ -216,19 +225,18 @@ def _interval(
     diffs: Sequence[float],
     groups: Sequence[Hashable] | None,
     *,
-    alpha: float,
     n: int,
     test: str = "sign-flip permutation",
 ) -> Difference:
-    num_clusters = int(dof) + 1 if math.isfinite(dof) else n
+    num_clusters = int(dof) + 1
     if dof < 1 or not math.isfinite(variance):
         return Difference(delta=delta, n=n, num_clusters=num_clusters)
-    error, critical = math.sqrt(variance), t_quantile(dof, 1 - alpha / 2)
+    error = math.sqrt(variance)
+    half = t_quantile(dof) * error
     p_value = sign_flip(_cluster_sums(diffs, groups)) if diffs else _t_test(delta, error, dof)
-    mde = (critical + t_quantile(dof, POWER)) * error
     return Difference(
-        delta=delta, n=n, num_clusters=num_clusters, low=delta - critical * error, high=delta + critical * error,
-        p_value=p_value, mde=mde, test=test,
+        delta=delta, n=n, num_clusters=num_clusters, low=delta - half, high=delta + half, p_value=p_value, error=error,
+        test=test,
     )  # fmt: skip
 
 

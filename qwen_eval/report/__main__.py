@@ -1,0 +1,169 @@
+"""`python -m qwen_eval.report`: tables, comparisons, the published ledger, the regression gate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_eval import cli
+from qwen_eval.config import not_one_of
+from qwen_eval.core import ConfigError, StoreError
+from qwen_eval.report.config import FORMATS, LAYOUTS, ReportSpec
+from qwen_eval.report.render import Table
+
+if TYPE_CHECKING:
+    from qwen_eval.report.compare import Margins
+
+ENDINGS = {".md": "md", ".csv": "csv", ".tex": "tex", ".html": "html", ".xml": "junit", ".txt": "terminal"}
+BASELINES = "reports/baselines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one command has to say. `junit` and `page` are made only when such a file is asked for."""
+
+    title: str
+    tables: list[Table]
+    exit_code: int = 0
+    junit: str | None = None
+    roots: tuple[str, ...] = ()  # whose samples an HTML page may show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the gate found something worse, 2 the user's mistake, 3 not comparable or missing."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    codes: list[int] = []
+    failed = cli.run(argv, config_name="report", schema=ReportSpec, job=lambda spec: codes.append(run_report(spec)))
+    return failed or max(codes, default=0)
+
+
+def run_report(spec: ReportSpec) -> int:
+    """Print or write one report; the exit code of the gate, else 0."""
+    forms = _forms(check(spec))
+    if spec.accept:
+        return _accept(spec)
+    report = build(spec)
+    for path, form in forms:
+        text = _text(spec, report, form)
+        if path is None:
+            sys.stdout.write(text)
+        else:
+            _write(path, text)
+    if spec.gate and all(path is not None for path, _ in forms):
+        sys.stdout.write(_text(spec, report, "terminal"))
+    return report.exit_code
+
+
+def check(spec: ReportSpec) -> ReportSpec:
+    """ConfigError for a value outside its set or two questions at once."""
+    if spec.format not in FORMATS:
+        raise not_one_of("format", spec.format, FORMATS)
+    for name in spec.layout:
+        if name not in LAYOUTS:
+            raise not_one_of("layout", name, LAYOUTS)
+    if spec.ledger not in ("", "contradictions", "rows"):
+        raise not_one_of("ledger", spec.ledger, ("contradictions", "rows"))
+    asked = [name for name in ("compare", "published", "ledger", "gate") if getattr(spec, name)]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(f'{name}=' for name in asked)} together: ask one at a time")
+    return spec
+
+
+def build(spec: ReportSpec) -> Report:
+    if spec.compare:
+        from qwen_eval.report.compare import compare_paths
+        from qwen_eval.report.detail import compare_tables
+
+        tables = compare_tables(compare_paths(spec.compare, _margins(spec)), num_flips=spec.num_flips)
+        return Report(title=spec.title or "Comparison", tables=tables, roots=tuple(spec.compare))
+    if spec.gate:
+        from qwen_eval.report.gate import gate, gate_tables, junit
+
+        report = gate(Path(spec.gate), spec.runs, _margins(spec))
+        title = spec.title or "Regression gate"
+        tables = gate_tables(report, title)
+        return Report(
+            title=title, tables=tables, exit_code=report.exit_code, junit=junit(report), roots=tuple(spec.runs)
+        )
+    return _overview(spec)
+
+
+def _overview(spec: ReportSpec) -> Report:
+    from qwen_eval.report.published import contradictions, ledger_rows, published_tables
+    from qwen_eval.report.runs import find_runs
+    from qwen_eval.report.tables import layouts
+
+    if spec.ledger:
+        return Report(title="Ledger", tables=contradictions() if spec.ledger == "contradictions" else ledger_rows())
+    runs = find_runs(spec.runs)
+    roots = tuple(spec.runs)
+    makers = layouts(runs)
+    if spec.published:
+        return Report(
+            title=spec.title or "Published", tables=published_tables(runs) + makers["problems"](), roots=roots
+        )
+    tables = [table for name in spec.layout or makers for table in makers[name]()]
+    if not tables:
+        asked = f"layout={','.join(spec.layout)}: nothing to show" if spec.layout else "no run"
+        raise ConfigError(f"{asked} under {', '.join(spec.runs)}; run an evaluation first or pass runs=DIR")
+    return Report(title=spec.title or "Evaluation report", tables=tables, roots=roots)
+
+
+def _accept(spec: ReportSpec) -> int:
+    from qwen_eval.report.baseline import accept
+
+    for directory in accept(spec.accept, Path(spec.gate or BASELINES)):
+        print(f"baseline written: {directory}")
+    return 0
+
+
+def _margins(spec: ReportSpec) -> Margins:
+    from qwen_eval.report.compare import Margins
+
+    margins = Margins(**vars(spec.margins))
+    for name, value in vars(margins).items():
+        if not 0 < value < 1:
+            raise ConfigError(f"margins.{name}={value}: a fraction between 0 and 1, such as 0.01")
+    return margins
+
+
+def _forms(spec: ReportSpec) -> list[tuple[Path | None, str]]:
+    """Where to write what: each file by its ending unless `format` says it."""
+    if not spec.out:
+        return [(None, "terminal" if spec.format == "auto" else spec.format)]
+    forms: list[tuple[Path | None, str]] = []
+    for name in spec.out:
+        form = ENDINGS.get(Path(name).suffix, "") if spec.format == "auto" else spec.format
+        if not form:
+            raise ConfigError(f"out={name}: which format? end it in {', '.join(ENDINGS)} or pass format=")
+        forms.append((Path(name), form))
+    if any(form == "junit" for _, form in forms) and not spec.gate:
+        raise ConfigError("format=junit: only the gate has verdicts; pass gate=DIR")
+    return forms
+
+
+def _text(spec: ReportSpec, report: Report, form: str) -> str:
+    from qwen_eval.report.render import render
+
+    if form == "junit":
+        return report.junit or ""
+    if form == "html":
+        from qwen_eval.report.html import page
+
+        return page(report.title, report.tables, report.roots, max_samples=spec.max_samples)
+    return render(report.tables, form)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise StoreError(f"out={path}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

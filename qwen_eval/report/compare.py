@@ -1,0 +1,360 @@
+"""Two runs of one benchmark, sample by sample: may they be compared at all, what changed, and is it more than chance.
+
+The first is the reference, Δ is second minus first. Speed is compared as a ratio on one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from qwen_eval.core import ConfigError, Metric
+from qwen_eval.metrics import mean
+from qwen_eval.report.items import Item, choice_kl, items_of
+from qwen_eval.report.kld import Divergence
+from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share, speed_ratio
+from qwen_eval.report.runs import LoadedRun, RunSet, device_name, differing_facets, find_runs, profile_cells, speeds_of
+
+Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
+Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
+
+KLD_FILE = "kld.safetensors"
+SAYS_WHERE = ("origin", "source", "path", "data_origin")  # where rows lay is no difference, their sha256 would be
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margins:
+    """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them."""
+
+    share: float = 0.01
+    ppl: float = 0.005
+    mean: float = 0.01
+    speed: float = 0.10
+
+    def of(self, family: Family) -> float:
+        return float(getattr(self, family))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """A sample whose score changed."""
+
+    id: str
+    first: Item
+    second: Item
+
+    @property
+    def is_gain(self) -> bool:
+        return (self.second.score or 0.0) > (self.first.score or 0.0)
+
+    @property
+    def is_reread(self) -> bool:
+        """The model said the same, the extractor read something else: no chance is in that (a sandbox may time out)."""
+        same_answer = self.first.answer_sha256 == self.second.answer_sha256
+        return same_answer and self.first.extracted != self.second.extracted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a comparison: a run directory, or a baseline made of one."""
+
+    run: LoadedRun
+    given: Mapping[str, Item] | None = None
+
+    @cached_property
+    def items(self) -> Mapping[str, Item]:
+        return items_of(self.run.records) if self.given is None else self.given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
+
+    `difference.delta` is absolute for shares and means, ΔPPL for perplexity and log(ratio) for speed; `margin` is on
+    the same scale. `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
+    """
+
+    task: str
+    label: str
+    family: Family
+    first: Metric | None
+    second: Metric | None
+    metric: str = ""
+    higher_is_better: bool = True
+    obstacles: tuple[str, ...] = ()
+    difference: Difference | None = None
+    p_adjusted: float | None = None
+    margin: float = 0.0
+    flips: tuple[Flip, ...] = ()
+    regraded: tuple[int, int] = (0, 0)
+    is_identical: bool = False
+    choice_kl: Metric | None = None
+    kld: Divergence | None = None
+    notes: tuple[str, ...] = ()
+    paths: tuple[Path, ...] = field(default=())
+
+    @property
+    def gains(self) -> int:
+        return sum(flip.is_gain for flip in self.flips)
+
+    @property
+    def losses(self) -> int:
+        return len(self.flips) - self.gains
+
+
+# --- pairing ---------------------------------------------------------------------------------------------------------
+
+
+def compare_paths(paths: Sequence[str], margins: Margins | None = None) -> list[Comparison]:
+    """`compare=[A,B]`: two run directories, or two trees of them whose runs are paired by task. Holm over all pairs."""
+    if len(paths) != 2:
+        raise ConfigError(f"compare={list(paths)}: give two run directories, compare=[reference,other]")
+    first, second = (find_runs([path]) for path in paths)
+    for path, found in zip(paths, (first, second)):
+        if not found.runs:
+            why = f" ({found.unreadable[0].path}: {found.unreadable[0].reason})" if found.unreadable else ""
+            raise ConfigError(f"compare: no run under {path}{why}")
+    pairs = _pairs(first, second, paths)
+    return adjusted([compare_sides(Side(run=a), Side(run=b), margins or Margins()) for a, b in pairs])
+
+
+def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """The same with Holm's p-values over all of them."""
+    items = list(comparisons)
+    p_values = holm([None if c.difference is None else c.difference.p_value for c in items])
+    return [replace(c, p_adjusted=p) for c, p in zip(items, p_values)]
+
+
+def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[LoadedRun, LoadedRun]]:
+    if len(first.runs) == len(second.runs) == 1:
+        return [(first.runs[0], second.runs[0])]
+    sides: list[dict[tuple[str, str], LoadedRun]] = []
+    for path, found in zip(paths, (first, second)):
+        by_task: dict[tuple[str, str], LoadedRun] = {}
+        for run in found.runs:
+            if (run.kind, run.task) in by_task:
+                raise ConfigError(
+                    f"compare: {path} holds two runs of {run.task}, {by_task[run.kind, run.task].path} and {run.path}; "
+                    "name the run directories themselves"
+                )
+            by_task[run.kind, run.task] = run
+        sides.append(by_task)
+    shared = [key for key in sides[0] if key in sides[1]]
+    if not shared:
+        raise ConfigError(f"compare: {paths[0]} and {paths[1]} share no task")
+    return [(sides[0][key], sides[1][key]) for key in shared]
+
+
+# --- one pair --------------------------------------------------------------------------------------------------------
+
+
+def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
+    if first.run.kind == second.run.kind == "profile":
+        return _compare_speed(first.run, second.run, margins)
+    family = _family(first)
+    head, other = first.run.headline, second.run.headline
+    base = Comparison(
+        task=first.run.task,
+        label=_label(first.run, second.run),
+        family=family,
+        metric=head[0] if head else "",
+        first=head[1] if head else None,
+        second=other[1] if other else None,
+        higher_is_better=head[1].higher_is_better if head else True,
+        paths=(first.run.path, second.run.path),
+    )
+    found = obstacles(first, second, family)
+    if found:
+        return replace(base, obstacles=tuple(found))
+    return _compare_answers(base, first, second, margins)
+
+
+def obstacles(first: Side, second: Side, family: Family) -> list[str]:
+    """Why two runs are not comparable, the plainest reason first; empty when they are."""
+    found = [
+        f"{side.run.path} is {side.run.status_note}"
+        for side in (first, second)
+        if side.run.status not in ("complete", "partial")
+    ]
+    if found:
+        return found
+    found = differing_facets(first.run, second.run)
+    found += _benchmark_differences(first.run, second.run)
+    found += _sample_differences(first.items, second.items, family)
+    return found
+
+
+def first_difference(first: str, second: str, width: int = 24) -> str:
+    """`at character 7: "…B. two" against "…B) two"`; positions count from 1."""
+    at = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    shown = [_excerpt(text, at, width) for text in (first, second)]
+    return f"at character {at + 1}: {shown[0]} against {shown[1]}"
+
+
+def _excerpt(text: str, at: int, width: int) -> str:
+    start = max(0, at - width)
+    piece = text[start : at + width].replace("\n", "⏎")
+    return (
+        f'"{"…" * (start > 0)}{piece}{"…" * (at + width < len(text))}"' if at < len(text) else f'"…{piece}" (its end)'
+    )
+
+
+def _benchmark_differences(first: LoadedRun, second: LoadedRun) -> list[str]:
+    from qwen_eval.store import differences
+
+    known = set(first.facets) | set(SAYS_WHERE)
+    a, b = ({k: v for k, v in run.benchmark.items() if k not in known} for run in (first, second))
+    return [change.replace(" → ", " against ") for change in differences(a, b)]
+
+
+def _sample_differences(first: Mapping[str, Item], second: Mapping[str, Item], family: Family) -> list[str]:
+    only = [[key for key in a if key not in b] for a, b in ((first, second), (second, first))]
+    if only[0] or only[1]:
+        name = (only[0] or only[1])[0]
+        return [f"other samples: {len(only[0])} only in the first, {len(only[1])} only in the second, such as {name}"]
+    texts = [key for key in first if first[key].prompt != second[key].prompt]
+    if texts:
+        where = first_difference(first[texts[0]].prompt, second[texts[0]].prompt)
+        return [f"{len(texts)} of {len(first)} prompts differ, the first is {texts[0]} {where}"]
+    tokens = [key for key in first if first[key].num_tokens != second[key].num_tokens]
+    if family == "ppl" and tokens:
+        a, b = first[tokens[0]].num_tokens, second[tokens[0]].num_tokens
+        return [f"the text {tokens[0]} is {a} tokens in the first and {b} in the second: other tokenizers"]
+    targets = [key for key in first if first[key].target != second[key].target]
+    if targets:
+        return [f"{len(targets)} gold answers differ, the first is {targets[0]}"]
+    return []
+
+
+def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margins) -> Comparison:
+    ids = list(first.items)
+    a, b = [first.items[key] for key in ids], [second.items[key] for key in ids]
+    difference, notes = _difference(base, a, b)
+    flips = tuple(Flip(id=x.id, first=x, second=y) for x, y in zip(a, b) if _flipped(x, y))
+    same = [flip for flip in flips if flip.is_reread]
+    gains = sum(flip.is_gain for flip in same)
+    if _differs_in_tokens(a, b):
+        notes.append("token ids of the prompts differ though their text does not: another tokenizer or special tokens")
+    reference = abs(base.first.value) if base.first else 0.0
+    return replace(
+        base,
+        difference=difference,
+        margin=margins.of(base.family) * (1.0 if base.family == "share" else reference),
+        flips=flips,
+        regraded=(gains, len(same) - gains),
+        is_identical=all(_is_identical(x, y) for x, y in zip(a, b)),
+        choice_kl=_mean_choice_kl(a, b),
+        kld=_divergence(first.run.path, second.run.path),
+        notes=tuple(notes),
+    )
+
+
+def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple[Difference | None, list[str]]:
+    """The paired test that fits; None where the benchmark has no score per sample (a corpus score)."""
+    if base.family == "ppl":
+        rows = [(x, y) for x, y in zip(a, b) if x.nll is not None and y.nll is not None and x.num_tokens]
+        first_nll, second_nll = [x.nll or 0.0 for x, _ in rows], [y.nll or 0.0 for _, y in rows]
+        num_tokens = [x.num_tokens for x, _ in rows]
+        return paired_perplexity(first_nll, second_nll, num_tokens, [x.draw for x, _ in rows]), []
+    pairs = [(x, y) for x, y in zip(a, b) if x.score is not None and y.score is not None]
+    if not pairs:
+        return None, ["no score per sample: only identical answers can be told"]
+    weights, notes = _weights(base.first, [x for x, _ in pairs])
+    scores = [[float(x.score or 0) for x, _ in pairs], [float(y.score or 0) for _, y in pairs]]
+    clusters: list[Hashable] = [x.draw for x, _ in pairs]
+    if base.family == "share" and weights is None:
+        return paired_share(scores[0], scores[1], clusters), notes
+    factors = weights or [1.0] * len(pairs)
+    weighted = [[w * s for w, s in zip(factors, side)] for side in scores]
+    return paired_mean(weighted[0], weighted[1], clusters), notes
+
+
+def _weights(headline: Metric | None, items: Sequence[Item]) -> tuple[list[float] | None, list[str]]:
+    """Weights of mean 1 that make the mean of scores the headline: None if it is, 1 / group size for a macro mean."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for item in items:
+        groups[item.group].append(item.score or 0.0)
+    plain = math.fsum(item.score or 0.0 for item in items) / len(items)
+    macro = math.fsum(math.fsum(g) / len(g) for g in groups.values()) / len(groups)
+    if headline is None or math.isclose(plain, headline.value, abs_tol=1e-6):
+        return None, []
+    if math.isclose(macro, headline.value, abs_tol=1e-6):
+        return [len(items) / (len(groups) * len(groups[item.group])) for item in items], []
+    return None, ["Δ is over samples; the headline is put together otherwise"]
+
+
+def _compare_speed(first: LoadedRun, second: LoadedRun, margins: Margins) -> Comparison:
+    """All cells of two profiles as one ratio: the mean of log ratios, each cell with its own repeats."""
+    base = Comparison(
+        task=first.task, label=_label(first, second), family="speed", metric="tok_per_s", first=None, second=None,
+        margin=math.log1p(margins.speed), paths=(first.path, second.path),
+    )  # fmt: skip
+    devices = device_name(first), device_name(second)
+    if devices[0] != devices[1] or "unknown" in devices:
+        return replace(base, obstacles=(f"device: {devices[0]} against {devices[1]}",))
+    cells = [{_cell_key(cell): speeds_of(cell) for cell in profile_cells(run)} for run in (first, second)]
+    shared = [key for key in cells[0] if cells[0][key] and cells[1].get(key)]
+    if not shared:
+        return replace(base, obstacles=("no cell of the same name and shape in both profiles",))
+    centres = {key: math.fsum(map(math.log, cells[0][key])) / len(cells[0][key]) for key in shared}
+    a, b = ([math.exp(math.log(x) - centres[key]) for key in shared for x in side[key]] for side in cells)
+    first_mean, second_mean = (mean([x for key in shared for x in side[key]], unit="tok/s") for side in cells)
+    missing = [str(key[0]) for key in cells[0] if key not in shared]
+    notes = (f"not in both: {', '.join(missing)}",) if missing else ()
+    return replace(base, first=first_mean, second=second_mean, difference=speed_ratio(a, b), notes=notes)
+
+
+def _cell_key(cell: Mapping[str, object]) -> tuple[object, ...]:
+    return tuple(cell.get(key) for key in ("name", "batch", "prompt_tokens", "new_tokens"))
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _family(side: Side) -> Family:
+    head = side.run.headline
+    if head is not None and head[1].kind == "ppl":
+        return "ppl"
+    scores = [item.score for item in side.items.values() if item.score is not None]
+    is_share = head is None or head[1].kind == "share"
+    return "share" if is_share and all(0.0 <= score <= 1.0 for score in scores) else "mean"
+
+
+def _label(first: LoadedRun, second: LoadedRun) -> str:
+    names = [f"{run.label} {run.variant}" for run in (first, second)]
+    return names[0] if names[0] == names[1] else f"{names[0]} → {names[1]}"
+
+
+def _flipped(first: Item, second: Item) -> bool:
+    return first.score is not None and second.score is not None and first.score != second.score
+
+
+def _is_identical(first: Item, second: Item) -> bool:
+    if first.nll is not None and second.nll is not None:
+        return math.isclose(first.nll, second.nll, rel_tol=1e-6, abs_tol=1e-5)
+    return first.score == second.score and first.extracted == second.extracted
+
+
+def _differs_in_tokens(first: Sequence[Item], second: Sequence[Item]) -> bool:
+    return any(x.prompt_sha256 != y.prompt_sha256 for x, y in zip(first, second))
+
+
+def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | None:
+    rows = [(x, choice_kl(x.choices, y.choices)) for x, y in zip(first, second) if len(x.choices) == len(y.choices) > 1]
+    if not rows:
+        return None
+    draws = [x.draw for x, _ in rows]
+    return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False)
+
+
+def _divergence(first: Path, second: Path) -> Divergence | None:
+    from qwen_eval.report.kld import compare_files
+
+    if not (first / KLD_FILE).exists() or not (second / KLD_FILE).exists():
+        return None
+    return compare_files(first / KLD_FILE, second / KLD_FILE)

@@ -1,0 +1,37 @@
+"""Schema of `python -m qwen_eval.report`. Keys that are lists take a bare comma list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+FORMATS = ("auto", "terminal", "md", "csv", "tex", "html", "junit")
+LAYOUTS = ("models", "runs", "quantisation", "categories", "long", "profile", "groups", "problems")
+
+
+@dataclass(kw_only=True)
+class MarginsSpec:
+    """Changes smaller than these are of no interest: shares absolute (0.01 is one point), the others relative."""
+
+    share: float = 0.01
+    ppl: float = 0.005
+    mean: float = 0.01
+    speed: float = 0.10
+
+
+@dataclass(kw_only=True)
+class ReportSpec:
+    """What is reported: tables of `runs` unless `compare`, `gate`, `accept`, `published` or `ledger` asks for more."""
+
+    runs: list[str] = field(default_factory=lambda: ["runs"])  # run directories, or directories above them
+    compare: list[str] = field(default_factory=list)  # reference, other
+    published: bool = False  # our numbers beside the published ones
+    ledger: str = ""  # contradictions | rows: what the published numbers say themselves
+    gate: str = ""  # directory of baselines
+    accept: list[str] = field(default_factory=list)  # runs that become baselines (in `gate`, or reports/baselines)
+    layout: list[str] = field(default_factory=list)  # empty: those that have something to show
+    format: str = "auto"  # auto: by the ending of `out`, else terminal
+    out: list[str] = field(default_factory=list)  # files; empty: standard output
+    title: str = ""
+    num_flips: int = 20  # samples listed by compare in text; HTML lists all
+    max_samples: int = 20_000  # samples an HTML file carries
+    margins: MarginsSpec = field(default_factory=MarginsSpec)

@@ -1,0 +1,78 @@
+"""Tables of what changed between two runs: the samples that flipped, and what became of the distributions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from qwen_eval.core import JSON
+from qwen_eval.report.compare import Comparison
+from qwen_eval.report.gate import judgement_table
+from qwen_eval.report.render import Cell, Table, number_cell, text_cell
+from qwen_eval.report.verdict import judge_all
+
+MAX_TEXT = 60
+
+
+def compare_tables(comparisons: Sequence[Comparison], *, num_flips: int = 20) -> list[Table]:
+    judgements = judge_all(list(comparisons))
+    tables = [judgement_table(judgements, title="What changed", sides=("first", "second"))]
+    tables += distributions(comparisons)
+    for comparison in comparisons:
+        tables += flips(comparison, num_flips)
+    return tables
+
+
+def distributions(comparisons: Sequence[Comparison]) -> list[Table]:
+    """KL of the choice distribution; KLD, its percentiles and top-1 agreement where both runs keep hidden states."""
+    kept = [c for c in comparisons if c.choice_kl is not None or c.kld is not None]
+    if not kept:
+        return []
+    columns = ("task", "choice KL (nats)", "KLD (nats)", "median", "99 %", "99.9 %", "max", "same top token", "n")
+    rows = []
+    for c in kept:
+        kld = c.kld
+        percentiles = [Cell(text="–")] * 4
+        if kld is not None:
+            percentiles = [number_cell(kld.percentiles[key], 4) for key in ("50", "99", "99.9", "100")]
+        choice = c.choice_kl
+        rows.append((
+            text_cell(c.task), _nats(choice.value, choice.low, choice.high) if choice else text_cell(None),
+            _nats(kld.mean, kld.low, kld.high) if kld else text_cell(None), *percentiles,
+            Cell(text=f"{kld.top1_agreement:.2%}", value=kld.top1_agreement) if kld else text_cell(None),
+            number_cell(kld.num_tokens if kld else choice.n if choice else None, 0),
+        ))  # fmt: skip
+    notes = ("choice KL: of the distributions over the choices; KLD: over the whole vocabulary, per token.",)
+    return [Table(name="kl", title="Distributions", columns=columns, rows=tuple(rows), notes=notes)]
+
+
+def flips(comparison: Comparison, limit: int) -> list[Table]:
+    """Samples whose score changed, losses first, at most `limit` of each direction."""
+    if not comparison.flips:
+        return []
+    lost = [flip for flip in comparison.flips if not flip.is_gain]
+    gained = [flip for flip in comparison.flips if flip.is_gain]
+    rows = []
+    for flip in [*lost[:limit], *gained[:limit]]:
+        first, second = (f"{_short(item.extracted)} ({item.score:g})" for item in (flip.first, flip.second))
+        note = "read otherwise" if flip.is_reread else ""
+        tone = "good" if flip.is_gain else "bad"
+        rows.append((
+            text_cell(flip.id), text_cell(flip.first.group), text_cell("gained" if flip.is_gain else "lost", tone=tone),
+            text_cell(_short(flip.first.target)), text_cell(first), text_cell(second), text_cell(note),
+        ))  # fmt: skip
+    columns = ("sample", "group", "direction", "gold", "first (score)", "second (score)", "note")
+    hidden = len(comparison.flips) - len(rows)
+    notes = (f"{hidden} more; num_flips= shows them.",) if hidden else ()
+    title = f"{comparison.task}: {len(lost)} lost, {len(gained)} gained"
+    return [Table(name=f"flips-{comparison.task}", title=title, columns=columns, rows=tuple(rows), notes=notes)]
+
+
+def _nats(value: float, low: float | None, high: float | None) -> Cell:
+    interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
+    return Cell(text=f"{value:.4f}{interval}", value=value)
+
+
+def _short(value: JSON) -> str:
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

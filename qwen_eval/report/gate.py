@@ -1,0 +1,150 @@
+"""The regression gate: every baseline against the run of today, one verdict a task, an exit code for CI.
+
+Exit codes: 0 nothing got worse; 1 something did; 3 nothing did, but something could not be compared or is missing.
+"Cannot tell" passes: it says that n is too small for the change at hand, and how large a change would have shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from qwen_eval.report.baseline import key_of, load_baselines
+from qwen_eval.report.compare import Comparison, Margins, Side, adjusted, compare_sides
+from qwen_eval.report.render import Cell, Table, metric_cell, text_cell
+from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
+from qwen_eval.report.verdict import Judgement, judge_all, p_text, shown
+
+TONES = {"worse": "bad", "better": "good", "not comparable": "bad", "cannot tell": "weak", "unchanged": ""}
+WORDS = {
+    "worse": "changed for the worse", "better": "changed for the better", "unchanged": "unchanged",
+    "cannot tell": "cannot tell at this n", "not comparable": "not comparable",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """`new` runs have no baseline yet; `unreadable` directories were passed over and are named."""
+
+    judgements: tuple[Judgement, ...]
+    new: tuple[LoadedRun, ...]
+    unreadable: tuple[Unreadable, ...]
+
+    @property
+    def exit_code(self) -> int:
+        verdicts = {judgement.verdict for judgement in self.judgements}
+        return 1 if "worse" in verdicts else 3 if "not comparable" in verdicts else 0
+
+    @property
+    def summary(self) -> str:
+        counts: Counter[str] = Counter(judgement.verdict for judgement in self.judgements)
+        text = ", ".join(f"{counts[verdict]} {word}" for verdict, word in WORDS.items() if counts[verdict])
+        return f"{'FAILED' if self.exit_code else 'passed'}: {text}"
+
+
+def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -> GateReport:
+    """Compare each baseline with the run of the same kind, task, model and tag under `runs`."""
+    margins = margins or Margins()
+    found = find_runs(runs)
+    by_key: dict[tuple[str, str, str, str], list[LoadedRun]] = {}
+    for run in found.runs:
+        by_key.setdefault(key_of(run), []).append(run)
+    sides = load_baselines(baselines)
+    comparisons = [_against(side, by_key.get(key_of(side.run), []), margins) for side in sides]
+    known = {key_of(side.run) for side in sides}
+    return GateReport(
+        judgements=tuple(judge_all(adjusted(comparisons))),
+        new=tuple(run for key, members in by_key.items() if key not in known for run in members),
+        unreadable=found.unreadable,
+    )
+
+
+def _against(baseline: Side, candidates: Sequence[LoadedRun], margins: Margins) -> Comparison:
+    if len(candidates) == 1:
+        return compare_sides(baseline, Side(run=candidates[0]), margins)
+    head = baseline.run.headline
+    reason = f"{len(candidates)} runs of it: " + ", ".join(str(run.path) for run in candidates)
+    return Comparison(
+        task=baseline.run.task, label=f"{baseline.run.label} {baseline.run.variant}", family="share",
+        metric=head[0] if head else "", first=head[1] if head else None, second=None,
+        obstacles=(reason if candidates else "no run of it was found",), paths=(baseline.run.path,),
+    )  # fmt: skip
+
+
+# --- what it looks like ----------------------------------------------------------------------------------------------
+
+
+def gate_tables(report: GateReport, title: str = "Regression gate") -> list[Table]:
+    tables = [judgement_table(report.judgements, title=f"{title} {report.summary}")]
+    others = [
+        (text_cell(run.path), text_cell("no baseline yet", tone="weak"), text_cell("accept= it")) for run in report.new
+    ]
+    others += [
+        (text_cell(item.path), text_cell("unreadable", tone="bad"), text_cell(item.reason))
+        for item in report.unreadable
+    ]
+    if others:
+        tables.append(
+            Table(name="others", title="Not in the gate", columns=("directory", "state", "why"), rows=tuple(others))
+        )
+    return tables
+
+
+def judgement_table(
+    judgements: Sequence[Judgement], *, title: str, sides: tuple[str, str] = ("before", "now")
+) -> Table:
+    """One row a comparison: both scores, Δ with its interval, p, flips both ways, what would show, the verdict."""
+    columns = ("task", "what", "verdict", *sides, "Δ [95 %]", "p (Holm)", "lost / gained", "would show", "why")
+    rows = tuple(_row(judgement) for judgement in judgements)
+    notes = ("would show: the smallest change for the worse found four times of five at this n and spread.",)
+    return Table(name="verdicts", title=title, columns=columns, rows=rows, notes=notes)
+
+
+def _row(judgement: Judgement) -> tuple[Cell, ...]:
+    c = judgement.comparison
+    flips = f"{c.losses} / {c.gains}" if c.flips or c.family == "share" else "–"
+    return (
+        text_cell(c.task), text_cell(c.label), text_cell(WORDS[judgement.verdict], tone=TONES[judgement.verdict]),
+        metric_cell(c.first), metric_cell(c.second), _delta(c), text_cell(p_text(c.p_adjusted)),
+        text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)), text_cell(judgement.why),
+    )  # fmt: skip
+
+
+def _delta(c: Comparison) -> Cell:
+    d = c.difference
+    if d is None:
+        return text_cell(None)
+    text = shown(c, d.delta, sign=True).removesuffix(" points")
+    if d.low is not None and d.high is not None:
+        low, high = (shown(c, x, sign=True).removesuffix(" points") for x in (d.low, d.high))
+        text += f" [{low}, {high}]"
+    return Cell(text=text, value=d.delta, title=f"{d.test}, n = {d.n:,}, {d.num_clusters:,} independent draws")
+
+
+def junit(report: GateReport) -> str:
+    """JUnit XML: worse is a failure, not comparable an error, cannot tell a skipped test with its reason."""
+    counts = Counter(judgement.verdict for judgement in report.judgements)
+    suite = ElementTree.Element(
+        "testsuite", name="qwen_eval gate", tests=str(len(report.judgements)), failures=str(counts["worse"]),
+        errors=str(counts["not comparable"]), skipped=str(counts["cannot tell"]),
+    )  # fmt: skip
+    for judgement in report.judgements:
+        c = judgement.comparison
+        case = ElementTree.SubElement(suite, "testcase", classname=f"gate.{c.task}", name=_xml(c.label or c.task))
+        kind = {"worse": "failure", "not comparable": "error", "cannot tell": "skipped"}.get(judgement.verdict)
+        if kind is not None:
+            ElementTree.SubElement(case, kind, message=_xml(f"{WORDS[judgement.verdict]}: {judgement.why}"))
+        else:
+            ElementTree.SubElement(case, "system-out").text = _xml(f"{WORDS[judgement.verdict]}: {judgement.why}")
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def _xml(text: str) -> str:
+    """XML 1.0 has no control characters, not even escaped; lone surrogates are no text at all."""
+    return "".join(
+        c if c in "\t\n" or (c >= " " and not 0xD800 <= ord(c) <= 0xDFFF and c not in "￾￿") else "?" for c in text
+    )

@@ -1,0 +1,229 @@
+
+"use strict";
+(() => {
+  const PAGE = 100;
+  const [ID, GROUP, GOLD, SHARED, REST, ANSWERS, READ, READ_UPSTREAM, SCORE, SCORE_UPSTREAM, FLAGS, TOKENS] = Array(12).keys();
+  const NONE = "–";
+
+  // Text of a model only ever passes through here: textContent, never innerHTML.
+  const el = (tag, props = {}, ...children) => {
+    const node = document.createElement(tag);
+    for (const [key, value] of Object.entries(props)) {
+      if (key === "text") node.textContent = value;
+      else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+      else if (value !== undefined && value !== null) node.setAttribute(key, value);
+    }
+    node.append(...children.filter((child) => child !== null));
+    return node;
+  };
+
+  // --- theme ---
+  const root = document.documentElement;
+  document.getElementById("theme").addEventListener("click", () => {
+    const now = root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+    root.dataset.theme = now === "dark" ? "light" : "dark";
+  });
+
+  // --- tables: sort by a click on the header, filter by words ---
+  const sortKey = (cell) => (cell.dataset.v === undefined ? null : Number(cell.dataset.v));
+  const collator = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
+  const compare = (a, b) => {
+    const [x, y] = [sortKey(a), sortKey(b)];
+    if (x !== null && y !== null) return x - y;
+    if (x !== null || y !== null) return x === null ? 1 : -1;
+    return collator.compare(a.textContent, b.textContent);
+  };
+  for (const article of document.querySelectorAll(".table")) {
+    const body = article.querySelector("tbody");
+    const heads = [...article.querySelectorAll("th")];
+    heads.forEach((head, column) =>
+      head.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending" || (head.classList.contains("n") && !head.hasAttribute("aria-sort"));
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const isEmpty = (row) => row.children[column].textContent === NONE;
+        const rows = [...body.rows];
+        rows.sort((a, b) => {
+          if (isEmpty(a) !== isEmpty(b)) return isEmpty(a) ? 1 : -1; // what is missing stays at the end
+          return (down ? -1 : 1) * compare(a.children[column], b.children[column]);
+        });
+        body.append(...rows);
+      })
+    );
+    article.querySelector(".filter")?.addEventListener("input", (event) => {
+      const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const row of body.rows) {
+        const text = row.textContent.toLowerCase();
+        row.hidden = !words.every((word) => text.includes(word));
+      }
+    });
+  }
+
+  // --- samples ---
+  const place = document.getElementById("browser");
+  if (!place) {
+    root.dataset.ready = "true";
+    return;
+  }
+  const data = JSON.parse(document.getElementById("data").textContent);
+  for (const run of data.runs) {
+    let before = "";
+    for (const row of run.rows) {
+      row.prompt = before = before.slice(0, row[SHARED]) + row[REST];
+    }
+  }
+  const name = (run) => `${run.task} · ${run.label} ${run.variant}`;
+  const state = { run: data.runs[0], other: null, filter: "all", group: "", words: "", page: 0, current: null, others: new Map() };
+
+  const has = (row, flag) => row[FLAGS].includes(flag);
+  const twin = (row) => state.others.get(row[ID]);
+  const moved = (row) => (twin(row) ? twin(row)[SCORE] - row[SCORE] : 0);
+  const FILTERS = {
+    all: ["all", () => true],
+    wrong: ["wrong", (row) => row[SCORE] !== null && row[SCORE] < 1],
+    right: ["right", (row) => row[SCORE] === 1],
+    truncated: ["truncated", (row) => has(row, "truncated")],
+    no_answer: ["no answer", (row) => has(row, "no_answer")],
+    looping: ["looping", (row) => has(row, "looping") || has(row, "empty")],
+    extractors: ["extractors disagree", (row) => row[SCORE_UPSTREAM] !== null && row[READ] !== row[READ_UPSTREAM]],
+    flips: ["flips", (row) => moved(row) !== 0],
+    lost: ["lost", (row) => moved(row) < 0],
+    gained: ["gained", (row) => moved(row) > 0],
+  };
+  const NEEDS_OTHER = new Set(["flips", "lost", "gained"]);
+
+  const select = (label, options, onchange) => {
+    const node = el("select", { "aria-label": label, onchange });
+    options.forEach(([value, text]) => node.append(el("option", { value, text })));
+    return node;
+  };
+  const runBox = select("Run", data.runs.map((run, i) => [i, name(run)]), () => pick(data.runs[runBox.value]));
+  const otherBox = select("Compare with", [], () => compareWith(data.runs[otherBox.value] ?? null));
+  const groupBox = select("Group", [], () => show({ group: groupBox.value }));
+  const search = el("input", { type: "search", class: "search", placeholder: "Search prompts and answers", "aria-label": "Search" });
+  let timer = 0;
+  search.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => show({ words: search.value.toLowerCase() }), 120);
+  });
+  const chips = el("div", { class: "chips", role: "group", "aria-label": "Filter" });
+  const rows = el("div", { class: "rows" });
+  const count = el("span");
+  const back = el("button", { type: "button", text: "‹ back", onclick: () => show({ page: state.page - 1 }) });
+  const next = el("button", { type: "button", text: "next ›", onclick: () => show({ page: state.page + 1 }) });
+  const detail = el("div", { class: "detail", "aria-live": "polite" });
+  place.append(
+    el("div", { class: "controls" }, runBox, otherBox, groupBox, search, chips),
+    el("div", { class: "panes" }, el("div", { class: "list" }, rows, el("div", { class: "pager" }, back, count, next)), detail)
+  );
+  if (data.left_out) place.append(el("ul", { class: "notes" }, el("li", { text: `${data.left_out.toLocaleString()} samples are not in this file` })));
+
+  const answerText = (row) => row[ANSWERS].map(([prompt, answer]) => prompt + (answer.texts ?? []).map((t) => t[0]).join("\n")).join("\n");
+  const matches = (row) => {
+    if (state.group && row[GROUP] !== state.group) return false;
+    if (!FILTERS[state.filter][1](row)) return false;
+    if (!state.words) return true;
+    return `${row[ID]}\n${row[READ]}\n${row[GOLD]}\n${row.prompt}\n${answerText(row)}`.toLowerCase().includes(state.words);
+  };
+
+  const mark = (score) => (score === null ? ["·", "weak"] : score >= 1 ? ["✓", "good"] : score <= 0 ? ["✗", "bad"] : ["◐", "weak"]);
+  const summary = (row) => {
+    const answer = row[ANSWERS].at(-1)?.[1] ?? {};
+    if (answer.nll !== undefined) return `perplexity ${Math.exp(answer.nll / Math.max(1, answer.num_tokens)).toFixed(3)}`;
+    return `${row[READ] ?? "no answer"}${row[GOLD] === null ? "" : ` · gold ${row[GOLD]}`}`;
+  };
+
+  const pick = (run) => {
+    Object.assign(state, { run, other: null, others: new Map(), group: "", current: null });
+    if (NEEDS_OTHER.has(state.filter)) state.filter = "all";
+    const others = data.runs.map((other, i) => [i, other]).filter(([, other]) => other !== run && other.task === run.task);
+    otherBox.replaceChildren(el("option", { value: "", text: "compare with …" }), ...others.map(([i, other]) => el("option", { value: i, text: name(other) })));
+    otherBox.disabled = others.length === 0;
+    const groups = [...new Set(run.rows.map((row) => row[GROUP]))].filter(Boolean).sort(collator.compare);
+    groupBox.replaceChildren(el("option", { value: "", text: "every group" }), ...groups.map((group) => el("option", { value: group, text: group })));
+    groupBox.hidden = groups.length < 2;
+    show({});
+  };
+  const compareWith = (other) => {
+    const others = new Map(other ? other.rows.map((row) => [row[ID], row]) : []);
+    const filter = other ? "flips" : NEEDS_OTHER.has(state.filter) ? "all" : state.filter;
+    Object.assign(state, { other, others });
+    show({ filter });
+  };
+
+  const show = (change) => {
+    Object.assign(state, { page: 0 }, change);
+    const found = state.run.rows.filter(matches);
+    const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
+    state.page = Math.min(Math.max(0, state.page), last);
+    const start = state.page * PAGE;
+    const shown = found.slice(start, start + PAGE);
+    chips.replaceChildren(
+      ...Object.entries(FILTERS).map(([key, [text, test]]) => {
+        const num = key === "all" ? state.run.rows.length : state.run.rows.filter(test).length;
+        const disabled = num === 0 && key !== state.filter ? "" : null;
+        return el("button", { type: "button", class: "chip", "data-filter": key, "aria-pressed": String(key === state.filter), disabled, text: `${text} ${num.toLocaleString()}`, onclick: () => show({ filter: key }) });
+      })
+    );
+    rows.replaceChildren(...shown.map(listRow));
+    rows.scrollTop = 0;
+    if (!shown.length) rows.append(el("div", { class: "empty", text: "No sample is like this." }));
+    count.textContent = found.length ? `${(start + 1).toLocaleString()}–${(start + shown.length).toLocaleString()} of ${found.length.toLocaleString()}` : "0";
+    back.disabled = state.page === 0;
+    next.disabled = state.page === last;
+    open(shown.includes(state.current) ? state.current : shown[0] ?? null);
+  };
+  const listRow = (row) => {
+    const [sign, tone] = mark(row[SCORE]);
+    const node = el("button", { type: "button", class: "row", onclick: () => open(row) },
+      el("span", { class: tone, text: sign }), el("span", { class: "id", text: row[ID] }), el("span", { class: "what", text: summary(row) }));
+    node.sample = row;
+    return node;
+  };
+
+  const fact = (label, value, tone = "") => el("span", { class: `fact ${tone}` }, el("b", { text: label }), document.createTextNode(value ?? NONE));
+  const answerNode = (answer) => {
+    if (answer.texts) {
+      return el("div", {}, ...answer.texts.flatMap(([text, reason, num]) => [el("pre", { dir: "auto", text: text || "(nothing)" }), el("div", { class: "facts" }, fact("ended by", reason), fact("tokens", String(num)))]));
+    }
+    if (answer.choices) {
+      const top = Math.max(...answer.choices.map((x) => x ?? -Infinity));
+      const weights = answer.choices.map((x) => Math.exp((x ?? -Infinity) - top));
+      const total = weights.reduce((a, b) => a + b, 0);
+      return el("div", { class: "bars" }, ...weights.flatMap((w, i) => [
+        el("span", { text: String.fromCharCode(65 + i) }), el("meter", { min: 0, max: 1, value: w / total }), el("span", { text: `${((100 * w) / total).toFixed(1)} %` })]));
+    }
+    return el("div", { class: "facts" }, fact("perplexity", Math.exp(answer.nll / Math.max(1, answer.num_tokens)).toFixed(4)), fact("tokens scored", answer.num_tokens.toLocaleString()), fact("most likely token", `${((100 * answer.num_greedy) / Math.max(1, answer.num_tokens)).toFixed(1)} %`));
+  };
+  const side = (row, run) => {
+    const turns = row[ANSWERS].flatMap(([prompt, answer], turn) => [
+      prompt ? el("h4", { text: `Turn ${turn + 1}: asked` }) : null, prompt ? el("pre", { dir: "auto", text: prompt }) : null,
+      el("h4", { text: row[ANSWERS].length > 1 ? `Turn ${turn + 1}: answer` : "Answer" }), answerNode(answer)]);
+    const facts = el("div", { class: "facts" }, fact("score", row[SCORE] === null ? NONE : String(row[SCORE]), mark(row[SCORE])[1]),
+      fact("read", row[READ]), row[SCORE_UPSTREAM] === null ? null : fact("official extractor reads", row[READ_UPSTREAM]), ...row[FLAGS].map((flag) => fact("flag", flag, "bad")));
+    return el("div", {}, state.other ? el("h4", { text: name(run) }) : null, facts, ...turns.filter(Boolean));
+  };
+  const open = (row) => {
+    state.current = row;
+    for (const node of rows.children) if (node.sample) node.setAttribute("aria-current", String(node.sample === row));
+    if (!row) return detail.replaceChildren();
+    const other = twin(row);
+    detail.replaceChildren(
+      el("h3", { text: row[ID] }),
+      el("div", { class: "facts" }, row[GROUP] ? fact("group", row[GROUP]) : null, fact("gold", row[GOLD]), fact("prompt tokens", row[TOKENS].join(", "))),
+      el("h4", { text: "Prompt" }), el("pre", { dir: "auto", class: "prompt", text: row.prompt }),
+      el("div", { class: "sides" }, side(row, state.run), other ? side(other, state.other) : null)
+    );
+    detail.scrollTop = 0;
+    return undefined;
+  };
+  place.addEventListener("keydown", (event) => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const focused = document.activeElement;
+    if (!step || !focused.classList.contains("row")) return;
+    const to = step > 0 ? focused.nextElementSibling : focused.previousElementSibling;
+    if (to?.sample) { event.preventDefault(); to.focus(); open(to.sample); }
+  });
+  pick(state.run);
+  root.dataset.ready = "true";
+})();

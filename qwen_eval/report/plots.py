@@ -1,0 +1,223 @@
+"""Plots as inline SVG: no script, no image; colours and text follow the page's theme through its style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+from qwen_eval.core import Metric
+from qwen_eval.report.runs import LoadedRun, RunSet, profile_cells, speeds_of
+from qwen_eval.report.samples import needle_cells
+from qwen_eval.report.tables import LENGTH
+
+WIDTH = 680.0
+LEFT, RIGHT, TOP, BOTTOM = 190.0, 24.0, 12.0, 34.0
+ROW = 24.0
+NUM_COLOURS = 8
+
+
+def plots(runs: RunSet) -> list[tuple[str, str]]:
+    """(title, svg) of every plot that these runs have the data for."""
+    found = [
+        ("Scores with 95 % intervals", score_plot(runs.finished)),
+        ("Perplexity by length", length_plot(runs.finished)),
+    ]
+    found += [
+        (f"Needle in a haystack: {run.label} {run.variant}", needle_plot(run))
+        for run in runs.finished
+        if _is_needle(run)
+    ]
+    found += [("Quality, speed and memory", tradeoff_plot(runs))]
+    return [(title, svg) for title, svg in found if svg]
+
+
+def score_plot(runs: Sequence[LoadedRun]) -> str:
+    """Dots with whiskers in per cent, one row a run, tasks one under the other."""
+    rows = [(run, run.headline[1]) for run in runs if run.headline and run.headline[1].kind == "share"]
+    if not rows:
+        return ""
+    rows.sort(key=lambda row: (row[0].task, row[0].label, row[0].variant))
+    body, y, tasks = [], TOP, list(dict.fromkeys(run.task for run, _ in rows))
+
+    def x(value: float) -> float:
+        return LEFT + value * (WIDTH - LEFT - RIGHT)
+
+    for task in tasks:
+        y += ROW
+        body.append(_label(12, y - 7, task, "head"))
+        for run, metric in rows:
+            if run.task == task:
+                y += ROW
+                body += [_label(24, y - 7, f"{run.label} {run.variant}"), *_whisker(x, y - 11, metric, run)]
+    axis = [_grid_line(x(t / 100), TOP + 8, y + 4, f"{t}") for t in range(0, 101, 20)]
+    return _svg(y + BOTTOM, [*axis, *body], "Scores in per cent with their intervals")
+
+
+def length_plot(runs: Sequence[LoadedRun]) -> str:
+    """Perplexity over context length, both logarithmic, one line a run."""
+    series = []
+    for run in runs:
+        points = sorted((int(m[1]), v.value) for name, v in run.metrics.items() if (m := LENGTH.search(name)))
+        points = [(length, value) for length, value in points if value > 0 and math.isfinite(value)]
+        if len(points) > 1:
+            series.append((f"{run.label} {run.variant}", points))
+    if not series:
+        return ""
+    lengths = sorted({length for _, points in series for length, _ in points})
+    values = [value for _, points in series for _, value in points]
+    x = _Scale(math.log(lengths[0]), math.log(lengths[-1]), 60, WIDTH - RIGHT)
+    y = _Scale(math.log(min(values)), math.log(max(values)), 300, 24)
+    ticks = _ticks(min(values), max(values))
+    body = [_grid_line(x(math.log(n)), 20, 304, f"{n:,}") for n in lengths]
+    body += [_level(60, y(math.log(v)), f"{v:g}") for v in ticks]
+    for i, (name, points) in enumerate(series):
+        path = " ".join(f"{x(math.log(a)):.1f},{y(math.log(b)):.1f}" for a, b in points)
+        body.append(f'<polyline class="line c{i % NUM_COLOURS}" points="{path}"/>')
+        body += [_dot(x(math.log(a)), y(math.log(b)), i, f"{name}: {b:.3f} at {a:,} tokens") for a, b in points]
+    return _svg(
+        340 + 20 * len(series), body + _legend([name for name, _ in series], 344), "Perplexity by context length"
+    )
+
+
+def needle_plot(run: LoadedRun) -> str:
+    """Share found by context length and depth: a heat map with its numbers, readable without colour."""
+    cells = needle_cells(run.records)
+    lengths, depths = sorted({a for a, _ in cells}), sorted({b for _, b in cells})
+    if not cells:
+        return ""
+    wide, high = (WIDTH - 80 - RIGHT) / len(lengths), 26.0
+    body = []
+    for row, depth in enumerate(depths):
+        body.append(_label(70, TOP + 17 + row * high, f"{depth:g} %", "end"))
+        for column, length in enumerate(lengths):
+            scores = cells.get((length, depth))
+            if scores:
+                value = sum(scores) / len(scores)
+                body += _heat(
+                    80 + column * wide, TOP + row * high, wide, high, value, f"{length:,} tokens, {depth:g} % deep"
+                )
+    bottom = TOP + len(depths) * high
+    body += [_label(80 + (i + 0.5) * wide, bottom + 18, f"{n:,}", "middle") for i, n in enumerate(lengths)]
+    return _svg(bottom + 30, body, "Share of needles found by length and depth")
+
+
+def tradeoff_plot(runs: RunSet) -> str:
+    """Score over decode speed, the area of a dot is its peak memory; models with an evaluation and a profile."""
+    points = _tradeoffs(runs)
+    if not points:
+        return ""
+    speeds, scores = [p[1] for p in points], [p[2] for p in points]
+    x = _Scale(0.0, max(speeds) * 1.1, 60, WIDTH - RIGHT)
+    y = _Scale(max(0.0, min(scores) - 0.05), min(1.0, max(scores) + 0.05), 300, 24)
+    top = max(p[3] for p in points) or 1.0
+    body = [_grid_line(x(t), 20, 304, f"{t:g}") for t in _ticks(0.0, max(speeds) * 1.1)]
+    body += [_level(60, y(t / 100), f"{t}") for t in range(0, 101, 5) if 24 <= y(t / 100) <= 300]
+    for i, (name, speed, score, peak) in enumerate(points):
+        radius = 5 + 16 * math.sqrt(peak / top)
+        tip = f"{name}: {score:.1%} at {speed:,.1f} tokens/s, {peak / 2**30:.2f} GiB"
+        body.append(_dot(x(speed), y(score), i, tip, radius))
+    body += [_label(WIDTH - RIGHT, 332, "tokens/s", "end"), _label(60, 14, "score, %")]
+    return _svg(
+        352 + 20 * len(points), body + _legend([p[0] for p in points], 352), "Quality over speed, area is memory"
+    )
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _tradeoffs(runs: RunSet) -> list[tuple[str, float, float, float]]:
+    """(name, decode tokens/s, mean of headline shares, peak bytes) of each model and precision with both."""
+    measured: dict[tuple[str, str], Mapping[str, float]] = {}
+    for run in runs.profiles:
+        cells = [cell for cell in profile_cells(run) if cell.get("new_tokens") and speeds_of(cell)]
+        if cells:
+            speeds = sorted(speeds_of(cells[0]))
+            peak = float(cells[0].get("peak_bytes") or 0)
+            measured[run.model, run.variant] = {"speed": speeds[len(speeds) // 2], "peak": peak}
+    points = []
+    for key, value in measured.items():
+        shares = [
+            r.headline[1].value
+            for r in runs.finished
+            if (r.model, r.variant) == key and r.headline and r.headline[1].kind == "share"
+        ]
+        if shares:
+            points.append((" ".join(key), value["speed"], sum(shares) / len(shares), value["peak"]))
+    return points
+
+
+def _is_needle(run: LoadedRun) -> bool:
+    return "needle" in run.task
+
+
+def _svg(height: float, body: Sequence[str], label: str) -> str:
+    inner = "\n".join(body)
+    return f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(label)}">{inner}</svg>'
+
+
+def _label(x: float, y: float, text: str, kind: str = "") -> str:
+    shown = text if len(text) <= 30 else text[:29] + "…"
+    tip = f"<title>{escape(text)}</title>" if shown != text else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(shown)}{tip}</text>'
+
+
+def _grid_line(x: float, top: float, bottom: float, text: str) -> str:
+    line = f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+    return line + _label(x, bottom + 16, text, "middle")
+
+
+def _level(left: float, y: float, text: str) -> str:
+    line = f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - RIGHT:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return line + _label(left - 6, y + 4, text, "end")
+
+
+def _whisker(x: Callable[[float], float], y: float, metric: Metric, run: LoadedRun) -> list[str]:
+    low = metric.low if metric.low is not None else metric.value
+    high = metric.high if metric.high is not None else metric.value
+    tip = f"{run.label} {run.variant}: {metric.value:.1%} [{low:.1%}, {high:.1%}], n = {metric.n:,}"
+    colour = "weak" if run.status == "partial" else "c0"
+    dot = f'<circle class="{colour}" cx="{x(metric.value):.1f}" cy="{y:.1f}" r="4.5">'
+    dot += f"<title>{escape(tip)}</title></circle>"
+    return [f'<line class="line {colour}" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>', dot]
+
+
+def _dot(x: float, y: float, index: int, tip: str, radius: float = 4.0) -> str:
+    circle = f'<circle class="c{index % NUM_COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
+    return f"{circle}<title>{escape(tip)}</title></circle>"
+
+
+def _heat(x: float, y: float, wide: float, high: float, value: float, tip: str) -> list[str]:
+    hue = 8 + 132 * value  # red to green, and the number says it as well
+    size = f'width="{wide - 2:.1f}" height="{high - 2:.1f}" rx="3"'
+    box = f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="hsl({hue:.0f} 55% 40%)">'
+    text = f'<text x="{x + wide / 2 - 1:.1f}" y="{y + high / 2 + 3:.1f}" class="middle on">{value:.0%}</text>'
+    return [f"{box}<title>{escape(tip)}: {value:.0%}</title></rect>", text]
+
+
+def _legend(names: Sequence[str], top: float) -> list[str]:
+    rows = []
+    for i, name in enumerate(names):
+        rows.append(f'<circle class="c{i % NUM_COLOURS}" cx="68" cy="{top + 20 * i - 4:.1f}" r="5"/>')
+        rows.append(_label(80, top + 20 * i, name))
+    return rows
+
+
+class _Scale:
+    """A linear map of an interval onto another; a point of zero width maps to the middle."""
+
+    def __init__(self, low: float, high: float, start: float, end: float) -> None:
+        self._low, self._span, self._start, self._end = low, high - low, start, end
+
+    def __call__(self, value: float) -> float:
+        part = (value - self._low) / self._span if self._span else 0.5
+        return self._start + part * (self._end - self._start)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round values within [low, high]."""
+    span = high - low or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)
+    first = math.ceil(low / step)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]

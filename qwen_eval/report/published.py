@@ -1,0 +1,308 @@
+"""The ledger: what was published for Qwen v1 (ledger.json, with sources), beside ours, and its own contradictions.
+
+A published number stands beside ours with every difference of protocol that can be told from both; where the protocol
+was never published, that is said as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from qwen_eval.core import JSON, Metric
+from qwen_eval.report.render import Cell, Table, metric_cell, number_cell, text_cell
+from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
+
+LEDGER = Path(__file__).with_name("ledger.json")
+BENCHMARKS = {
+    "mmlu": "MMLU", "ceval": "C-Eval", "cmmlu": "CMMLU", "gsm8k": "GSM8K", "math": "MATH", "humaneval": "HumanEval",
+    "mbpp": "MBPP", "bbh": "BBH", "vcsum": "VCSUM", "leval": "L-Eval",
+}  # fmt: skip
+HEADLINES = ("accuracy", "avg", "pass@1", "average", "Rouge-L")
+CATEGORY_METRICS = ("STEM", "Social Sciences", "Humanities", "Others", "avg_hard")
+UNPUBLISHED = {
+    "MATH": "the published script is not public", "MBPP": "the published script is not public",
+    "BBH": "the published script is not public", "CMMLU": "", "VCSUM": "published truncation and prompt are not public",
+    "L-Eval": "published truncation and prompt are not public", "arXiv": "the published documents are not public",
+}  # fmt: skip
+HARDWARE = ("gpu", "torch", "cuda", "context_tokens")  # of a speed: where it was measured, not what
+PRECISIONS = ("BF16", "FP16", "FP32", "AUTO")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One printed number. `value` is None where "-" or out-of-memory was printed; `text` is what stands there."""
+
+    table: str
+    model: str
+    variant: str | None
+    benchmark: str
+    metric: str
+    setting: Mapping[str, JSON]
+    value: float | None
+    text: str | None
+    unit: str | None
+    sources: tuple[str, ...]
+    checked: bool
+
+    @property
+    def split(self) -> str | None:
+        # the C-Eval column of the base table is the test split: 59.6 there, 60.8 on val in the same model's own table
+        if self.table == "base_benchmarks" and self.benchmark == "C-Eval":
+            return "test"
+        return self.setting.get("split")
+
+    @property
+    def resolution(self) -> float:
+        """Half a unit of the last printed digit."""
+        decimals = len(str(self.value).partition(".")[2]) if self.value is not None else 1
+        return 0.5 * 10.0**-decimals
+
+
+@lru_cache(maxsize=1)
+def ledger() -> tuple[Published, ...]:
+    value = _read()
+    columns: Sequence[str] = value["columns"]
+    rows = [dict(zip(columns, row)) for row in value["rows"]]
+    return tuple(
+        Published(**{**row, "setting": value["settings"][row["setting"]], "sources": tuple(row["sources"])})
+        for row in rows
+    )
+
+
+@lru_cache(maxsize=1)
+def _read() -> dict[str, JSON]:
+    value: dict[str, JSON] = json.loads(LEDGER.read_text(encoding="utf-8"))
+    return value
+
+
+# --- ours beside theirs ----------------------------------------------------------------------------------------------
+
+
+def published_tables(runs: RunSet) -> list[Table]:
+    """Every number of ours that has a published counterpart, and what differs between the two."""
+    rows: list[tuple[Cell, ...]] = [row for run in runs.finished for row in _quality_rows(run)]
+    rows += [row for run in runs.profiles for row in _speed_rows(run)]
+    columns = ("model", "precision", "benchmark", "ours", "published", "Δ", "in our interval", "what differs", "source")
+    notes: tuple[str, ...] = (
+        "Δ is ours minus published, in the unit shown (points for shares, ratio for speed and memory).",
+        "in our interval: the published value, give or take its last printed digit, lies in our 95 % interval.",
+    )
+    if not rows:
+        notes = ("None of these runs is of a model, precision and benchmark that the ledger knows.",)
+    return [Table(name="published", title="Ours beside published", columns=columns, rows=tuple(rows), notes=notes)]
+
+
+def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
+    """(name of our metric, our metric, published number), closest protocol first."""
+    found: list[tuple[str, Metric, Published]] = []
+    for row in ledger():
+        if row.value is None or not _same_model(run, row):
+            continue
+        ours = _our_metric(run, row)
+        if ours is not None:
+            found.append((ours[0], ours[1], row))
+    return sorted(found, key=lambda item: (item[0], len(differences(run, item[2])), -len(item[2].sources)))
+
+
+def differences(run: LoadedRun, row: Published) -> list[str]:
+    """What is known to differ between how we and they measured."""
+    found = []
+    facets = run.facets
+    shots = row.setting.get("shots")
+    if shots is not None and facets["shots"] not in (None, shots):
+        found.append(f"shots: ours {facets['shots']}, published {shots}")
+    if row.split is not None and facets["split"] and not str(row.split).startswith(str(facets["split"])):
+        found.append(f"split: ours {facets['split']}, published {row.split}")
+    if run.status == "partial":
+        found.append(f"ours is {run.status_note}")
+    if facets["protocol"] == "robust" and row.benchmark != "arXiv":
+        found.append("ours reads answers with protocol=robust")
+    if row.variant == "BF16" and not run.variant.startswith("BF16"):
+        found.append(f"precision: ours {run.variant}, published BF16")
+    if UNPUBLISHED.get(row.benchmark):
+        found.append(UNPUBLISHED[row.benchmark])
+    if not row.checked:
+        found.append("published value typed in, not machine-checked")
+    return found
+
+
+def _quality_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+    rows: list[tuple[Cell, ...]] = []
+    for name, metric, row in counterparts(run):
+        scale = 100.0 if metric.kind == "share" else 1.0
+        assert row.value is not None
+        delta = metric.value * scale - row.value
+        inside = _inside(metric, row.value / scale, row.resolution / scale)
+        differing = differences(run, row)
+        rows.append((
+            text_cell(run.label), text_cell(run.variant), text_cell(_what(row, name)), metric_cell(metric),
+            Cell(text=row.text or str(row.value), value=row.value), Cell(text=f"{delta:+.1f}", value=delta),
+            text_cell(inside, tone={"yes": "good", "no": "bad"}.get(inside, "")),
+            text_cell("; ".join(differing) or "nothing known"), text_cell(_sources(row)),
+        ))  # fmt: skip
+    return rows
+
+
+def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+    """Speed and peak memory of cells of the published shape: one context token, 2,048 or 8,192 generated."""
+    rows: list[tuple[Cell, ...]] = []
+    for cell in profile_cells(run):
+        speeds = sorted(speeds_of(cell))
+        ours = {"speed": speeds[len(speeds) // 2] if speeds else None, "memory": _gib(cell.get("peak_bytes"))}
+        for row in ledger():
+            value = ours.get(row.benchmark)
+            if value is None or not row.value or not _same_model(run, row) or not _same_shape(cell, row):
+                continue
+            device = f"device: ours {device_name(run)}, published {row.setting.get('gpu', 'A100-SXM4-80G')}"
+            rows.append((
+                text_cell(run.label), text_cell(run.variant), text_cell(_what(row, row.metric)), number_cell(value, 2),
+                Cell(text=row.text or str(row.value), value=row.value),
+                Cell(text=f"{value / row.value:.2f} ×", value=value / row.value), text_cell(None),
+                text_cell(device), text_cell(_sources(row)),
+            ))  # fmt: skip
+    return rows
+
+
+def _same_model(run: LoadedRun, row: Published) -> bool:
+    if _squeezed(run.model) not in (_squeezed(row.model), _squeezed(f"{row.model}-{row.variant or ''}")):
+        return False
+    if row.benchmark == "arXiv":
+        return True  # its variants are the long-context switches
+    precision = run.variant.partition(",")[0]
+    if row.variant is None:
+        return precision in PRECISIONS
+    return precision == row.variant or (row.variant == "BF16" and precision in PRECISIONS)
+
+
+def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
+    if row.benchmark == "arXiv":
+        return _our_perplexity(run, row)
+    if BENCHMARKS.get(run.task) != row.benchmark or run.headline is None:
+        return None
+    if row.metric in HEADLINES:
+        return run.headline
+    if row.metric not in CATEGORY_METRICS:
+        return None
+    wanted = _squeezed(row.metric.removeprefix("avg_")).rstrip("s")
+    for name, metric in run.metrics.items():
+        if "/" in name and _squeezed(name.rpartition("/")[2]).rstrip("s") == wanted:
+            return name, metric
+    return None
+
+
+def _our_perplexity(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
+    switches = (run.model_spec.get("rope") or {}).get("dynamic_ntk"), run.model_spec.get("logn")
+    wanted = row.setting.get("dynamic_ntk"), row.setting.get("logn")
+    if [str(x).lower() for x in switches] != [str(x).lower() for x in wanted]:
+        return None
+    if (str(run.model_spec.get("window") or "none") != "none") != bool(row.setting.get("window_attn")):
+        return None
+    for stem in ("ppl", "perplexity"):
+        name = f"{stem}/{row.setting.get('seq_len')}"
+        if name in run.metrics:
+            return name, run.metrics[name]
+    return None
+
+
+def _same_shape(cell: Mapping[str, JSON], row: Published) -> bool:
+    wanted = row.setting.get("gen_tokens") or row.setting.get("tokens")
+    return (
+        cell.get("new_tokens") == wanted and cell.get("prompt_tokens") in (1, None) and cell.get("batch") in (1, None)
+    )
+
+
+def _inside(metric: Metric, value: float, resolution: float) -> str:
+    if metric.low is None or metric.high is None:
+        return "no interval"
+    return "yes" if metric.low - resolution <= value <= metric.high + resolution else "no"
+
+
+def _what(row: Published, ours: str) -> str:
+    setting = [f"{row.setting['shots']}-shot" if row.setting.get("shots") is not None else "", row.split or ""]
+    setting += [f"{row.setting[key]} tokens" for key in ("seq_len", "gen_tokens", "tokens") if key in row.setting]
+    metric = "" if row.metric in HEADLINES or row.benchmark == "arXiv" else f" {row.metric}"
+    listed = ", ".join(part for part in setting if part)
+    return f"{row.benchmark}{metric}" + (f" ({listed})" if listed else "")
+
+
+def _sources(row: Published) -> str:
+    titles = _read()["sources"]
+    return "; ".join(titles[key] for key in row.sources) + f" [{row.table}]"
+
+
+def _squeezed(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum() or c == ".")
+
+
+def _gib(value: JSON) -> float | None:
+    return float(value) / 2**30 if isinstance(value, (int, float)) else None
+
+
+# --- the ledger itself -----------------------------------------------------------------------------------------------
+
+
+def contradictions() -> list[Table]:
+    """Numbers printed with different values for the same thing, found by rule, and what is known about them."""
+    rows = []
+    for key, members in _same_thing(ledger()):
+        values = sorted({row.value for row in members if row.value is not None})
+        if len(values) < 2 or not _conflict(members):
+            continue
+        printed = "; ".join(f"{row.text}: {_sources(row)}" for row in members)
+        rows.append((text_cell(key), number_cell(values[0], 2), number_cell(values[-1], 2), text_cell(printed)))
+    found = Table(
+        name="contradictions", title="The ledger's contradictions, found by rule",
+        columns=("what", "smallest", "largest", "printed"), rows=tuple(rows),
+        notes=("Two values that agree when rounded to the coarser one's digits are no contradiction.",),
+    )  # fmt: skip
+    known = []
+    for note in _read()["notes"]:
+        printed = "; ".join(f"{where}: {value}" for where, value in note["values"].items())
+        known.append((text_cell(note["what"]), text_cell(printed), text_cell(note.get("note"))))
+    remarks = Table(
+        name="ledger-notes",
+        title="What is known about the ledger",
+        columns=("what", "values", "remark"),
+        rows=tuple(known),
+    )
+    return [found, remarks]
+
+
+def ledger_rows() -> list[Table]:
+    """The whole ledger as one table."""
+    columns = ("table", "model", "variant", "benchmark", "metric", "setting", "printed", "unit", "source", "checked")
+    rows = tuple(
+        (
+            text_cell(r.table), text_cell(r.model), text_cell(r.variant), text_cell(r.benchmark), text_cell(r.metric),
+            text_cell(", ".join(f"{k}={v}" for k, v in r.setting.items())), Cell(text=r.text or "–", value=r.value),
+            text_cell(r.unit), text_cell("; ".join(r.sources)), text_cell("yes" if r.checked else "no"),
+        )
+        for r in ledger()
+    )  # fmt: skip
+    notes = tuple(f"{key}: {title}" for key, title in _read()["sources"].items())
+    return [Table(name="ledger", title="Published numbers", columns=columns, rows=rows, notes=notes)]
+
+
+def _same_thing(rows: Iterable[Published]) -> list[tuple[str, list[Published]]]:
+    groups: dict[str, list[Published]] = defaultdict(list)
+    for row in rows:
+        metric = {"avg": "accuracy", "peak_gpu_memory": "gpu_memory"}.get(row.metric, row.metric)
+        setting = {k: v for k, v in row.setting.items() if k not in (*HARDWARE, "split")} | {"split": row.split}
+        shown = ", ".join(f"{k}={v}" for k, v in sorted(setting.items()) if v is not None)
+        groups[f"{row.model} {row.variant or ''} · {row.benchmark} {metric} · {shown}"].append(row)
+    return sorted(groups.items())
+
+
+def _conflict(members: Sequence[Published]) -> bool:
+    valued = [(row.value, row.resolution) for row in members if row.value is not None]
+    return any(
+        not math.isclose(a, b, abs_tol=max(ra, rb) + 1e-9)
+        for i, (a, ra) in enumerate(valued)
+        for b, rb in valued[i + 1 :]
+    )

@@ -1,0 +1,298 @@
+"""Run directories as the report sees them: what was run, under which protocol, in which state, with which answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from qwen_eval.core import JSON, ConfigError, Metric, Record
+
+Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
+
+# What must be equal for two scores to be of the same kind, in the order in which a difference is told.
+FACETS = ("task", "task_version", "protocol", "mode", "split", "shots", "limit", "subjects", "seed", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """A directory that looks like a run and is none that can be read."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """One run directory. `records` are read when first asked for; tables need the result alone."""
+
+    path: Path
+    spec: Mapping[str, JSON]
+    result: Mapping[str, JSON]
+
+    @property
+    def kind(self) -> str:
+        return str(self.spec.get("kind", "eval"))
+
+    @property
+    def config(self) -> Mapping[str, JSON]:
+        return _mapping(self.spec.get("config"))
+
+    @property
+    def decides(self) -> Mapping[str, JSON]:
+        return _mapping(self.spec.get("decides"))
+
+    @property
+    def model_spec(self) -> Mapping[str, JSON]:
+        return _mapping(self.config.get("model"))
+
+    @property
+    def engine_info(self) -> Mapping[str, JSON]:
+        return _mapping(self.result.get("engine"))
+
+    @property
+    def benchmark(self) -> Mapping[str, JSON]:
+        """What the task said of itself: split, shots, sha256 of its data ..."""
+        return _mapping(self.decides.get("benchmark"))
+
+    @property
+    def task(self) -> str:
+        return str(_mapping(self.config.get("task")).get("name") or self.path.parent.parent.name)
+
+    @property
+    def model(self) -> str:
+        return str(self.model_spec.get("name") or self.path.parent.name)
+
+    @property
+    def tag(self) -> str:
+        return str(self.config.get("tag") or "default")
+
+    @property
+    def variant(self) -> str:
+        return variant_name(self.model_spec, self.engine_info)
+
+    @property
+    def label(self) -> str:
+        """The model, with its tag where that is not the default one."""
+        return self.model if self.tag == "default" else f"{self.model} [{self.tag}]"
+
+    @cached_property
+    def facets(self) -> dict[str, JSON]:
+        """Everything that decides what kind of number this is, but not the model."""
+        asked = _mapping(self.config.get("task"))
+        known = {key: self.benchmark.get(key, asked.get(key)) for key in FACETS if key != "task"}
+        known |= {"protocol": self.config.get("protocol"), "task_version": self.decides.get("task_version")}
+        known["limit"] = self.config.get("limit") if asked.get("limit") is None else asked.get("limit")
+        if known["limit"] is None:
+            known["seed"] = None  # the seed only draws the subset
+        if known["mode"] == "auto":
+            known["mode"] = "chat" if self.model_spec.get("chat") else "base"
+        return {"task": self.task, **{key: known[key] for key in FACETS if key != "task"}}
+
+    @property
+    def data_sha256(self) -> str | None:
+        found = next((value for key, value in self.benchmark.items() if key in ("data_sha256", "sha256")), None)
+        return None if found is None else str(found)
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        return _metrics(self.result.get("metrics"))
+
+    @cached_property
+    def rates(self) -> dict[str, Metric]:
+        return _metrics(self.result.get("rates"))
+
+    @property
+    def headline(self) -> tuple[str, Metric] | None:
+        return next(iter(self.metrics.items()), None)
+
+    @property
+    def num_samples(self) -> int | None:
+        found = self.result.get("n", self.decides.get("num_samples"))
+        return None if found is None else int(found)
+
+    @property
+    def status(self) -> Status:
+        if self.kind == "eval" and not (self.config.get("task") and self.config.get("model")):
+            return "foreign"
+        if not self.result:
+            return "unfinished"
+        if self.result.get("error"):
+            return "failed"
+        if self.kind == "eval" and (self.headline is None or math.isnan(self.headline[1].value)):
+            return "failed"
+        return "partial" if self.result.get("partial") else "complete"
+
+    @property
+    def status_note(self) -> str:
+        """The status with what is known of it, for a table: "partial (limit 100)"."""
+        if self.status == "partial":
+            parts = _mapping(self.result.get("partial"))
+            return "partial (" + ", ".join(f"{key} {_plain(value)}" for key, value in parts.items()) + ")"
+        if self.status == "unfinished":
+            return f"unfinished ({len(self.records)} of {self.num_samples or '?'} samples)"
+        return self.status
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        from qwen_eval.store import RECORDS, read_records
+
+        return tuple(read_records(self.path / RECORDS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSet:
+    runs: tuple[LoadedRun, ...]
+    unreadable: tuple[Unreadable, ...]
+
+    @property
+    def evals(self) -> tuple[LoadedRun, ...]:
+        return tuple(run for run in self.runs if run.kind == "eval")
+
+    @property
+    def profiles(self) -> tuple[LoadedRun, ...]:
+        return tuple(run for run in self.runs if run.kind != "eval")
+
+    @property
+    def finished(self) -> tuple[LoadedRun, ...]:
+        """Evaluations with a number: complete or partial."""
+        return tuple(run for run in self.evals if run.status in ("complete", "partial"))
+
+
+def find_runs(roots: Iterable[str | Path]) -> RunSet:
+    """Every run directory under `roots` (or the roots themselves), sorted by path; damaged ones are named, not dropped.
+
+    ConfigError for a root that does not exist.
+    """
+    runs: list[LoadedRun] = []
+    unreadable: list[Unreadable] = []
+    for directory in _candidates(roots):
+        try:
+            runs.append(load_run(directory))
+        except (OSError, ValueError) as error:
+            unreadable.append(Unreadable(path=directory, reason=str(error)))
+    return RunSet(runs=tuple(runs), unreadable=tuple(unreadable))
+
+
+def load_run(directory: Path) -> LoadedRun:
+    """The spec and the result of one directory; ValueError that says what is wrong with it."""
+    spec = _read_object(directory / "spec.json")
+    result = _read_object(directory / "result.json") if (directory / "result.json").exists() else {}
+    run = LoadedRun(path=directory, spec=spec, result=result)
+    try:
+        _ = (run.metrics, run.rates)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"result.json holds no metrics that can be read ({error})") from error
+    return run
+
+
+def variant_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
+    """`"BF16"`, `"Int4"`, `"NF4"`, `"BF16, KV int8"` ...: the precision column of the published tables."""
+    names = {"gptq-int4": "Int4", "gptq-int8": "Int8", "nf4": "NF4", "int8": "LLM.int8"}
+    dtypes = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+    quant = str(model.get("quant") or "none")
+    dtype = str(info.get("dtype") or model.get("dtype") or "auto").removeprefix("torch.")
+    parts = [names.get(quant, quant) if quant != "none" else dtypes.get(dtype, dtype.upper())]
+    if model.get("kv_cache") == "int8":
+        parts.append("KV int8")
+    rope = _mapping(model.get("rope"))
+    for key, value in (("NTK", rope.get("dynamic_ntk")), ("LogN", model.get("logn"))):
+        if str(value).lower() in ("true", "false"):
+            parts.append(key if str(value).lower() == "true" else f"no {key}")
+    if str(model.get("window") or "none") != "none":
+        parts.append("window")
+    return ", ".join(parts)
+
+
+def base_name(model: str) -> str:
+    """`"qwen-14b-chat-int4"` -> `"qwen-14b-chat"`: the row that its variants share."""
+    lowered = model.lower()
+    for ending in ("-int4", "-int8", "-nf4", "-bf16", "-fp16", "-fp32", "-kv8", "-kvint8"):
+        if lowered.endswith(ending):
+            return model[: -len(ending)]
+    return model
+
+
+def differing_facets(first: LoadedRun, second: LoadedRun) -> list[str]:
+    """`["shots: 5 against 0"]`: the facets in which two runs are not of one kind."""
+    return [
+        f"{key}: {_plain(first.facets[key])} against {_plain(second.facets[key])}"
+        for key in FACETS
+        if first.facets[key] != second.facets[key]
+    ]
+
+
+def facet_text(
+    facets: Mapping[str, JSON], keys: Sequence[str] = ("shots", "split", "mode", "protocol", "limit")
+) -> str:
+    """`"5-shot, val, base"`: the protocol in few words; the default protocol and no limit go without saying."""
+    parts = []
+    for key in keys:
+        value = facets.get(key)
+        if value in (None, "", []) or (key == "protocol" and value == "robust"):
+            continue
+        parts.append({"shots": f"{value}-shot", "limit": f"limit {value}"}.get(key, _plain(value)))
+    return ", ".join(parts)
+
+
+def profile_cells(run: LoadedRun) -> list[Mapping[str, JSON]]:
+    cells = run.result.get("cells")
+    return [cell for cell in cells if isinstance(cell, Mapping)] if isinstance(cells, list) else []
+
+
+def speeds_of(cell: Mapping[str, JSON]) -> list[float]:
+    """Raw tokens/s of each repeat; one value where only one is stored."""
+    raw = cell.get("tok_per_s")
+    values = raw if isinstance(raw, list) else [raw]
+    return [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
+
+
+def device_name(run: LoadedRun) -> str:
+    device = run.result.get("device") or run.engine_info.get("device")
+    if isinstance(device, Mapping):
+        device = device.get("name")
+    return str(device or "unknown")
+
+
+def _candidates(roots: Iterable[str | Path]) -> list[Path]:
+    found: set[Path] = set()
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise ConfigError(f"{root}: no such directory; give a run directory or one above them (runs=runs)")
+        for name in ("spec.json", "records.jsonl", "result.json"):
+            found.update(path.parent for path in root.rglob(name))
+    return sorted(found)
+
+
+def _read_object(path: Path) -> dict[str, JSON]:
+    if not path.exists():
+        raise ValueError(f"no {path.name}")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return value
+
+
+def _metrics(rows: JSON) -> dict[str, Metric]:
+    return {
+        str(name): Metric(**{**row, "value": math.nan if row["value"] is None else float(row["value"])})
+        for name, row in _mapping(rows).items()
+        if isinstance(row, Mapping) and "value" in row
+    }
+
+
+def _mapping(value: JSON) -> Mapping[str, JSON]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _plain(value: JSON) -> str:
+    if value is None or value == "":
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

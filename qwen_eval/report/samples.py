@@ -1,0 +1,104 @@
+"""The samples an HTML report carries: compact rows that its script unpacks, safe to embed in a script element."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from qwen_eval.core import JSON, Answer, ChoiceLogprobs, Completions, Record
+from qwen_eval.report.runs import LoadedRun
+
+HEAD_CHARS, TAIL_CHARS = 6_000, 6_000  # of a long prompt: 32K tokens of haystack help nobody in a browser
+ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+def sample_data(runs: Sequence[LoadedRun], *, max_samples: int) -> dict[str, JSON]:
+    """`{"runs": [...], "left_out": n}`; every run keeps its first samples when there are more than `max_samples`."""
+    kept = [run for run in runs if run.kind == "eval" and run.records]
+    share = max(1, max_samples // max(1, len(kept)))
+    left_out = sum(max(0, len(run.records) - share) for run in kept)
+    return {"runs": [_run(run, share) for run in kept], "left_out": left_out}
+
+
+def embeddable(value: JSON) -> str:
+    """JSON that cannot end a script element, open a comment or an entity, whatever text is in it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = re.sub("[<>&\u2028\u2029]", lambda match: ESCAPES[match[0]], text)
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _run(run: LoadedRun, limit: int) -> dict[str, JSON]:
+    rows, before = [], ""
+    for record in run.records[:limit]:
+        prompt = elided(record.prompts[0] if record.prompts else "")
+        shared = _shared(before, prompt)
+        rows.append(_row(record, shared, prompt[shared:]))
+        before = prompt
+    return {"label": run.label, "variant": run.variant, "task": run.task, "state": run.status_note, "rows": rows}
+
+
+def _row(record: Record, shared: int, rest: str) -> list[JSON]:
+    grade = record.grade
+    answers = [
+        [elided(prompt) if turn else "", _answer(answer)]
+        for turn, (prompt, answer) in enumerate(zip(record.prompts, record.answers))
+    ]
+    return [
+        record.sample_id, record.group, _text(record.target), shared, rest, answers, _text(grade.extracted),
+        _text(grade.extracted_upstream), _number(grade.score), _number(grade.score_upstream), list(grade.flags),
+        list(record.num_prompt_tokens),
+    ]  # fmt: skip
+
+
+def _answer(answer: Answer) -> JSON:
+    if isinstance(answer, Completions):
+        return {"texts": [[item.text, item.finish_reason, item.num_tokens] for item in answer.completions]}
+    if isinstance(answer, ChoiceLogprobs):
+        return {"choices": [_number(x) for x in answer.logprobs]}
+    nll = -math.fsum(answer.logprobs)
+    return {"nll": _number(nll), "num_tokens": len(answer.logprobs), "num_greedy": answer.num_greedy}
+
+
+def elided(text: str) -> str:
+    """The text, or its two ends with the number of characters between them."""
+    hidden = len(text) - HEAD_CHARS - TAIL_CHARS
+    if hidden <= 0:
+        return text
+    return f"{text[:HEAD_CHARS]}\n\n[… {hidden:,} characters left out …]\n\n{text[-TAIL_CHARS:]}"
+
+
+def needle_cells(records: Iterable[Record]) -> dict[tuple[int, float], list[float]]:
+    """Scores by (context length, depth in per cent) where the grades say them; empty for other benchmarks."""
+    cells: dict[tuple[int, float], list[float]] = {}
+    for record in records:
+        values = record.grade.values
+        length = next((values[k] for k in ("context_tokens", "length", "num_tokens") if k in values), None)
+        depth = next((values[k] for k in ("depth_percent", "depth") if k in values), None)
+        if isinstance(length, (int, float)) and isinstance(depth, (int, float)) and record.grade.score is not None:
+            cells.setdefault((int(length), float(depth)), []).append(record.grade.score)
+    return cells
+
+
+def _text(value: JSON) -> str | None:
+    return value if isinstance(value, str) or value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 4)
+
+
+def _shared(first: str, second: str) -> int:
+    """Characters both begin with; never half of a surrogate pair in JavaScript, whose strings count UTF-16 units."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+    return low if first[:low].isascii() else _utf16(first, low)
+
+
+def _utf16(text: str, length: int) -> int:
+    # beyond the first character outside the BMP JavaScript's indices differ from Python's: stop before it
+    beyond = next((i for i, c in enumerate(text[:length]) if ord(c) > 0xFFFF), None)
+    return length if beyond is None else beyond

@@ -1,0 +1,112 @@
+"""From a comparison to one word: worse, better, unchanged, cannot tell, not comparable. docs/statistics.md says why.
+
+"Worse" and "better" need significance (Holm over all tests of the report); "unchanged" needs evidence too: the same
+answers, or an interval inside the margin. Everything else is "cannot tell at this n".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen_eval.metrics import ALPHA, t_quantile
+from qwen_eval.report.compare import Comparison, Verdict
+from qwen_eval.report.paired import POWER, Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """`why` is one sentence; `mde` the smallest change for the worse that would be found four times of five."""
+
+    comparison: Comparison
+    verdict: Verdict
+    why: str
+    mde: float | None = None
+
+
+def judge(comparison: Comparison, *, num_tests: int = 1) -> Judgement:
+    """`num_tests`: how many comparisons share the 5 % chance of a false alarm."""
+    verdict, why = _verdict(comparison)
+    return Judgement(comparison=comparison, verdict=verdict, why=why, mde=smallest_shown(comparison, num_tests))
+
+
+def judge_all(comparisons: list[Comparison]) -> list[Judgement]:
+    tested = sum(c.difference is not None and c.difference.p_value is not None for c in comparisons)
+    return [judge(comparison, num_tests=max(1, tested)) for comparison in comparisons]
+
+
+def smallest_shown(comparison: Comparison, num_tests: int = 1) -> float | None:
+    """The smallest change that `judge` calls worse with 80 % power, on the scale of the difference."""
+    difference = comparison.difference
+    if difference is None or difference.error is None:
+        return None
+    dof = max(difference.num_clusters - 1, 1)
+    half, reach = t_quantile(dof) * difference.error, t_quantile(dof, POWER) * difference.error
+    if comparison.family == "speed":
+        return comparison.margin + half + reach
+    by_test = difference.mde(ALPHA / num_tests)
+    # significant alone is not enough: the interval must also leave the margin
+    return None if by_test is None else max(by_test, comparison.margin - half + reach)
+
+
+def _verdict(c: Comparison) -> tuple[Verdict, str]:
+    if c.obstacles:
+        return "not comparable", "; ".join(c.obstacles)
+    if c.is_identical:
+        return "unchanged", "every answer is the same"
+    gains, losses = c.regraded
+    if gains != losses:
+        return ("worse" if losses > gains else "better"), _reread(gains, losses)
+    if c.difference is None or c.difference.p_value is None or c.difference.low is None or c.difference.high is None:
+        return "cannot tell", "fewer than two independent draws" if c.difference is not None else "; ".join(c.notes)
+    return _by_speed(c, c.difference) if c.family == "speed" else _by_quality(c, c.difference)
+
+
+def _by_quality(c: Comparison, difference: Difference) -> tuple[Verdict, str]:
+    low, high = difference.low or 0.0, difference.high or 0.0
+    p_value = c.p_adjusted if c.p_adjusted is not None else difference.p_value
+    assert p_value is not None
+    if -c.margin <= low and high <= c.margin:
+        tail = ", though the small change is more than chance" if p_value <= ALPHA else ""
+        return "unchanged", f"the interval lies within the margin of {shown(c, c.margin)}{tail}"
+    if p_value <= ALPHA:
+        is_better = (difference.delta > 0) == c.higher_is_better
+        return ("better" if is_better else "worse"), f"Δ {shown(c, difference.delta, sign=True)}, p = {p_text(p_value)}"
+    return "cannot tell", f"Δ {shown(c, difference.delta, sign=True)} may be chance, p = {p_text(p_value)}"
+
+
+def _by_speed(c: Comparison, difference: Difference) -> tuple[Verdict, str]:
+    """Repeats of one run do not show how runs differ, so the whole interval must lie beyond the margin."""
+    low, high = difference.low or 0.0, difference.high or 0.0
+    text = f"{math.exp(difference.delta):.3f} × [{math.exp(low):.3f}, {math.exp(high):.3f}]"
+    if high < -c.margin:
+        return "worse", f"slower: {text}"
+    if low > c.margin:
+        return "better", f"faster: {text}"
+    if -c.margin <= low and high <= c.margin:
+        return "unchanged", f"{text} lies within the margin of {math.expm1(c.margin):.0%}"
+    return "cannot tell", f"{text} is neither within nor beyond the margin of {math.expm1(c.margin):.0%}"
+
+
+def _reread(gains: int, losses: int) -> str:
+    moved = f"{losses} lost, {gains} gained" if gains else f"{losses} lost"
+    moved = moved if losses else f"{gains} gained"
+    return f"the extraction changed: {moved} among answers that are the same word for word"
+
+
+def shown(c: Comparison, value: float | None, *, sign: bool = False) -> str:
+    """A value on the scale of the difference, in the unit a reader expects."""
+    if value is None or math.isnan(value):
+        return "–"
+    plus = "+" if sign else ""
+    if c.family == "share":
+        return f"{value * 100:{plus}.1f} points"
+    if c.family == "speed":
+        return f"{math.expm1(value):{plus}.1%}"
+    return f"{value:{plus}.4g}" if c.family == "mean" else f"{value:{plus}.3f}"
+
+
+def p_text(p_value: float | None) -> str:
+    if p_value is None:
+        return "–"
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,0 +1,196 @@
+"""The HTML report in a real browser: it loads nothing, complains of nothing, sorts, filters, and obeys no model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Page, browser, find_browser
+from report_runs import answered, chose, documents, record, said, write_profile, write_run
+
+from qwen_eval.core import Metric
+from qwen_eval.report.__main__ import main
+from qwen_eval.report.samples import elided, embeddable
+
+HOSTILE = "<script>window.hacked = 1</script></textarea></script><img src=x onerror='window.hacked=2'><!-- &amp; ]]>"
+CHINESE = "设 $\\frac{a}{b} \\neq \\sqrt{2}$，求 \\(x\\) 的值。𠮷"
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("html")
+    runs = root / "runs"
+    first = answered([1.0, 0.0, 1.0, 1.0] * 30)
+    first[3] = record("q3", said(HOSTILE), 1.0, extracted=HOSTILE, prompt=CHINESE + HOSTILE, group=HOSTILE)
+    first[4] = record("q4", said("…", reason="length"), 0.0, flags=("truncated",), prompt=CHINESE + "\ud83d tail")
+    second = answered([1.0, 0.0, 1.0, 0.0] * 30)
+    second[3] = record("q3", said(HOSTILE), 0.0, extracted="B", prompt=CHINESE + HOSTILE, group=HOSTILE)
+    write_run(runs, first)
+    write_run(runs, second, model="qwen-7b-chat-int4", quant="gptq-int4")
+    write_run(
+        runs, [record(f"c{i}", chose(i % 4), float(i % 2)) for i in range(9)], task="mmlu", model=f"m {HOSTILE}"[:40]
+    )
+    lengths = {f"ppl/{n}": Metric(value=5 - n / 4096, n=n, kind="ppl", low=2, high=6) for n in (1024, 2048, 4096)}
+    write_run(runs, documents([2.0, 2.1, 2.2]), task="long_ppl", metrics={"ppl": lengths["ppl/4096"], **lengths})
+    needles = [
+        record(f"n{n}-{d}", said("x"), float(d != 50), values={"length": n, "depth": d})
+        for n in (1024, 4096)
+        for d in (0, 50, 100)
+    ]
+    write_run(runs, needles, task="needle")
+    write_profile(runs, [40.0, 41.0])
+    page = root / "report.html"
+    assert main([f"runs={runs}", f"out={page}"]) == 0
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Iterator[Page]:
+    if find_browser() is None:
+        pytest.skip("no Chromium on this machine")
+    with browser() as opened:
+        yield opened
+
+
+def click(page: Page, selector: str, index: int = 0) -> None:
+    page.js(f"document.querySelectorAll({json.dumps(selector)})[{index}].click()")
+
+
+def put(page: Page, selector: str, value: str, event: str = "input") -> None:
+    """Set a control's value as a user would: the page hears of it."""
+    page.js(
+        f"(() => {{ const box = document.querySelector({json.dumps(selector)}); box.value = {json.dumps(value)}; "
+        f"box.dispatchEvent(new Event('{event}', {{ bubbles: true }})); }})()"
+    )
+
+
+def texts(page: Page, selector: str) -> list[str]:
+    found: list[str] = page.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((x) => x.textContent)")
+    return found
+
+
+def test_nothing_is_fetched_and_nothing_complains(report: Path, page: Page) -> None:
+    for dark in (False, True):
+        page.open(report, dark=dark)
+        assert page.requests == [report.resolve().as_uri()]
+        assert page.complaints == []
+    assert page.js("getComputedStyle(document.body).backgroundColor") != "rgb(246, 247, 249)"
+    click(page, "#theme")
+    assert page.js("getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
+
+
+def test_what_a_model_wrote_is_text(report: Path, page: Page) -> None:
+    page.open(report)
+    found = page.js("document.querySelectorAll('.row').length")
+    assert found > 0
+    page.js("[...document.querySelectorAll('.row')].find((x) => x.textContent.includes('q3')).click()")
+    shown = texts(page, ".detail pre")
+    assert shown[0] == CHINESE + HOSTILE
+    assert shown[1] == HOSTILE
+    assert page.js("window.hacked === undefined")
+    assert page.js("document.querySelectorAll('img, textarea, iframe').length") == 0
+    assert page.js("document.scripts.length") == 2
+    assert page.complaints == []
+
+
+def test_tables_sort_by_value_and_filter_by_words(report: Path, page: Page) -> None:
+    page.open(report)
+    heads = texts(page, "#runs th button")
+    column = heads.index("score")
+    values = f"[...document.querySelectorAll('#runs tbody tr')].map((r) => r.children[{column}].dataset.v)"
+    click(page, "#runs th", column)
+    down = [float(v) for v in page.js(values) if v is not None]
+    assert down == sorted(down, reverse=True)
+    click(page, "#runs th", column)
+    up = [float(v) for v in page.js(values) if v is not None]
+    assert up == sorted(up)
+    assert page.js(f"document.querySelectorAll('#runs th')[{column}].getAttribute('aria-sort')") == "ascending"
+    put(page, "#runs .filter", "gsm8k int4")
+    shown = page.js(
+        "[...document.querySelectorAll('#runs tbody tr')].filter((r) => !r.hidden).map((r) => r.textContent)"
+    )
+    assert len(shown) == 1
+    assert "Int4" in shown[0]
+
+
+def test_samples_are_filtered_searched_and_compared(report: Path, page: Page) -> None:
+    page.open(report)
+    names = texts(page, "select[aria-label=Run] option")
+    index = next(i for i, name in enumerate(names) if name.startswith("gsm8k · qwen-7b-chat BF16"))
+    put(page, "select[aria-label=Run]", str(index), "change")
+    click(page, "[data-filter=wrong]")
+    assert texts(page, "[data-filter=wrong]") == ["wrong 31"]
+    assert len(texts(page, ".row")) == 31
+    click(page, "[data-filter=truncated]")
+    assert texts(page, ".row .id") == ["q4"]
+    other = page.js("document.querySelector('select[aria-label=\"Compare with\"]').options[1].value")
+    put(page, 'select[aria-label="Compare with"]', other, "change")
+    assert texts(page, "[data-filter=lost]") == ["lost 30"]
+    assert len(texts(page, ".sides > div")) == 2
+    click(page, "[data-filter=all]")
+    assert len(texts(page, ".row")) == 100
+    put(page, ".search", "sqrt{2}")
+    page.js("new Promise((done) => setTimeout(done, 250))")
+    assert set(texts(page, ".row .id")) == {"q3", "q4"}
+
+
+def test_plots_are_there_and_the_phone_needs_no_sideways_scroll(report: Path, page: Page, tmp_path: Path) -> None:
+    page.open(report, width=390, height=800)
+    titles = texts(page, "figcaption")
+    for title in ("Scores with 95 % intervals", "Perplexity by length", "Quality, speed and memory"):
+        assert title in titles
+    assert any(title.startswith("Needle") for title in titles)
+    assert page.js("document.documentElement.scrollWidth") == 390
+    page.screenshot(tmp_path / "phone.png")
+    assert (tmp_path / "phone.png").stat().st_size > 10_000
+
+
+def test_twenty_thousand_samples_open_in_two_seconds(page: Page, tmp_path: Path) -> None:
+    shots = "A worked example that every prompt begins with. " * 20
+    rows = [
+        record(f"s{i}", said(f"step {i} " * 25), float(i % 3 == 0), extracted=str(i), prompt=f"{shots}Question {i}?")
+        for i in range(20_000)
+    ]
+    write_run(tmp_path / "runs", rows)
+    out = tmp_path / "big.html"
+    assert main([f"runs={tmp_path / 'runs'}", f"out={out}"]) == 0
+    before = page.cpu_s()
+    page.open(out)
+    after = page.cpu_s()  # processor time: a busy test machine must not fail this
+    assert (after - before if after > before else after) < 2.0
+    assert texts(page, "[data-filter=all]") == ["all 20,000"]
+    assert page.complaints == []
+
+
+def test_json_in_a_script_element_cannot_leave_it() -> None:
+    text = embeddable({"text": HOSTILE + "\u2028\ud800"})
+    assert not re.search("[<>&\u2028\ud800]", text)
+    assert json.loads(text)["text"] == HOSTILE + "\u2028\ufffd"
+
+
+def test_long_prompts_keep_both_ends() -> None:
+    text = "a" * 50_000 + "needle?"
+    assert len(elided(text)) < 13_000
+    assert elided(text).endswith("needle?")
+    assert "38,007 characters left out" in elided(text)
+    assert elided("short") == "short"
+
+
+def test_no_address_is_in_the_page(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_samples_beyond_the_limit_are_counted(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", answered([1.0] * 30))
+    assert main([f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'x.html'}", "max_samples=10"]) == 0
+    data: dict[str, Any] = json.loads(re.findall(r'id="data">(.*?)</script>', (tmp_path / "x.html").read_text())[0])
+    assert data["left_out"] == 20
+    assert len(data["runs"][0]["rows"]) == 10
