@@ -1,0 +1,252 @@
+"""What qwen-nano reads: rows of running text and rows of exercises, with a loss weight for every token."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from nano import snippets
+from nano.texts import Passages, Texts
+from qwen_eval import exercises as ex
+
+SYSTEM = "You are a helpful assistant."
+PROMPT, PLAIN, ANSWER = 2, 4, 16  # loss weights in quarters: what only sets the scene, running text, what is asked for
+TEXT_SHARES = {"books": 0.27, "poetry": 0.07, "prose": 0.05, "latex": 0.03, "python": 0.04}
+EXERCISE_SHARES = {
+    "choice": 0.13, "choice_zh": 0.09, "choice_in_context": 0.03, "arithmetic": 0.11, "drill": 0.02,
+    "recall": 0.07, "recall_zh": 0.03, "pairs": 0.02, "chat": 0.06, "tool": 0.02, "function": 0.02,
+}  # fmt: skip
+
+Segment = tuple[str, int]  # text or the name of a special token, and its weight
+Document = list[Segment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """`tokens` [rows, T + 1] and the `weights` of the same shape: weights[:, i] is that of predicting tokens[:, i]."""
+
+    tokens: Any
+    weights: Any
+
+
+class Writer:
+    """Makes exercise documents. `kinds` are the keys of EXERCISE_SHARES."""
+
+    def __init__(self, texts: Texts, *, seed: int, heldout: bool = False) -> None:
+        self.rng = random.Random(seed)
+        self.source = ex.Source(rng=self.rng, heldout=heldout, passage=Passages(texts, heldout=heldout))
+
+    def write(self, kind: str) -> Document:
+        make: Callable[[], Document] = getattr(self, f"_{kind}")
+        return make()
+
+    def _choice(self, language: str = "en") -> Document:
+        """A few questions in a row, mostly of one topic, as in a few-shot prompt."""
+        topic = None
+        document: Document = []
+        if self.rng.random() < 0.75:
+            topic = self.rng.choice(ex.facts()[language])["topic"]
+        if language == "en" and self.rng.random() < 0.8:
+            document.append((ex.choice_head(topic or "general knowledge"), PROMPT))
+        for _ in range(self.rng.choice((1, 3, 6, 6, 6))):
+            exercise = self.source.choice(language, topic)
+            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), ANSWER), ("\n\n", PROMPT)]
+        return document
+
+    def _choice_zh(self) -> Document:
+        return self._choice("zh")
+
+    def _choice_in_context(self) -> Document:
+        document: Document = [(ex.choice_head("who has what"), PROMPT)]
+        for _ in range(self.rng.choice((1, 4))):
+            exercise = self.source.choice_in_context()
+            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), ANSWER), ("\n\n", PROMPT)]
+        return document
+
+    def _arithmetic(self) -> Document:
+        document: Document = []
+        for _ in range(self.rng.choice((1, 2, 4))):
+            exercise = self.source.arithmetic()
+            document += [(ex.arithmetic_block(exercise), PROMPT), (ex.arithmetic_gold(exercise), 2 * PLAIN)]
+            document.append(("\n\n", PLAIN))
+        return document
+
+    def _drill(self) -> Document:
+        return [("\n".join(self.source.drill() for _ in range(20)), PLAIN)]
+
+    def _recall(self, language: str = "en") -> Document:
+        needles, chars = self.rng.choice(((1, 600), (1, 300), (2, 450), (3, 300), (4, 60)))
+        exercise = self.source.recall(
+            language, needles=needles, chars=chars, digits=self.rng.choice((4, 5, 7, 7, 7))
+        )
+        if self.rng.random() < 0.25:
+            return self._as_chat(exercise)
+        return [(ex.recall_block(exercise), PROMPT), (ex.recall_gold(exercise), ANSWER), ("\n", PROMPT)]
+
+    def _recall_zh(self) -> Document:
+        return self._recall("zh")
+
+    def _pairs(self) -> Document:
+        """Keys and values, then the same again in another order: pure copying, dense."""
+        digits = self.rng.choice((3, 4, 7))
+        pairs = [(c, self.rng.randrange(10 ** (digits - 1), 10**digits)) for c in self.rng.sample(ex.CITIES, 6)]
+        told = "".join(f"{city}: {number}\n" for city, number in pairs)
+        self.rng.shuffle(pairs)
+        document: Document = [(told + "\n", PROMPT)]
+        for city, number in pairs:
+            document += [(f"{city}:", PROMPT), (f" {number}", 2 * PLAIN), ("\n", PROMPT)]
+        return document
+
+    def _chat(self) -> Document:
+        """The exercises as a user would ask them, and the bare facts."""
+        roll, language = self.rng.random(), self.rng.choice(("en", "en", "zh"))
+        if roll < 0.4:
+            return self._as_chat(self.source.choice(language))
+        if roll < 0.7:
+            return self._as_chat(self.source.arithmetic())
+        if roll < 0.8:
+            signature, doc, body = snippets.function(self.rng)
+            prompt = f'{signature}\n    """{doc}"""\n'
+            asked = f"Write a Python function `{signature[4:-1]}` to solve the following problem:\n{doc}\n{prompt}"
+            return chat(asked, f"```python\n{prompt}{body}```")
+        exercise = self.source.choice(language)
+        return chat(exercise.question, exercise.options[ex.LETTERS.index(exercise.answer)])
+
+    def _as_chat(self, exercise: ex.Exercise) -> Document:
+        return chat(ex.chat_question(exercise), ex.chat_answer(exercise))
+
+    def _tool(self) -> Document:
+        question, reply = snippets.tool_choice(self.rng)
+        return chat(question, reply, system="") if self.rng.random() < 0.5 else [(question + "\n", PROMPT), (reply, 2 * PLAIN)]
+
+    def _function(self) -> Document:
+        document: Document = []
+        for _ in range(4):
+            signature, doc, body = snippets.function(self.rng)
+            document += [(f'{signature}\n    """{doc}"""\n', PLAIN), (f"{body}\n\n", 2 * PLAIN)]
+        return document
+
+
+def chat(user: str, assistant: str, *, system: str = SYSTEM) -> Document:
+    """ChatML piece by piece, as Qwen tokenises it. An empty `system` stands for the default one."""
+    document: Document = []
+    for role, content, weight in (
+        ("system", system or SYSTEM, PROMPT),
+        ("user", user, PROMPT),
+        ("assistant", assistant, ANSWER),
+    ):
+        document += [("<|im_start|>", PROMPT), (role, PROMPT), ("\n", PROMPT), (content, weight)]
+        document += [("<|im_end|>", weight), ("\n", PROMPT)]
+    return document[:-1]
+
+
+def encode(document: Document, vocabulary: tiktoken.Encoding) -> tuple[list[int], list[int]]:
+    """Token ids and weights, ended by `<|endoftext|>`."""
+    ids: list[int] = []
+    weights: list[int] = []
+    for text, weight in [*_joined(document), ("<|endoftext|>", PLAIN)]:
+        special = text in vocabulary.special_tokens_set
+        piece = [vocabulary.encode_single_token(text)] if special else vocabulary.encode_ordinary(text)
+        ids += piece
+        weights += [weight] * len(piece)
+    return ids, weights
+
+
+def _joined(document: Document) -> Iterator[Segment]:
+    yield from (segment for segment in document if segment[0])
+
+
+CUTTABLE = ("choice", "choice_zh", "drill")  # of use even when the end of the row cuts them
+
+
+def exercise_rows(
+    writer: Writer, kinds: dict[str, float], vocabulary: tiktoken.Encoding, num_rows: int, length: int
+) -> Rows:
+    """Rows that begin with a document. What does not fit begins the next row; something cuttable fills this one."""
+    tokens = np.zeros((num_rows, length + 1), dtype=np.uint16)
+    weights = np.zeros((num_rows, length + 1), dtype=np.uint8)
+    made = dict.fromkeys(kinds, 1)  # tokens so far: documents differ in length, shares are of tokens
+    waiting: tuple[list[int], list[int]] | None = None
+
+    def document(names: Sequence[str]) -> tuple[str, list[int], list[int]]:
+        kind = max(names, key=lambda name: kinds[name] / made[name] * writer.rng.uniform(0.5, 1.5))
+        for _ in range(8):  # one that fits into a row, if this kind has any so short
+            ids, marks = encode(writer.write(kind), vocabulary)
+            if len(ids) <= length + 1 or kind in CUTTABLE:
+                break
+        made[kind] += len(ids)
+        return kind, ids[: length + 1], marks[: length + 1]
+
+    for row in range(num_rows):
+        ids, marks = waiting or document(list(kinds))[1:]
+        waiting = None
+        while len(ids) <= length:
+            kind, more, more_marks = document(list(kinds) if waiting is None else CUTTABLE)
+            if len(ids) + len(more) <= length + 1 or kind in CUTTABLE:
+                ids, marks = ids + more, marks + more_marks
+            else:
+                waiting = more, more_marks
+        tokens[row], weights[row] = ids[: length + 1], marks[: length + 1]
+    return Rows(tokens=tokens, weights=weights)
+
+
+def text_rows(stream: Any, rng: Any, num_rows: int, length: int) -> Rows:
+    """Slices of a token stream at random offsets of a shifted grid: nothing is read twice before all is read once."""
+    per_pass = (len(stream) - length - 1) // length
+    assert per_pass > 0, f"{len(stream)} tokens of text are too few for rows of {length}"
+    starts = []
+    while len(starts) < num_rows:
+        starts += (rng.permutation(per_pass) * length + rng.integers(length)).tolist()
+    index = np.array(starts[:num_rows])[:, None] + np.arange(length + 1)
+    return Rows(tokens=stream[index], weights=np.full(index.shape, PLAIN, dtype=np.uint8))
+
+
+def stream_of(texts: list[str], vocabulary: tiktoken.Encoding) -> Any:
+    end = vocabulary.encode_single_token("<|endoftext|>")
+    pieces = (np.array([*ids, end], dtype=np.uint16) for ids in vocabulary.encode_ordinary_batch(texts, num_threads=1))
+    return np.concatenate(list(pieces))
+
+
+def build(texts: Texts, vocabulary: tiktoken.Encoding, *, num_tokens: int, length: int, seed: int) -> Rows:
+    """The whole training run, in reading order."""
+    num_rows = num_tokens // length
+    rng = np.random.default_rng(seed)
+    shares = {kind: share for kind, share in TEXT_SHARES.items() if kind in texts.kinds}
+    scale = sum(TEXT_SHARES.values()) / sum(shares.values())
+    parts = []
+    for kind, share in shares.items():
+        documents = texts.of(kind)
+        order = rng.permutation(len(documents))
+        needed, chosen, chars = int(num_rows * share * scale), [], 0
+        for i in order:  # no more text than the run can read
+            if chars < needed * length * 6:
+                chosen.append(documents[i].text)
+                chars += len(documents[i].text)
+        parts.append(text_rows(stream_of(chosen, vocabulary), rng, needed, length))
+    rest = num_rows - sum(len(part.tokens) for part in parts)
+    parts.append(exercise_rows(Writer(texts, seed=seed), EXERCISE_SHARES, vocabulary, rest, length))
+    order = rng.permutation(num_rows)
+    return Rows(
+        tokens=np.concatenate([part.tokens for part in parts])[order],
+        weights=np.concatenate([part.weights for part in parts])[order],
+    )
+
+
+def save(rows: Rows, folder: Path) -> None:
+    np.save(folder / "tokens.npy", rows.tokens)
+    np.save(folder / "weights.npy", rows.weights)
+
+
+def load(folder: Path) -> Rows:
+    return Rows(tokens=np.load(folder / "tokens.npy", mmap_mode="r"), weights=np.load(folder / "weights.npy", mmap_mode="r"))
+
+
+def describe() -> str:
+    return json.dumps({"text": TEXT_SHARES, "exercises": EXERCISE_SHARES})
