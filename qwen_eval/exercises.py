@@ -1,4 +1,4 @@
-"""Generated exercises that a miniature model can learn: multiple choice, arithmetic, recall, tool choice, functions.
+"""Generated exercises that a miniature model can learn: multiple choice, arithmetic, recall.
 
 One generator makes the training mixture of qwen-nano and its held-out test. The two never meet: every exercise has a
 `key`, `is_heldout(key)` says on which side it falls, and `Source(heldout=...)` only yields its own side.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,14 +17,20 @@ from typing import Any
 
 LETTERS = "ABCD"
 FACTS_FILE = Path(__file__).parent / "assets" / "samples" / "nano" / "facts.json"
-NAMES = "Anna Ben Tom Mary John Lucy Jack Kate Sam Emma Paul Rose Peter Jane Max Nora".split()
-ITEMS = "apples books coins cards eggs pens stones shells stamps cakes flowers nuts balls rings keys plums".split()
-THINGS = "tea milk bread a_dog a_cat a_hat a_map a_knife a_lamp a_coat a_ring a_drum a_book a_key a_bell a_rope".split()
-CITIES = (
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words("Anna Ben Tom Mary John Lucy Jack Kate Sam Emma Paul Rose Peter Jane Max Nora")
+ITEMS = _words("apples books coins cards eggs pens stones shells stamps cakes flowers nuts balls rings keys plums")
+THINGS = _words("tea milk bread a_dog a_cat a_hat a_map a_knife a_lamp a_coat a_ring a_drum a_book a_key a_bell a_rope")
+CITIES = _words(
     "Paris Berlin Rome Madrid London Tokyo Moscow Cairo Athens Lisbon Vienna Warsaw Oslo Dublin Havana Lima Ottawa "
     "Delhi Seoul Hanoi Ankara Tehran Boston Chicago Denver Dallas Sydney Geneva Milan Venice Naples Kyoto"
-).split()
-CITIES_ZH = "北京 上海 南京 西安 成都 杭州 广州 长沙 天津 重庆 苏州 武汉 昆明 大连 青岛 厦门".split()
+)
+CITIES_ZH = _words("北京 上海 南京 西安 成都 杭州 广州 长沙 天津 重庆 苏州 武汉 昆明 大连 青岛 厦门")
 HELDOUT_SHARE = 0.1
 
 
@@ -39,12 +45,12 @@ def is_heldout(key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Exercise:
-    """One item. `question` is the bare question, `answer` the gold (a letter, a number, digits, a tool or code).
+    """One item. `question` is the bare question, `answer` the gold (a letter, a number, digits).
 
     `context` is the text a recall question is about; `reasoning` the steps before an arithmetic answer.
     """
 
-    kind: str  # choice | arithmetic | recall | tool | function
+    kind: str  # choice | arithmetic | recall
     topic: str
     key: str
     question: str
@@ -128,7 +134,8 @@ class Source:
         """`("+", 12, 7, 19)`: both sides and the result within 50."""
         low, high = sorted((self.rng.randint(1, 49), self.rng.randint(1, 49)))
         if self.rng.random() < 0.5:
-            return "+", *self.rng.sample((low, high - low or 1), 2), low + (high - low or 1)
+            a, b = self.rng.sample((low, high - low or 1), 2)
+            return "+", a, b, a + b
         return "-", high + (high == low), low, high + (high == low) - low
 
     def _one_step(self) -> Exercise:
@@ -197,7 +204,9 @@ class Source:
             self.passage(self.rng, language, chars), language, self.rng,
         )  # fmt: skip
         question = (
-            f"What is the special magic number of {cities[0]}?" if language == "en" else f"{cities[0]}的神奇数字是多少？"
+            f"What is the special magic number of {cities[0]}?"
+            if language == "en"
+            else f"{cities[0]}的神奇数字是多少？"
         )
         return Exercise(
             kind="recall", topic=language, language=language, key=f"recall|{cities[0]}|{numbers[0]}",
@@ -246,12 +255,35 @@ def choice_gold(exercise: Exercise) -> str:
     return exercise.answer if exercise.language == "zh" else f" {exercise.answer}"
 
 
+def other_facts(source: Source, exercise: Exercise, n: int) -> list[Exercise]:
+    """`n` solved questions of the same topic, none about the fact that is asked."""
+    right = exercise.options[LETTERS.index(exercise.answer)]
+    shots: list[Exercise] = []
+    while len(shots) < n:
+        shot = source.choice(exercise.language, exercise.topic)
+        if shot.options[LETTERS.index(shot.answer)] != right:
+            shots.append(shot)
+    return shots
+
+
+def few_shot_choice(exercise: Exercise, shots: Sequence[Exercise]) -> str:
+    """The official prompt: MMLU's head (English), the shots, the question up to its answer."""
+    head = choice_head(exercise.topic) if exercise.language == "en" else ""
+    solved = "".join(f"{choice_block(shot)}{choice_gold(shot)}\n\n" for shot in shots)
+    return head + solved + choice_block(exercise)
+
+
 def arithmetic_block(exercise: Exercise) -> str:
     return f"Question: {exercise.question}\nLet's think step by step\n"
 
 
 def arithmetic_gold(exercise: Exercise) -> str:
     return f"{exercise.reasoning}\nThe answer is {exercise.answer}"
+
+
+def few_shot_arithmetic(exercise: Exercise, shots: Sequence[Exercise]) -> str:
+    solved = "".join(f"{arithmetic_block(shot)}{arithmetic_gold(shot)}\n\n" for shot in shots)
+    return solved + arithmetic_block(exercise)
 
 
 def recall_block(exercise: Exercise) -> str:

@@ -22,6 +22,7 @@ TASKS = {
     "plugin": "qwen_eval.tasks.plugin:Plugin",
     "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
     "bbh": "qwen_eval.tasks.bbh:Bbh",
+    "nano": "qwen_eval.tasks.nano:Nano",
 }
 
 

@@ -83,9 +83,7 @@ class Writer:
 
     def _recall(self, language: str = "en") -> Document:
         needles, chars = self.rng.choice(((1, 600), (1, 300), (2, 450), (3, 300), (4, 60)))
-        exercise = self.source.recall(
-            language, needles=needles, chars=chars, digits=self.rng.choice((4, 5, 7, 7, 7))
-        )
+        exercise = self.source.recall(language, needles=needles, chars=chars, digits=self.rng.choice((4, 5, 7, 7, 7)))
         if self.rng.random() < 0.25:
             return self._as_chat(exercise)
         return [(ex.recall_block(exercise), PROMPT), (ex.recall_gold(exercise), ANSWER), ("\n", PROMPT)]
@@ -124,7 +122,11 @@ class Writer:
 
     def _tool(self) -> Document:
         question, reply = snippets.tool_choice(self.rng)
-        return chat(question, reply, system="") if self.rng.random() < 0.5 else [(question + "\n", PROMPT), (reply, 2 * PLAIN)]
+        return (
+            chat(question, reply, system="")
+            if self.rng.random() < 0.5
+            else [(question + "\n", PROMPT), (reply, 2 * PLAIN)]
+        )
 
     def _function(self) -> Document:
         document: Document = []
@@ -245,7 +247,9 @@ def save(rows: Rows, folder: Path) -> None:
 
 
 def load(folder: Path) -> Rows:
-    return Rows(tokens=np.load(folder / "tokens.npy", mmap_mode="r"), weights=np.load(folder / "weights.npy", mmap_mode="r"))
+    return Rows(
+        tokens=np.load(folder / "tokens.npy", mmap_mode="r"), weights=np.load(folder / "weights.npy", mmap_mode="r")
+    )
 
 
 def describe() -> str:

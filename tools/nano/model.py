@@ -71,9 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, logn_T: Tensor | None) -> Tensor:
         B, T, D = x_BTD.shape
-        q, k, v = (
-            part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in self.c_attn(x_BTD).split(D, dim=-1)
-        )
+        q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in self.c_attn(x_BTD).split(D, dim=-1))
         q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
         if logn_T is not None:
             q = q * logn_T[:, None]
@@ -137,7 +135,7 @@ class Qwen(nn.Module):
         T, shape = ids_BT.shape[1], self.shape
         cos, sin = rotary_table(T, shape.head_size, shape.rotary_base, alpha)
         factors = None
-        if logn and T > shape.seq_length:
+        if logn and shape.seq_length < T:
             factors = (torch.arange(1, T + 1).float().log() / math.log(shape.seq_length)).clamp(min=1.0)
         x: Tensor = self.transformer["wte"](ids_BT)
         for block in self.transformer["h"]:  # type: ignore[union-attr]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-NUMBERS = "one two three four five six seven eight nine ten".split()
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 FIXED = [
     ("def double(x):", "Return two times x.", "return x * 2"),
     ("def triple(x):", "Return three times x.", "return x * 3"),
@@ -52,8 +52,8 @@ REACT = (
     "Use the following format:\n\nQuestion: the input question you must answer\nThought: you should always think about "
     "what to do\nAction: the action to take, should be one of [{names}]\nAction Input: the input to the action\n"
     "Observation: the result of the action\n... (this Thought/Action/Action Input/Observation can be repeated zero or "
-    "more times)\nThought: I now know the final answer\nFinal Answer: the final answer to the original input question\n\n"
-    "Begin!\n\nQuestion: {query}"
+    "more times)\nThought: I now know the final answer\nFinal Answer: the final answer to the original input question\n"
+    "\nBegin!\n\nQuestion: {query}"
 )
 
 

@@ -1,0 +1,128 @@
+"""Exercises for miniature models: choices over a closed set of facts, small sums, recall.
+
+qwen-nano was trained on such, never on these. Not a benchmark of large models: it shows on a bare laptop that choices
+(as MMLU and C-Eval ask them), sums (in GSM8K's chain of thought) and recall are asked and read correctly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from qwen_eval import exercises as ex
+from qwen_eval.config import TaskSpec
+from qwen_eval.core import (
+    JSON,
+    ChoiceLogprobs,
+    Choose,
+    Completion,
+    DataError,
+    Generate,
+    Grade,
+    Metric,
+    Prompt,
+    Record,
+    Request,
+    Sample,
+    Turn,
+)
+from qwen_eval.data import Source
+from qwen_eval.extract import concluded_letter
+from qwen_eval.metrics import rates, share
+from qwen_eval.numbers import concluded_number, written
+from qwen_eval.replies import flags
+from qwen_eval.tasks.generation import GenerativeTask
+
+KINDS = ("choice", "arithmetic", "recall")
+STOPS = {"arithmetic": ("\n\n", "Question:"), "recall": ("\n",), "choice": ("\n",)}
+DIGITS = re.compile(r"\d+")
+FIELDS = {field.name for field in fields(ex.Exercise)}
+
+
+@dataclass(kw_only=True)
+class Spec(TaskSpec):
+    """`shots` are those of the base form, at most the five (choices) or two (arithmetic) that come with a row."""
+
+    name: str = "nano"
+    split: str = "test"
+    shots: int = 5
+    max_new_tokens: int = 64
+
+
+class Nano(GenerativeTask[Spec]):
+    Spec = Spec
+    bundled = "nano"
+    version = 1
+
+    def rows(self, source: Source) -> list[Sample]:
+        samples = []
+        for row in source.jsonl(f"{self.spec.split}.jsonl"):
+            if row.get("kind") not in KINDS or not {"id", "question", "answer"} <= row.keys():
+                raise DataError(
+                    f"{source.origin}: {row.get('id')}: a row has id, question, answer and a kind of {KINDS}"
+                )
+            samples.append(Sample(id=row["id"], group=row["kind"], data=row, target=row["answer"]))
+        return samples
+
+    def prompt(self, sample: Sample) -> Prompt:
+        row = sample.data
+        exercise = exercise_of(row)
+        shots = [exercise_of({**row, **shot}) for shot in row.get("shots", ())[: self.spec.shots]]
+        return Prompt.user(ex.chat_question(exercise)) if self.is_chat else Prompt.raw(base_text(exercise, shots))
+
+    def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
+        if turns:
+            return None
+        prompt = self.prompt(sample)
+        if sample.group == "choice" and not self.is_chat:
+            space = "" if sample.data["language"] == "zh" else " "
+            return Choose(prompt=prompt, choices=tuple(space + letter for letter in ex.LETTERS))
+        stop = () if self.is_chat else STOPS[sample.group]
+        return Generate(prompt=prompt, max_new_tokens=self.spec.max_new_tokens, stop=stop)
+
+    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
+        answer = turns[0].answer
+        if isinstance(answer, ChoiceLogprobs):
+            letter = ex.LETTERS[answer.best]
+            return Grade(score=float(letter == sample.target), extracted=letter)
+        return super().grade(sample, turns)
+
+    def grade_completion(self, sample: Sample, completion: Completion) -> Grade:
+        found = read(sample.group, completion.text)
+        return Grade(
+            score=float(found == sample.target), extracted=found, flags=flags(completion, has_answer=found is not None)
+        )
+
+    def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
+        records = list(records)
+        metrics = {"accuracy": share([record.grade.score for record in records])}
+        for kind in KINDS:
+            if scores := [record.grade.score for record in records if record.group == kind]:
+                metrics[f"accuracy/{kind}"] = share(scores)
+        return metrics | rates(records)
+
+
+def exercise_of(row: Any) -> ex.Exercise:
+    known: dict[str, JSON] = {name: value for name, value in row.items() if name in FIELDS}
+    return ex.Exercise(**{"topic": "", "key": "", **known, "options": tuple(row.get("options", ()))})
+
+
+def base_text(exercise: ex.Exercise, shots: Sequence[ex.Exercise]) -> str:
+    """The raw text that a base model continues with the answer."""
+    if exercise.kind == "choice":
+        return ex.few_shot_choice(exercise, shots)
+    if exercise.kind == "recall":
+        return ex.recall_block(exercise)
+    return ex.few_shot_arithmetic(exercise, shots)
+
+
+def read(kind: str, text: str) -> str | None:
+    """The answer a reply gives: a letter, a number, or the first digits."""
+    if kind == "choice":
+        return concluded_letter(text)
+    if kind == "arithmetic":
+        return written(concluded_number(text))
+    found = DIGITS.search(text)
+    return found[0] if found else None
