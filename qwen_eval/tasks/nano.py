@@ -17,7 +17,6 @@ from qwen_eval.core import (
     JSON,
     ChoiceLogprobs,
     Choose,
-    Completion,
     DataError,
     Generate,
     Grade,
@@ -30,9 +29,9 @@ from qwen_eval.core import (
 )
 from qwen_eval.data import Source
 from qwen_eval.extract import concluded_letter
-from qwen_eval.metrics import rates, share
+from qwen_eval.metrics import share
 from qwen_eval.numbers import concluded_number, written
-from qwen_eval.replies import flags
+from qwen_eval.replies import completions_of, flags
 from qwen_eval.tasks.generation import GenerativeTask
 
 KINDS = ("choice", "arithmetic", "recall")
@@ -53,7 +52,6 @@ class Spec(TaskSpec):
 
 class Nano(GenerativeTask[Spec]):
     Spec = Spec
-    bundled = "nano"
     version = 1
 
     def rows(self, source: Source) -> list[Sample]:
@@ -87,9 +85,7 @@ class Nano(GenerativeTask[Spec]):
         if isinstance(answer, ChoiceLogprobs):
             letter = ex.LETTERS[answer.best]
             return Grade(score=float(letter == sample.target), extracted=letter)
-        return super().grade(sample, turns)
-
-    def grade_completion(self, sample: Sample, completion: Completion) -> Grade:
+        completion = completions_of(turns[0])[0]
         found = read(sample.group, completion.text)
         return Grade(
             score=float(found == sample.target), extracted=found, flags=flags(completion, has_answer=found is not None)
@@ -101,7 +97,7 @@ class Nano(GenerativeTask[Spec]):
         for kind in KINDS:
             if scores := [record.grade.score for record in records if record.group == kind]:
                 metrics[f"accuracy/{kind}"] = share(scores)
-        return metrics | rates(records)
+        return metrics
 
 
 def exercise_of(row: Any) -> ex.Exercise:
