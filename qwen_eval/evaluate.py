@@ -29,7 +29,7 @@ from qwen_eval.core import (
 from qwen_eval.engines.options import check_options
 from qwen_eval.progress import Progress
 from qwen_eval.provenance import deciding_versions, provenance, text_sha256, weights_digest
-from qwen_eval.store import FORMAT, RunDirectory, differences, metric_from_json, metric_to_json
+from qwen_eval.store import FORMAT, RunDirectory, differences, metric_from_json, metric_to_json, write_json
 from qwen_eval.tasks.registry import TaskContext, build
 
 # Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
@@ -86,6 +86,8 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         section = _run_section(meter, time.perf_counter() - start, num_resumed=len(done))
         result = summary(task, samples, run.records(), spec)
         result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
+        for name, content in artifacts(task, run.records()).items():
+            write_json(run.path / name, content)
         run.finish(result)
         return _outcome(run.path, result, was_finished=False)
 
@@ -222,12 +224,20 @@ def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], sp
     partial: dict[str, JSON] = {"limit": spec.task.limit} if spec.task.limit is not None else {}
     if spec.task.subjects:
         partial["subjects"] = list(spec.task.subjects)
+    if str(task.describe().get("origin", "")).startswith("bundled:"):
+        partial["data"] = "bundled sample"
     return {
         "metrics": {name: metric_to_json(metric) for name, metric in task.summarise(ordered).items()},
         "rates": {name: metric_to_json(metric) for name, metric in rates(ordered).items()},
         "n": len(ordered),
         "partial": partial,
     }
+
+
+def artifacts(task: Task, records: Sequence[Record]) -> Mapping[str, JSON]:
+    """Files that a task leaves beside its result, by name: a submission where the split has no answers."""
+    make: Callable[[Sequence[Record]], Mapping[str, JSON]] | None = getattr(task, "artifacts", None)
+    return make(records) if make else {}
 
 
 def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:

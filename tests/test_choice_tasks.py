@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from exams import EXAMS
 
+from qwen_eval.config import EvalSpec, ModelSpec
 from qwen_eval.core import (
     ChoiceLogprobs,
     Choose,
@@ -27,6 +28,8 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.data import SAMPLES, HubSource
+from qwen_eval.engines.fake import FakeEngine
+from qwen_eval.evaluate import evaluate
 from qwen_eval.tasks.ceval import Ceval
 from qwen_eval.tasks.choice import ChoiceTask
 from qwen_eval.tasks.cmmlu import Cmmlu
@@ -380,6 +383,24 @@ def test_a_split_without_answers_leaves_a_submission_and_no_accuracy(tmp_path: P
     assert isinstance(task, Ceval)
     assert task.artifacts(records) == {"submission.json": {"law": {"0": "B", "7": ""}}}
     assert {name: m.value for name, m in task.summarise(records).items()} == {"answered": 2.0}
+
+
+def test_the_submission_stands_beside_the_result(tmp_path: Path) -> None:
+    (tmp_path / "exam").mkdir()
+    task = Ceval.Spec(name="ceval", path=str(ceval_test_split(tmp_path / "exam")), split="test", shots=0, mode="chat")
+    spec = EvalSpec(task=task, model=ModelSpec(name="any"), run_dir=str(tmp_path / "run"))
+    outcome = evaluate(spec, lambda _: FakeEngine(reply="答案是C。"))
+    assert outcome.metrics["answered"].value == 2
+    assert outcome.partial == {}
+    assert json.loads((tmp_path / "run" / "submission.json").read_text()) == {"law": {"0": "C", "7": "C"}}
+
+
+def test_a_result_of_the_bundled_sample_is_marked(tmp_path: Path) -> None:
+    task = Mmlu.Spec(name="mmlu", data="bundled", limit=5)
+    spec = EvalSpec(task=task, model=ModelSpec(name="any"), run_dir=str(tmp_path / "run"))
+    outcome = evaluate(spec, lambda _: FakeEngine())
+    assert outcome.partial == {"limit": 5, "data": "bundled sample"}
+    assert not (tmp_path / "run" / "submission.json").exists()
 
 
 def test_a_split_with_answers_leaves_none() -> None:
