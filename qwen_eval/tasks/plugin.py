@@ -1,0 +1,121 @@
+"""Tool use in ReAct form, as Qwen's plugin evaluation scores it: which tool, with which input, and when none is due.
+
+Rows are the user's: JSON lines {"prompt": the whole ReAct question, "response": the gold ReAct text}; a row is a
+negative when its gold text calls no tool (or says `"is_negative": true`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from qwen_eval.config import TaskSpec
+from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Sampling, Tokenizer, Turn
+from qwen_eval.data import Source
+from qwen_eval.metrics import mean, share
+from qwen_eval.models.react import calls_a_tool_upstream, read_step, read_step_upstream
+from qwen_eval.replies import completions_of, flags
+from qwen_eval.tasks.generation import GenerativeTask
+
+
+@dataclass(kw_only=True)
+class Spec(TaskSpec):
+    name: str = "plugin"
+    split: str = "test"
+    mode: str = "chat"
+    max_new_tokens: int = 512
+    repetition_penalty: float = 1.1  # what the official run inherits from generation_config.json
+
+
+class Plugin(GenerativeTask[Spec]):
+    Spec = Spec
+    version = 1
+
+    def rows(self, source: Source) -> list[Sample]:
+        samples = []
+        for name in source.names("*.jsonl*"):
+            for i, row in enumerate(source.jsonl(name)):
+                if "prompt" not in row or "response" not in row:
+                    raise DataError(f"{source.origin}/{name} row {i}: needs both prompt and response")
+                is_negative = bool(row.get("is_negative", not calls_a_tool_upstream("\n" + row["response"])))
+                group = "negative" if is_negative else "positive"
+                samples.append(Sample(id=f"{name}/{i}", group=group, data=row, target=row["response"]))
+        if not samples:
+            raise DataError(f"{source.origin}: no .jsonl file with prompt and response there")
+        return samples
+
+    def prompt(self, sample: Sample) -> Prompt:
+        return Prompt.user(sample.data["prompt"])
+
+    def sampling(self, sample: Sample) -> Sampling:
+        return Sampling(repetition_penalty=self.spec.repetition_penalty)
+
+    def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
+        completion = completions_of(turns[0])[0]
+        calls_tool = read_step(completion.text).action is not None
+        if sample.group == "negative":
+            robust, upstream = not calls_tool, not calls_a_tool_upstream(completion.text)
+            tools: tuple[str | None, str | None] = (read_step(completion.text).action, None)
+        else:
+            robust = _same_tool(read_step(completion.text).action, read_step(sample.target).action)
+            upstream = is_right_tool(completion.text, sample.target)
+            tools = (read_step(completion.text).action, read_step_upstream(completion.text)["action"])
+        rouge = input_rouge_l(completion.text, sample.target, self.context.tokenizer)
+        return Grade(
+            score=self.chosen(robust, upstream),
+            extracted=tools[0],
+            extracted_upstream=tools[1],
+            score_upstream=float(upstream),
+            values={"input_rouge_l": rouge},
+            flags=flags(completion, has_answer=bool(completion.text.strip())),
+        )
+
+    def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
+        records = list(records)
+        positives = [record.grade for record in records if record.group == "positive"]
+        negatives = [record.grade for record in records if record.group == "negative"]
+        errors = [None if grade.score is None else 1 - grade.score for grade in negatives]
+        return {
+            "tool_selection": share([grade.score for grade in positives]),
+            "tool_input_rouge_l": mean([grade.values["input_rouge_l"] for grade in positives]),
+            "false_positive_error": share(errors, higher_is_better=False),
+        }
+
+
+def is_right_tool(reply: str, gold: str) -> bool:
+    """The official reading: the reply says "\\nAction: ", and the tool is the gold one but for case and spaces."""
+    reply_tool, gold_tool = read_step_upstream(reply)["action"], read_step_upstream(gold)["action"]
+    return calls_a_tool_upstream(reply) and _same_tool(reply_tool, gold_tool)
+
+
+def _same_tool(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and one.strip().lower() == other.strip().lower()
+
+
+def input_rouge_l(reply: str, gold: str, tokenizer: Tokenizer | None) -> float:
+    """ROUGE-L F1 of the two action inputs over the model's own tokens; characters where no tokenizer is known."""
+    texts = [read_step_upstream(text)["action_input"] for text in (gold, reply)]
+    if not all(texts):
+        return 0.0
+    spaced = [" ".join(_pieces(text, tokenizer)) for text in texts]
+    return float(_scorer().score(spaced[0], spaced[1])["rougeL"].fmeasure)
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_Whitespace())
+
+
+def _pieces(text: str, tokenizer: Tokenizer | None) -> list[str]:
+    if tokenizer is None:
+        return list(text)
+    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+
+
+class _Whitespace:
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()

@@ -1,0 +1,141 @@
+"""MATH: Minerva's prompt, the concluded answer, equality by meaning and by the official normalisation."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from qwen_eval.core import Completion, Completions, Generate, Turn
+from qwen_eval.math_answers import (
+    boxed,
+    concluded_answer,
+    is_same,
+    is_same_upstream,
+    minerva_normalised,
+    normalised,
+    upstream_answer,
+)
+from qwen_eval.tasks.math import STOPS, Math, Spec
+from qwen_eval.tasks.registry import TaskContext
+
+GOLDS = [
+    r"\left( 3, \frac{\pi}{2} \right)", "p - q", r"\frac{14}{3}", "9", r"\text{Evelyn}", "42", "27", r"90^\circ",
+    r"3\sqrt{13}", "4", "2220", r"\frac{3}{56}", "284", "5", r"\sqrt{51}", "6 - 5i", "-50", r"\pi", "28", "3",
+    r"6+9i", "13535", "10,\\!080", r"x^3+3x-6", r"\frac{1}{2}", r"\$32,\!348", "2k+2", "58,500", r"\text{(B)}",
+    r"(-\infty,2)\cup(3,\infty)", "3R^2", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "0.15", "1,-2", "11\\sqrt2",
+]  # fmt: skip
+
+REWRITINGS: dict[str, Callable[[str], str]] = {
+    "as it is": lambda gold: gold,
+    "dfrac": lambda gold: gold.replace(r"\frac", r"\dfrac"),
+    "spaces": lambda gold: re.sub(r"(?<!\\)([+=,-])", r" \1 ", gold),
+    "dollars around": lambda gold: f"${gold}$",
+    "full stop": lambda gold: f"{gold}.",
+    "text": lambda gold: rf"\text{{{gold}}}" if gold.isalnum() else gold,
+    "left, right": lambda gold: gold if r"\left" in gold else gold.replace("(", r"\left(").replace(")", r"\right)"),
+}
+
+
+@pytest.mark.parametrize("name", REWRITINGS)
+def test_an_answer_equals_itself_however_it_is_written(name: str) -> None:
+    for gold in GOLDS:
+        assert is_same(REWRITINGS[name](gold), gold), (REWRITINGS[name](gold), gold)
+
+
+def test_an_answer_does_not_equal_another() -> None:
+    for one, other in pairwise(GOLDS[:12]):
+        assert not is_same(one, other), (one, other)
+        assert normalised(one) != normalised(other)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("0.5", r"\frac{1}{2}", True),
+        (r"\frac{2}{4}", r"\frac{1}{2}", True),
+        ("2(x+1)", "2x+2", True),
+        ("x = 5", "5", True),
+        ("[2,5]", "[2,5)", False),
+        ("-3", "3", False),
+        ("", "3", False),
+        ("9" * 5000, "3", False),
+        ("__import__('os').system('true')", "3", False),
+    ],
+)
+def test_meaning_decides(answer: str, gold: str, same: bool) -> None:
+    assert is_same(answer, gold) == same
+
+
+def test_answers_are_compared_in_any_thread() -> None:
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(is_same("0.25", r"\frac14")))
+    thread.start()
+    thread.join(60)
+    assert results == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So.\nFinal Answer: The final answer is $[2,5)$. I hope it is correct.\n\nProblem:\nFind $3$.", "[2,5)"),
+        (r"Hence \boxed{\frac{1}{2}} is it.", r"\frac{1}{2}"),
+        (r"First \boxed{1}, no: \boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"**Answer:** \(\sqrt{2}\)", r"\sqrt{2}"),
+        (r"The final answer is $\$18.90$. I hope it is correct.", r"\$18.90"),
+        ("The answer is 12.", "12"),
+        ("Thus $x = 3$ and $y = 4$", "y = 4"),
+        ("so we get 1,234", "1,234"),
+        (r"cut off at \boxed{\frac{1}{", None),
+        ("no idea", None),
+    ],
+)
+def test_the_concluded_answer_is_found(text: str, answer: str | None) -> None:
+    assert concluded_answer(text) == answer
+
+
+def test_upstream_reads_boxes_and_final_answers() -> None:
+    assert boxed(r"\boxed{a{b}c} and \fbox{d}") == "d"
+    assert upstream_answer("Final Answer: The final answer is $24$. I hope it is correct.") == "24"
+    assert upstream_answer(r"It is \boxed{\dfrac{1}{2}}.") == r"\dfrac{1}{2}"
+    assert upstream_answer("The final answer is $1.25$.") == "1"  # its sentences end at any full stop
+    assert minerva_normalised("10,080") == "10080"
+    assert is_same_upstream(r"\dfrac12", r"\frac{1}{2}")
+    assert is_same_upstream("x=5", "5")
+    assert not is_same_upstream("2(x+1)", "2x+2")
+
+
+# --- the task -------------------------------------------------------------------------------------------------------
+
+
+def math(*, protocol: str = "robust", is_chat: bool = False) -> Math:
+    return Math(Spec(data="bundled"), TaskContext(protocol=protocol, is_chat=is_chat))
+
+
+def test_base_prompts_hold_four_worked_problems_and_chats_ask_for_a_box() -> None:
+    sample = math().samples()[0]
+    prompt = math().prompt(sample).text or ""
+    assert prompt.count("I hope it is correct.") == 4
+    assert prompt.endswith(f"Problem:\n{sample.data['problem']}\nSolution:\n")
+    assert "{{" not in prompt
+    assert "\\boxed{}" in math(is_chat=True).prompt(sample).messages[-1].content
+
+
+def test_official_solutions_are_graded_right_and_by_subject_and_level() -> None:
+    task = math()
+    for sample in task.samples():
+        completion = Completion(text=sample.data["solution"], finish_reason="eos", num_tokens=9)
+        request = Generate(prompt=task.prompt(sample), max_new_tokens=9)
+        grade = task.grade(sample, [Turn(request=request, answer=Completions(completions=(completion,)))])
+        assert (grade.score, grade.score_upstream) == (1.0, 1.0), sample.id
+        assert grade.values["level"] in "12345"
+    assert len({sample.group for sample in task.samples()}) == 7
+
+
+def test_generation_stops_behind_the_conclusion() -> None:
+    text = "Final Answer: The final answer is $24$. I hope it is correct.\n\nProblem:\nAnother"
+    for stop in STOPS:
+        assert concluded_answer(text.partition(stop)[0]) == "24"

@@ -1,0 +1,93 @@
+"""MBPP: the official 3-shot prompt, programs between marks, set-up code behind the solution."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen_eval.core import Completion, Completions, Generate, Sample, Turn
+from qwen_eval.tasks.mbpp import Mbpp, Spec, entry_point, program_between_marks, test_source, upstream_program
+from qwen_eval.tasks.registry import TaskContext
+
+test_source.__test__ = False  # type: ignore[attr-defined]
+NAMES = ("mbpp", "mbpp_sanitized", "mbpp_plus")
+
+
+def mbpp(name: str = "mbpp", *, is_chat: bool = False, split: str = "test") -> Mbpp:
+    spec = Spec(name=name, data="bundled", split=split, timeout_s=30.0)
+    return Mbpp(spec, TaskContext(is_chat=is_chat))
+
+
+def replied(task: Mbpp, sample: Sample, text: str) -> list[Turn]:
+    completion = Completion(text=text, finish_reason="stop", num_tokens=9)
+    request = Generate(prompt=task.prompt(sample), max_new_tokens=9)
+    return [Turn(request=request, answer=Completions(completions=(completion,)))]
+
+
+def test_the_test_part_begins_at_id_11() -> None:
+    assert mbpp().samples()[0].id == "mbpp/11"
+    assert mbpp(split="all").samples()[0].id == "mbpp/11"  # the bundled rows are of the test part
+
+
+def test_the_prompt_is_three_worked_examples_and_an_open_begin() -> None:
+    task = mbpp()
+    prompt = task.prompt(task.samples()[0]).text or ""
+    assert prompt.count("You are an expert Python programmer") == 4
+    assert prompt.count("[DONE]") == 3
+    assert prompt.endswith("  \n\n[BEGIN]\n")
+    assert "remove_Occ" in prompt
+
+
+def test_chats_see_the_examples_as_turns() -> None:
+    prompt = mbpp(is_chat=True).prompt(mbpp().samples()[0])
+    roles = [message.role for message in prompt.messages]
+    assert roles == ["system", *["user", "assistant"] * 3, "user"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_of_every_variant_hold_the_task_and_its_tests(name: str) -> None:
+    task = mbpp(name)
+    for sample in task.samples():
+        query = (task.prompt(sample).text or "").rpartition("You are an expert")[2]
+        assert f"{entry_point(sample.data)}(" in query
+        assert '"""' not in query
+
+
+@pytest.mark.parametrize(
+    "form", ["[BEGIN]\n '{}' \n[DONE]", " '{}' \n[DONE] \n\n ", "```python\n{}\n```", "{}\n[DONE]"]
+)
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_reference_programs_are_read_back_and_pass(name: str, form: str) -> None:
+    task = mbpp(name)
+    items = [(s, replied(task, s, form.replace("{}", s.data["code"]))) for s in task.samples()[:8]]
+    assert [grade.score for grade in task.grade_many(items)] == [1.0] * len(items)
+
+
+def test_a_program_without_the_function_is_none() -> None:
+    assert program_between_marks("[BEGIN]\n 'def g(): pass' \n[DONE]", "f") is None
+    assert program_between_marks("I do not know", "f") is None
+
+
+def test_upstream_reads_between_the_first_marks_and_keeps_what_follows_a_quote() -> None:
+    assert upstream_program("[BEGIN]\n 'def f():\n  pass' \n[DONE] \n [BEGIN]") == "def f():\n  pass"
+    assert upstream_program(" 'x = 1' \n[DONE]") == "x = 1"
+    assert upstream_program("DONE before") == ""
+
+
+def test_set_up_code_stands_behind_the_solution() -> None:
+    row = {
+        "task_id": 367,
+        "code": "class Node:\n    def __init__(self, data):\n        self.data = data\n        self.left = None\n"
+        "def is_leaf(node):\n    return node.left is None",
+        "test_setup_code": "root = Node(1) \r\nroot.left = Node(2)",
+        "test_list": ["assert is_leaf(root) == False", "assert is_leaf(root.left) == True"],
+    }
+    task = mbpp()
+    sample = Sample(id="mbpp/367", data={**row, "text": "Write it."})
+    assert entry_point(sample.data) == "is_leaf"
+    assert task.grade(sample, replied(task, sample, f"{row['code']}\n[DONE]")).score == 1.0
+
+
+def test_plus_references_pass() -> None:
+    task = mbpp("mbpp_plus")
+    items = [(s, replied(task, s, s.data["canonical_solution"])) for s in task.samples()[:6]]
+    assert [grade.score for grade in task.grade_many(items)] == [1.0] * len(items)
