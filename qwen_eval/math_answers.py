@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-from typing import Any
 
 MAX_CHARACTERS = 400  # no answer of the benchmark is a tenth of that; parsing time grows with nesting
 TIME_LIMIT_S = 10.0
@@ -117,7 +116,7 @@ class _Verifier:
         return self._process
 
 
-_verifier: Any = _Verifier()
+_verifier = _Verifier()
 
 
 def normalised(answer: str) -> str:

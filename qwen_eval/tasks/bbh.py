@@ -13,7 +13,8 @@ from functools import cached_property
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Turn
-from qwen_eval.data import SAMPLES, Folder, Source
+from qwen_eval.data import SAMPLES, Source
+from qwen_eval.files import Folder
 from qwen_eval.metrics import macro, share
 from qwen_eval.numbers import concluded_number
 from qwen_eval.replies import completions_of, cut, flags
