@@ -106,6 +106,7 @@ class EvalSpec:
     run_dir: str | None = None  # names the run directory outright
     tag: str = "default"
     overwrite: bool = False
+    keep_hidden: bool = False  # native engine: final hidden states of scored texts, for an exact KL divergence
     quiet: bool = False
 
 

@@ -6,9 +6,11 @@ answer: `Choose -> ChoiceLogprobs`, `Score -> TokenLogprobs`, `Generate -> Compl
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 JSON: TypeAlias = Any  # what json.dumps takes; mypy cannot say it shorter
 Protocol_: TypeAlias = Literal["robust", "upstream"]
@@ -190,6 +192,11 @@ class Completions:
         return self.completions[0].text
 
 
+def ids_sha256(ids: Sequence[int]) -> str:
+    """sha256 of token ids as little-endian int32: what records and golden files name a tokenised prompt by."""
+    return hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()
+
+
 Answer: TypeAlias = ChoiceLogprobs | TokenLogprobs | Completions
 
 
@@ -286,6 +293,13 @@ class Tokenizer(Protocol):
     def render(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, ChatML built piecewise."""
         ...
+
+
+@runtime_checkable
+class GradesInBatches(Protocol):
+    """A task that grades many samples faster than one by one (it runs their programs side by side)."""
+
+    def grade_many(self, items: Sequence[tuple[Sample, Sequence[Turn]]]) -> list[Grade]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from qwen_eval.core import (
     Task,
     TokenLogprobs,
     Turn,
+    ids_sha256,
 )
 from qwen_eval.engines.options import check_options
 from qwen_eval.progress import Progress
@@ -80,6 +79,7 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         task = build(spec.task, task_context(spec, engine))
         samples = selected(task, spec)
         run.check_spec(run_spec(spec, task, samples, engine.info), overwrite=spec.overwrite)
+        keep_hidden(spec, engine, run.path)
         start = time.perf_counter()
         done = {record.sample_id for record in run.records()}
         meter = ask(engine, task, [s for s in samples if s.id not in done], run.append, progress, num_done=len(done))
@@ -90,6 +90,15 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
             write_json(run.path / name, content)
         run.finish(result)
         return _outcome(run.path, result, was_finished=False)
+
+
+def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
+    """With `keep_hidden=true`, final hidden states of scored texts go to `hidden/`, for an exact KL divergence."""
+    if spec.engine.name == "native":
+        from qwen_eval.models.hidden import HiddenStates
+
+        kept = HiddenStates(directory / "hidden").add if spec.keep_hidden else None
+        setattr(engine, "keep_hidden", kept)  # noqa: B010  (only the native engine has it)
 
 
 def task_context(spec: EvalSpec, engine: Engine | None) -> TaskContext:
@@ -207,11 +216,6 @@ def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn])
         answers=tuple(turn.answer for turn in turns),
         grade=task.grade(sample, turns),
     )
-
-
-def ids_sha256(ids: Sequence[int]) -> str:
-    """sha256 of token ids as little-endian int32."""
-    return hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()
 
 
 def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], spec: EvalSpec) -> dict[str, JSON]:

@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from qwen_eval.config import MISSING, PROTOCOLS, EvalSpec, not_one_of
-from qwen_eval.core import ConfigError, DataError, Grade, Metric, QwenEvalError, Record, Sample, StoreError, Task, Turn
+from qwen_eval.core import (
+    ConfigError,
+    DataError,
+    Grade,
+    GradesInBatches,
+    Metric,
+    QwenEvalError,
+    Record,
+    Sample,
+    StoreError,
+    Task,
+    Turn,
+)
 from qwen_eval.evaluate import requests_sha256, selected, summary, task_context
 from qwen_eval.provenance import provenance
 from qwen_eval.store import Run, differences, metric_from_json, read_run, write_json
@@ -48,9 +60,9 @@ def regrade(spec: RegradeSpec) -> Regraded:
     samples = selected(task, config)
     warnings = _check_same_questions(run, task, samples, directory)
     by_id = {sample.id: sample for sample in samples}
-    records = [
-        dataclasses.replace(record, grade=_grade(task, by_id[record.sample_id], record)) for record in run.records
-    ]
+    asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
+    grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [task.grade(*item) for item in asked]
+    records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades)]
     changed = [old.sample_id for old, new in zip(run.records, records) if _reading(old.grade) != _reading(new.grade)]
     result = summary(task, samples, records, config)
     path = directory / f"regrade-{config.protocol}.json"
@@ -123,14 +135,14 @@ def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample], direc
     return []
 
 
-def _grade(task: Task, sample: Sample, record: Record) -> Grade:
+def _turns(task: Task, sample: Sample, record: Record) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     for answer in record.answers:
         request = task.request(sample, tuple(turns))
         if request is None:
             raise StoreError(f"{record.sample_id}: the task asks fewer questions now than were answered; run it anew")
         turns.append(Turn(request=request, answer=answer))
-    return task.grade(sample, tuple(turns))
+    return tuple(turns)
 
 
 def _reading(grade: Grade) -> tuple[Any, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import (
@@ -24,10 +25,12 @@ from qwen_eval.core import (
     Request,
     Score,
     TokenLogprobs,
+    ids_sha256,
 )
 from qwen_eval.engines.generation import Generator, Row, completion_of, refuse_empty
 from qwen_eval.engines.scoring import Job, Scorer, Scores
 from qwen_eval.models.forward import Forward
+from qwen_eval.models.hidden import KeepHidden
 from qwen_eval.models.opening import open_forward
 from qwen_eval.models.tokenizer import ChatTokenizer
 
@@ -62,6 +65,7 @@ class NativeEngine:
         )
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
         self._busy_s = 0.0
+        self.keep_hidden: KeepHidden | None = None  # called with the final hidden states of every `Score`
 
     @property
     def info(self) -> Mapping[str, JSON]:
@@ -139,6 +143,7 @@ class NativeEngine:
             if len(ids) <= first:
                 raise ModelError(f"a text of {len(ids)} tokens has nothing to score after {first} of context")
             jobs.append(Job(ids=ids, first=first))
+        self.scorer.on_hidden = None if self.keep_hidden is None else partial(self._keep_rows, jobs)
         for j, scores in self.scorer.run(jobs):
             yield (
                 requests[j][0],
@@ -148,6 +153,11 @@ class NativeEngine:
                     num_greedy=scores.num_greedy,
                 ),
             )
+
+    def _keep_rows(self, jobs: Sequence[Job], j: int, rows_RE: Tensor) -> None:
+        assert self.keep_hidden is not None
+        job = jobs[j]
+        self.keep_hidden(ids_sha256(job.ids), len(job.ids) - job.first, rows_RE)
 
     def _generate(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Completions]]:
         rows = [row for index, request in requests for row in self._rows(index, request)]

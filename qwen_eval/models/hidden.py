@@ -1,0 +1,75 @@
+"""Final hidden states of scored texts, kept beside a run so that two models can be compared exactly (KL divergence).
+
+Logits would take the vocabulary's size a token; a hidden state takes the model's width. The lm_head is not copied: it
+is read again from the checkpoint. At Qwen-7B's size WikiText-2 under llama.cpp's protocol (half of its 299,000 tokens
+scored) takes 1.1 GiB in bf16.
+"""
+
+# R scored rows of one text, E hidden size, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen_eval.config import ModelSpec
+from qwen_eval.core import DataError, ModelError, StoreError
+
+KeepHidden = Callable[[str, int, Tensor], None]  # (sha256 of the prompt's ids, rows in all, next rows [n,E])
+
+
+class HiddenStates:
+    """One file per scored text, named by the sha256 of its token ids; written whole or not at all."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: dict[str, list[Tensor]] = {}
+
+    def add(self, key: str, num_rows: int, rows_RE: Tensor) -> None:
+        """Rows come in order, in one or several pieces; the file is written with the last."""
+        pieces = self._open.setdefault(key, [])
+        pieces.append(rows_RE.cpu())
+        if sum(map(len, pieces)) >= num_rows:
+            del self._open[key]
+            self._write(key, torch.cat(pieces))
+
+    def _write(self, key: str, hidden_RE: Tensor) -> None:
+        path = self.directory / f"{key}.safetensors"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            save_file({"hidden": hidden_RE.contiguous()}, str(part))
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{path}: cannot be written ({error}); free space or run with keep_hidden=false") from None
+
+    def keys(self) -> set[str]:
+        return {path.stem for path in self.directory.glob("*.safetensors")}
+
+    def read(self, key: str) -> Tensor:
+        """[R,E] in the model's dtype."""
+        path = self.directory / f"{key}.safetensors"
+        try:
+            return load_file(str(path))["hidden"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DataError(f"{path}: not readable ({error}); run again with overwrite=true") from None
+
+
+def read_head(spec: ModelSpec) -> Tensor:
+    """The lm_head [V,E] of a model as stored, without loading the rest."""
+    from qwen_eval.models.checkpoint import TensorFiles, checkpoint_names
+    from qwen_eval.models.config import ModelConfig
+    from qwen_eval.models.hub import checkpoint_dir
+    from qwen_eval.models.opening import read_config
+
+    if spec.weights == "random":
+        raise ModelError(f"model {spec.name}: random weights have no stored lm_head; KL divergence needs a checkpoint")
+    directory = checkpoint_dir(spec)
+    config = ModelConfig.from_hf(read_config(directory, spec))
+    (source,) = checkpoint_names(config, "embed" if config.tie_embeddings else "head")
+    return TensorFiles(directory).read(f"{source}.weight", (config.vocab_size, config.hidden_size))

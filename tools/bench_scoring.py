@@ -1,0 +1,169 @@
+"""MMLU scored by lm-evaluation-harness and by us: the same questions, checkpoint and machine, alternating in one run.
+
+    python tools/bench_scoring.py --mmlu DIR --peer PYTHON [--vllm PYTHON] [--questions 100] [--dtype bf16] [--rounds 2]
+
+PYTHON is the interpreter of an environment that has lm_eval[hf] (or vllm). Prints wall seconds of the scoring itself
+(models are loaded before the clock starts), tokens computed, ratio, equal answers, and the share of the measured GEMM
+peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peers import ROOT, gemm_peak, run_worker, write_checkpoint
+
+SUBJECTS = ("anatomy", "astronomy", "marketing", "world_religions")
+
+OURS = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+request = json.load(open(sys.argv[1]))
+import torch
+from qwen_eval.config import EngineSpec, ModelSpec
+from qwen_eval.core import Choose, Prompt
+from qwen_eval.engines.native import open_engine
+torch.set_num_threads(request["threads"])
+engine = open_engine(EngineSpec(), ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"]))
+asks = [Choose(prompt=Prompt.raw(q["prompt"]), choices=(" A", " B", " C", " D")) for q in request["questions"]]
+list(engine.run(asks[:8]))
+engine.scorer.computed_tokens = 0
+start = time.perf_counter()
+found = dict(engine.run(asks))
+seconds = time.perf_counter() - start
+params = sum(p.numel() for n, p in engine.forward.model.named_parameters() if n.startswith("layers."))
+json.dump({{"seconds": seconds, "logprobs": [found[i].logprobs for i in range(len(asks))],
+           "computed": engine.scorer.computed_tokens, "params": params}}, open(request["result"], "w"))
+"""
+
+LM_EVAL = """
+import json, os, sys, time
+os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+request = json.load(open(sys.argv[1]))
+import torch
+torch.set_num_threads(request["threads"])
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+lm = HFLM(pretrained=request["checkpoint"], dtype={"bf16": "bfloat16", "fp32": "float32"}[request["dtype"]],
+          device="cpu", batch_size=request["batch_size"])
+asks = [Instance("loglikelihood", {}, (q["prompt"], c), i, (None, None, 1))
+        for i, q in enumerate(request["questions"]) for c in (" A", " B", " C", " D")]
+lm.loglikelihood(asks[:8], disable_tqdm=True)
+start = time.perf_counter()
+found = [value for value, _ in lm.loglikelihood(asks, disable_tqdm=True)]
+seconds = time.perf_counter() - start
+json.dump({"seconds": seconds, "logprobs": [found[i:i + 4] for i in range(0, len(found), 4)]},
+          open(request["result"], "w"))
+"""
+
+VLLM = """
+import json, os, sys, time
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_LOGGING_LEVEL="ERROR")
+if __name__ == "__main__":
+    request = json.load(open(sys.argv[1]))
+    from vllm import LLM, SamplingParams
+    llm = LLM(request["checkpoint"], dtype={"bf16": "bfloat16", "fp32": "float32"}[request["dtype"]],
+              enable_prefix_caching=True, max_model_len=4096, max_logprobs=20)
+    ids = [llm.get_tokenizer().encode(" " + x)[0] for x in "ABCD"]
+    params = SamplingParams(max_tokens=1, temperature=0, allowed_token_ids=ids, logprobs=4)
+    prompts = [q["prompt"] for q in request["questions"]]
+    llm.generate(prompts, params, use_tqdm=False)  # first pass: warm-up
+    llm.reset_prefix_cache()
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    found = [[o.outputs[0].logprobs[0][i].logprob if i in o.outputs[0].logprobs[0] else -99.0 for i in ids]
+             for o in outputs]
+    json.dump({"seconds": seconds, "logprobs": found}, open(request["result"], "w"))
+"""
+
+
+def questions(folder: str, per_subject: int) -> list[dict[str, Any]]:
+    """The official 5-shot prompts of the first questions of four subjects."""
+    sys.path.insert(0, str(ROOT))
+    from qwen_eval.core import Choose
+    from qwen_eval.tasks.mmlu import Mmlu
+    from qwen_eval.tasks.registry import TaskContext
+
+    spec = Mmlu.Spec(name="mmlu", path=folder, subjects=list(SUBJECTS))
+    task = Mmlu(spec, TaskContext())
+    taken: dict[str, int] = {}
+    rows = []
+    for sample in task.samples():
+        taken[sample.group] = taken.get(sample.group, 0) + 1
+        if taken[sample.group] <= per_subject:
+            request = task.request(sample, ())
+            assert isinstance(request, Choose)
+            rows.append({"prompt": request.prompt.text, "answer": sample.target})
+    return rows
+
+
+def agreement(a: list[list[float]], b: list[list[float]]) -> tuple[int, float]:
+    """Questions with the same best letter, and the largest difference of a log-probability (centred per question)."""
+    same = sum(max(range(4), key=x.__getitem__) == max(range(4), key=y.__getitem__) for x, y in zip(a, b))
+    worst = max(abs((p - max(x)) - (q - max(y))) for x, y in zip(a, b) for p, q in zip(x, y))
+    return same, worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mmlu", required=True, help="folder with dev/ and test/ in the official csv layout")
+    parser.add_argument("--peer", help="python of an environment with lm_eval[hf]")
+    parser.add_argument("--vllm", help="python of an environment with vllm")
+    parser.add_argument("--questions", type=int, default=25, help="per subject, four subjects")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval")
+    parser.add_argument("--vocab", type=int, default=151936)
+    arguments = parser.parse_args()
+    rows = questions(arguments.mmlu, arguments.questions)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), vocab_size=arguments.vocab)
+        payload = {
+            "checkpoint": folder,
+            "questions": rows,
+            "dtype": arguments.dtype,
+            "threads": arguments.threads,
+            "batch_size": arguments.batch_size,
+        }
+        workers = {"ours": (sys.executable, OURS.format(root=str(ROOT)))}
+        if arguments.peer:
+            workers["lm-eval"] = (arguments.peer, LM_EVAL)
+        if arguments.vllm:
+            workers["vllm"] = (arguments.vllm, VLLM)
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        for _ in range(arguments.rounds):
+            for name, (python, source) in workers.items():
+                results[name].append(run_worker(python, source, payload))
+                print(f"{name}: {results[name][-1]['seconds']:.2f} s", flush=True)
+        report(results, rows, gemm_peak(arguments.dtype), arguments.dtype)
+
+
+def report(results: dict[str, list[dict[str, Any]]], rows: list[Any], peak: float, dtype: str) -> None:
+    ours = results["ours"][0]
+    fastest = min(r["seconds"] for r in results["ours"])
+    flops = 2 * ours["params"] * ours["computed"]
+    print(
+        f"\n{len(rows)} questions, {dtype}; ours: {ours['computed']} tokens computed, "
+        f"{flops / fastest / peak:.0%} of the measured GEMM peak ({peak / 1e9:.0f} GFLOP/s)"
+    )
+    for name, runs in results.items():
+        seconds = statistics.median(r["seconds"] for r in runs)
+        ratios = [r["seconds"] / o["seconds"] for r, o in zip(runs, results["ours"])]
+        same, worst = agreement(ours["logprobs"], runs[0]["logprobs"])
+        print(
+            f"{name:8} {seconds:8.2f} s  {len(rows) / seconds:7.1f} questions/s  {statistics.median(ratios):5.1f} x ours  "
+            f"same answer {same}/{len(rows)}, largest difference {worst:.1e}"
+        )
+    print(json.dumps({name: [r["seconds"] for r in runs] for name, runs in results.items()}))
+
+
+if __name__ == "__main__":
+    main()

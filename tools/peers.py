@@ -1,0 +1,90 @@
+"""What the benchmarks against other harnesses share: one random Qwen2 checkpoint with Qwen's real vocabulary, one set of
+questions, workers in their own environments, and the machine's measured ceilings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = ROOT / "tests" / "data" / "qwen.tiktoken"
+PRETOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_checkpoint(folder: Path, *, vocab_size: int = 151936, hidden: int = 512, layers: int = 8) -> Path:
+    """A random Qwen2 (hidden 512, 8 layers, grouped heads) with Qwen's tokenizer, loadable by every harness."""
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    converter = TikTokenConverter(vocab_file=str(VOCABULARY), pattern=PRETOKEN, extra_special_tokens=specials)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), eos_token=specials[0], pad_token=specials[0], chat_template=None
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=151643,
+    )
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def run_worker(python: str, source: str, payload: dict[str, Any], *, timeout_s: float = 3600) -> dict[str, Any]:
+    """Run `source` in its own interpreter: it reads `payload` and writes a JSON result file that this returns."""
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        request = Path(scratch) / "request.json"
+        request.write_text(json.dumps({**payload, "result": str(result)}))
+        program = Path(scratch) / "worker.py"
+        program.write_text(source)
+        done = subprocess.run(
+            [python, str(program), str(request)], capture_output=True, text=True, timeout=timeout_s, cwd=scratch
+        )
+        if not result.exists():
+            sys.exit(f"worker failed ({done.returncode}):\n{done.stderr[-3000:]}")
+        answer: dict[str, Any] = json.loads(result.read_text())
+        return answer
+
+
+def gemm_peak(dtype_name: str) -> float:
+    """FLOP/s of a 2048-cubed product on this machine, best of seven."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / best_time(lambda: a @ b)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading a gibibyte once, best of seven."""
+    import torch
+
+    block = torch.ones(2**28)  # fp32
+    return block.numel() * 4 / best_time(block.sum)
+
+
+def best_time(action: Any, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
