@@ -171,7 +171,7 @@ def _facts(spec: ModelSpec, model: Transformer, digest: str, device: torch.devic
     config = model.config
     return {
         "weights": digest,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + report.weight_bytes,
+        "weight_bytes": sum(p.nbytes for p in model.parameters() if p.is_floating_point()) + report.weight_bytes,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "kernels": report.kernels,
