@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from qwen_eval import cli
 from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec, check
 from qwen_eval.core import Engine
+
+USAGE = """
+python -m qwen_eval [-m] [group=option ...] [key=value ...]
+
+One benchmark with one model:  python -m qwen_eval task=mmlu model=qwen-7b-chat
+A whole table:                 python -m qwen_eval -m task=mmlu,ceval model=qwen-7b,qwen-7b-chat
+Every key with its value:      python -m qwen_eval --cfg job
+"""
 
 
 class EngineSlot:
@@ -37,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     slot = EngineSlot()
     try:
-        return cli.run(argv, config_name="config", schema=EvalSpec, job=lambda spec: run_cell(spec, slot))
+        job = partial(run_cell, slot=slot)
+        return cli.run(argv, config_name="config", schema=EvalSpec, job=job, usage=USAGE)
     finally:
         slot.close()
 

@@ -35,13 +35,23 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
-def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job) -> int:
+def groups_text() -> str:
+    """The options of every group of `conf/`, one group a line."""
+    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
+    options = {folder.name: ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) for folder in folders}
+    return "\n".join(f"{name}: {listed}" for name, listed in options.items() if listed)
+
+
+def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage: str = "") -> int:
     """Compose `conf/<config_name>.yaml` with the overrides in `argv` and call `job` with each cell, a `schema` object.
 
     Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C. In a grid (-m)
     a cell that fails does not take the others with it.
     """
     failures: list[str] = []
+    if usage and {"-h", "--help"} & set(argv):
+        print(usage.strip(), groups_text(), sep="\n\n")  # Hydra takes two seconds to list what a directory lists
+        return 0
     try:
         _register(config_name, schema)
         arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))

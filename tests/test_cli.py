@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,14 +72,16 @@ def test_a_mistake_is_one_line_with_the_way_out(
 
 @pytest.mark.parametrize("typo", ["task=mmlv", "modle=x", "model.dtype=fp17"])
 def test_a_typo_loads_nothing_heavy(tmp_path: Path, typo: str) -> None:
-    code = "import sys; from qwen_eval.__main__ import main; main(sys.argv[1:]); print(*sys.modules)"
-    start = time.perf_counter()
+    code = (
+        "import sys, time; from qwen_eval.__main__ import main; main(sys.argv[1:]);"
+        "print(time.process_time(), *sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code, typo], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    wall_s = time.perf_counter() - start
+    cpu_s, *modules = done.stdout.split()
     heavy = {"torch", "transformers", "datasets", "pandas", "scipy", "matplotlib", "numpy"}
-    assert not heavy & set(done.stdout.split())
+    assert not heavy & set(modules)
     assert done.stderr.count("\n") == 1
-    assert wall_s < 5  # it is well below one second on an idle machine; this one may be busy
+    assert float(cpu_s) < 2.5  # half a second on an idle machine; a busy one slows even the processor's time
 
 
 def test_a_run_leaves_only_its_run_directory(tmp_path: Path, command: Command) -> None:
@@ -146,7 +147,7 @@ def test_help_lists_the_choices(tmp_path: Path) -> None:
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "task=mmlu" in done.stdout
-    assert "engine: " in done.stdout
+    assert "engine: fake, hf, native, openai, vllm" in done.stdout
 
 
 @dataclass
