@@ -135,7 +135,7 @@ def test_perplexity_difference_is_that_of_the_two_perplexities() -> None:
 def test_the_minimum_detectable_effect_is_found_four_times_of_five(n: int, discordance: float) -> None:
     effect = share_mde(n, discordance)
     assert effect is not None
-    rate = max(discordance, effect)
+    rate = discordance + effect
     rng = np.random.default_rng(8)
     totals = rng.binomial(n, rate, 2000)
     losses = rng.binomial(totals, (1 + effect / rate) / 2)

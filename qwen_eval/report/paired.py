@@ -172,7 +172,7 @@ def bonett_price(gains: int, losses: int, n: int, *, alpha: float = ALPHA) -> tu
 def share_mde(n: int, discordance: float, *, alpha: float = ALPHA, power: float = POWER) -> float | None:
     """Smallest |Δ| of a share that exact McNemar finds with `power` at n pairs; None where even Δ = 1 is not found.
 
-    `discordance` is the share of pairs that differ; an effect larger than it must bring its own discordant pairs.
+    `discordance` is the share of pairs that differ anyway, either way alike; the effect adds its own to them.
     """
     if mcnemar_power(n, 1.0, discordance, alpha) < power:
         return None
@@ -187,7 +187,7 @@ def mcnemar_power(n: int, delta: float, discordance: float, alpha: float = ALPHA
     """Exact power of the two-sided exact McNemar test: discordant pairs are binomial, and so are the losses of them."""
     from scipy.stats import binom
 
-    rate = min(1.0, max(discordance, delta))
+    rate = min(1.0, discordance + delta)
     if rate <= 0 or n == 0:
         return 0.0
     spread = 7 * math.sqrt(n * rate * (1 - rate)) + 7

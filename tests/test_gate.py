@@ -1,0 +1,370 @@
+"""The gate: how often it cries wolf, what it finds, what it refuses to compare, and what CI sees of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from report_runs import answered, chose, documents, record, said, write_profile, write_run
+
+from qwen_eval.metrics import perplexity, share
+from qwen_eval.report.__main__ import main
+from qwen_eval.report.compare import Comparison, Margins, Side, compare_sides
+from qwen_eval.report.items import Item
+from qwen_eval.report.runs import LoadedRun
+from qwen_eval.report.verdict import Judgement, judge
+from qwen_eval.store import metric_to_json
+
+Array = NDArray[np.float64]
+RERUNS, REGRESSIONS = 1000, 300
+
+
+def side(values: Array, *, tokens: NDArray[np.int64] | None = None, documents: int = 0) -> Side:
+    """A run in memory: scores, or with `tokens` sums of NLL; `documents` clusters of equal size."""
+    items = {
+        f"q{i}": Item(
+            id=f"q{i}", answer_sha256=f"{x!r}", extracted=None, score=None if tokens is not None else float(x),
+            nll=float(x) if tokens is not None else None, num_tokens=0 if tokens is None else int(tokens[i]),
+            cluster=f"d{i * documents // len(values)}" if documents else "",
+        )
+        for i, x in enumerate(values)
+    }  # fmt: skip
+    metric = share(list(values)) if tokens is None else perplexity(list(values), [int(t) for t in tokens])
+    config = {"task": {"name": "t"}, "model": {"name": "m"}}
+    run = LoadedRun(path=Path("x"), spec={"config": config}, result={"metrics": {"m": metric_to_json(metric)}})
+    return Side(run=run, given=items)
+
+
+def verdict(first: Side, second: Side) -> Judgement:
+    return judge(compare_sides(first, second, Margins()))
+
+
+# Per family: one baseline, and reruns of it that are `effect` worse (0: unchanged) with the family's own noise.
+Family = tuple[
+    Callable[[np.random.Generator], Any], Callable[[np.random.Generator, Any, float], Side], Callable[[Any], Side]
+]
+
+
+def choice_base(rng: np.random.Generator) -> Array:
+    return (rng.random(300) < 0.6).astype(float)
+
+
+def choice_rerun(rng: np.random.Generator, base: Array, effect: float) -> Side:
+    """Close calls fall the other way in 2 % of the items; a regression turns right ones wrong."""
+    flipped = np.where(rng.random(300) < 0.02, 1 - base, base)
+    return side(np.where((flipped > 0) & (rng.random(300) < effect / base.mean()), 0.0, flipped))
+
+
+def sampled_base(rng: np.random.Generator) -> tuple[Array, Array]:
+    chances = rng.beta(0.8, 0.8, 250)
+    return chances, (rng.random(250) < chances).astype(float)
+
+
+def sampled_rerun(rng: np.random.Generator, base: tuple[Array, Array], effect: float) -> Side:
+    drawn = (rng.random(250) < base[0]).astype(float)
+    return side(np.where((drawn > 0) & (rng.random(250) < effect / base[0].mean()), 0.0, drawn))
+
+
+def passed_base(rng: np.random.Generator) -> tuple[Array, Array]:
+    chances = rng.beta(0.5, 0.7, 120)
+    return chances, rng.binomial(10, chances) / 10
+
+
+def passed_rerun(rng: np.random.Generator, base: tuple[Array, Array], effect: float) -> Side:
+    chances = base[0] * (1 - effect / base[0].mean())
+    return side(rng.binomial(10, chances) / 10)
+
+
+def document_base(rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
+    tokens = rng.integers(200, 2000, 80)  # 40 documents in two blocks each
+    return np.repeat(rng.normal(2.3, 0.4, 40), 2) * tokens, tokens
+
+
+def document_rerun(rng: np.random.Generator, base: tuple[Array, NDArray[np.int64]], effect: float) -> Side:
+    nll, tokens = base
+    shift = math.log1p(effect / math.exp(nll.sum() / tokens.sum()))
+    noise = np.repeat(rng.normal(0, 0.02, 40), 2) + rng.normal(0, 0.01, 80)
+    return side(nll + (shift + noise) * tokens, tokens=tokens, documents=40)
+
+
+FAMILIES: dict[str, Family] = {
+    "choice accuracy": (choice_base, choice_rerun, side),
+    "generative share": (sampled_base, sampled_rerun, lambda base: side(base[1])),
+    "pass@1 of ten draws": (passed_base, passed_rerun, lambda base: side(base[1])),
+    "perplexity by document": (
+        document_base, document_rerun, lambda base: side(base[0], tokens=base[1], documents=40),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unchanged_reruns_cry_wolf_at_most_one_time_in_twenty(family: str) -> None:
+    make, rerun, first = FAMILIES[family]
+    rng, alarms, done = np.random.default_rng(21), 0, 0
+    while done < RERUNS:
+        base = make(rng)
+        # a baseline drawn itself: reruns are compared with it, each with a fresh one, as in CI over the years
+        alarms += verdict(first(base), rerun(rng, base, 0.0)).verdict in ("worse", "better")
+        done += 1
+    assert alarms / RERUNS <= 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_regression_of_the_stated_size_is_found_four_times_of_five(family: str) -> None:
+    make, rerun, first = FAMILIES[family]
+    rng, found = np.random.default_rng(22), 0
+    for _ in range(REGRESSIONS):
+        base = make(rng)
+        stated = verdict(first(base), rerun(rng, base, 0.0)).mde
+        assert stated is not None
+        found += verdict(first(base), rerun(rng, base, stated)).verdict == "worse"
+    assert found / REGRESSIONS >= 0.76  # 0.80 less twice the standard error of 300 draws
+
+
+def speeds(rng: np.random.Generator, tmp: dict[str, Any], factor: float = 1.0) -> Side:
+    """Seven repeats with 1.5 % spread, on a machine that is 2 % faster or slower from day to day."""
+    day = rng.normal(0, 0.02)
+    raw = 40.0 * factor * np.exp(day + rng.normal(0, 0.015, 7))
+    spec = {"kind": "profile", "config": {"task": {"name": "decode"}, "model": {"name": "m"}}}
+    cells = [{"name": "decode", "tok_per_s": raw.tolist()}]
+    return Side(run=LoadedRun(path=Path("x"), spec=spec, result={"cells": cells, "device": {"name": "d"}, **tmp}))
+
+
+def test_speed_knows_that_days_differ() -> None:
+    rng = np.random.default_rng(23)
+    verdicts = [verdict(speeds(rng, {}), speeds(rng, {})).verdict for _ in range(RERUNS)]
+    assert sum(v in ("worse", "better") for v in verdicts) / RERUNS <= 0.05
+    stated = [verdict(speeds(rng, {}), speeds(rng, {})).mde or 0.0 for _ in range(50)]
+    slower = math.exp(-float(np.median(stated)) - 0.84 * math.sqrt(2) * 0.02)  # and a day may hide that much
+    found = [verdict(speeds(rng, {}), speeds(rng, {}, slower)).verdict == "worse" for _ in range(REGRESSIONS)]
+    assert sum(found) / REGRESSIONS >= 0.76
+
+
+# --- planted regressions ---------------------------------------------------------------------------------------------
+
+
+def compared(first: Path, second: Path) -> Comparison:
+    from qwen_eval.report.compare import compare_paths
+
+    return compare_paths([str(first), str(second)])[0]
+
+
+def test_an_extractor_bug_is_worse_however_small_the_run(tmp_path: Path) -> None:
+    """The same words, read otherwise: five flips of twenty are no chance when the model said the same."""
+    before = answered([1.0] * 20)
+    after = [
+        record(f"q{i}", said("The answer is A."), float(i >= 3), extracted="A" if i >= 3 else "T") for i in range(20)
+    ]
+    found = judge(compared(write_run(tmp_path / "a", before), write_run(tmp_path / "b", after)))
+    assert found.verdict == "worse"
+    assert "extraction changed: 3 lost" in found.why
+
+
+def test_a_timeout_of_the_sandbox_is_not_an_extractor_bug(tmp_path: Path) -> None:
+    before = [record(f"q{i}", said("def f(): ..."), 1.0, extracted="def f(): ...") for i in range(20)]
+    after = [record(f"q{i}", said("def f(): ..."), float(i > 0), extracted="def f(): ...") for i in range(20)]
+    assert judge(compared(write_run(tmp_path / "a", before), write_run(tmp_path / "b", after))).verdict == "cannot tell"
+
+
+def test_perturbed_weights_are_worse_in_accuracy_and_in_perplexity(tmp_path: Path) -> None:
+    rng = np.random.default_rng(24)
+    right = (rng.random(300) < 0.6).astype(float)
+    worse = np.where(rng.random(300) < 0.2, 0.0, right)
+    found = judge(compared(write_run(tmp_path / "a", answered(right)), write_run(tmp_path / "b", answered(worse))))
+    assert found.verdict == "worse"
+    nll = rng.normal(2.3, 0.3, 30)
+    a = write_run(tmp_path / "a", documents(nll), task="wiki")
+    b = write_run(tmp_path / "b", documents(nll + rng.normal(0.03, 0.01, 30)), task="wiki")
+    assert judge(compared(a, b)).verdict == "worse"
+    assert judge(compared(b, a)).verdict == "better"
+
+
+def test_a_changed_prompt_is_not_comparable_and_named_to_the_character(tmp_path: Path) -> None:
+    before = [record(f"q{i}", said("A"), 1.0, prompt=f"{i}. Which?\nAnswer:") for i in range(9)]
+    after = [record(f"q{i}", said("A"), 1.0, prompt=f"{i}. Which?\nAnswer:" + " " * (i > 4)) for i in range(9)]
+    found = judge(compared(write_run(tmp_path / "a", before), write_run(tmp_path / "b", after)))
+    assert found.verdict == "not comparable"
+    assert "4 of 9 prompts differ, the first is q5 at character 18" in found.why
+
+
+@pytest.mark.parametrize(
+    ("change", "said_so"),
+    [
+        ({"benchmark": {"shots": 5}}, "shots: 0 against 5"),
+        ({"benchmark": {"split": "val"}}, "split: test against val"),
+        ({"benchmark": {"data_sha256": "def"}}, "data_sha256: abc against def"),
+        ({"benchmark": {"prompt_format": "x"}}, "prompt_format: nothing against x"),
+        ({"protocol": "upstream"}, "protocol: robust against upstream"),
+        ({"limit": 20}, "limit: none against 20"),
+        ({"version": 2}, "task_version: 1 against 2"),
+        ({"finished": False}, "unfinished"),
+    ],
+)
+def test_what_differs_is_said(tmp_path: Path, change: dict[str, Any], said_so: str) -> None:
+    first, second = (
+        write_run(tmp_path / "a", answered([1.0] * 20)),
+        write_run(tmp_path / "b", answered([1.0] * 20), **change),
+    )
+    found = judge(compared(first, second))
+    assert found.verdict == "not comparable"
+    assert said_so in found.why
+
+
+def test_where_the_rows_lay_is_no_difference(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", answered([1.0] * 9), benchmark={"origin": "path:/x"})
+    second = write_run(tmp_path / "b", answered([1.0] * 9), benchmark={"origin": "bundled:x"})
+    assert judge(compared(first, second)).verdict == "unchanged"
+
+
+def test_unchanged_needs_evidence(tmp_path: Path) -> None:
+    """Twenty items that flip two each way: nothing is shown, and nothing is claimed."""
+    first = answered([1.0] * 10 + [0.0] * 10)
+    second = answered([1.0] * 8 + [0.0] * 2 + [1.0] * 2 + [0.0] * 8)
+    small = judge(compared(write_run(tmp_path / "a", first), write_run(tmp_path / "b", second)))
+    assert small.verdict == "cannot tell"
+    assert small.mde is not None
+    assert small.mde > 0.2
+    many = [1.0] * 3000 + [0.0] * 3000
+    other = [0.0] * 3 + [1.0] * 2997 + [1.0] * 3 + [0.0] * 2997
+    large = judge(compared(write_run(tmp_path / "c", answered(many)), write_run(tmp_path / "d", answered(other))))
+    assert large.verdict == "unchanged"
+    assert "within the margin" in large.why
+
+
+def test_choices_give_flips_and_the_kl_of_their_distributions(tmp_path: Path) -> None:
+    first = [record(f"q{i}", chose(0), 1.0, extracted="A") for i in range(30)]
+    second = [record(f"q{i}", chose(i % 2), float(i % 2 == 0), extracted="AB"[i % 2]) for i in range(30)]
+    found = compared(write_run(tmp_path / "a", first), write_run(tmp_path / "b", second))
+    assert (found.losses, found.gains) == (15, 0)
+    assert found.choice_kl is not None
+    p, q = np.exp(chose(0).logprobs), np.exp(chose(1).logprobs)
+    assert found.choice_kl.value == pytest.approx(float((p * np.log(p / q)).sum()) / 2, rel=1e-6)
+
+
+def test_a_macro_headline_is_tested_with_its_own_weights(tmp_path: Path) -> None:
+    from qwen_eval.metrics import macro
+
+    def rows(small: Sequence[float]) -> list[Any]:
+        big = [record(f"b{i}", said(str(i)), float(i % 2), group="big") for i in range(90)]
+        return big + [record(f"s{i}", said(str(x)), x, group="small") for i, x in enumerate(small)]
+
+    def written(name: str, small: list[float]) -> Path:
+        groups = {"big": [float(i % 2) for i in range(90)], "small": small}
+        return write_run(tmp_path / name, rows(small), metrics={"accuracy": macro(groups)})
+
+    found = compared(written("a", [1.0] * 10), written("b", [0.0] * 4 + [1.0] * 6))
+    assert found.difference is not None
+    assert found.difference.delta == pytest.approx(-0.2)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Baselines of two tasks and a profile."""
+    write_run(tmp_path / "old", answered([1.0, 0.0, 1.0] * 60, group="g", target="A"))
+    write_run(tmp_path / "old", documents([2.0 + 0.01 * i for i in range(12)]), task="wiki")
+    write_profile(tmp_path / "old", [40.0, 40.4, 39.8, 40.1])
+    assert main([f"accept={tmp_path / 'old'}", f"gate={tmp_path / 'baselines'}"]) == 0
+    return tmp_path
+
+
+def gate(project: Path, runs: Path, *more: str) -> int:
+    return main([f"gate={project / 'baselines'}", f"runs={runs}", *more])
+
+
+def test_the_same_answers_pass(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(project, project / "old") == 0
+    assert "passed: 3 unchanged" in capsys.readouterr().out
+
+
+def test_baselines_hold_no_place_of_this_machine(project: Path) -> None:
+    stored = "".join(path.read_text() for path in (project / "baselines").rglob("*.json*"))
+    for word in ("secret-place", "runs_dir", str(project)):
+        assert word not in stored
+
+
+def test_worse_fails_with_1_and_ci_can_read_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = project / "new"
+    write_run(new, answered([1.0, 0.0, 0.0] * 60, group="g", target="A"))
+    write_run(new, documents([2.0 + 0.01 * i for i in range(12)]), task="wiki")
+    write_profile(new, [40.2, 39.9, 40.3, 40.0])
+    out = [str(project / name) for name in ("gate.md", "gate.xml", "gate.html")]
+    assert gate(project, new, f"out={','.join(out)}") == 1
+    assert "changed for the worse" in capsys.readouterr().out
+    assert "changed for the worse" in Path(out[0]).read_text()
+    suite = ElementTree.parse(out[1]).getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "1", "0")
+    assert suite.find("testcase/failure") is not None
+    assert "<table>" in Path(out[2]).read_text()
+
+
+def test_missing_and_incomparable_runs_give_3(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = project / "new"
+    write_run(new, answered([1.0, 0.0, 1.0] * 60, group="g", target="A"), benchmark={"shots": 4})
+    write_profile(new, [10.0, 10.0, 10.1], device="Another CPU")
+    (new / "odd").mkdir()
+    (new / "odd" / "result.json").write_text("{}")
+    write_run(new, answered([1.0]), task="fresh")
+    assert gate(project, new) == 3
+    shown = capsys.readouterr().out
+    for words in (
+        "no run of it was found",
+        "shots: 0 against 4",
+        "Test CPU against Another CPU",
+        "no baseline yet",
+        "odd",
+    ):
+        assert words in shown
+
+
+def test_slower_on_the_same_device_is_worse(project: Path) -> None:
+    new = project / "new"
+    write_run(new, answered([1.0, 0.0, 1.0] * 60, group="g", target="A"))
+    write_run(new, documents([2.0 + 0.01 * i for i in range(12)]), task="wiki")
+    write_profile(new, [30.0, 30.2, 29.8, 30.1])
+    assert gate(project, new) == 1
+
+
+def test_accept_makes_today_the_baseline(project: Path) -> None:
+    new = project / "new"
+    write_run(new, answered([0.0, 0.0, 0.0] * 60, group="g", target="A"))
+    assert main([f"accept={new}", f"gate={project / 'baselines'}"]) == 0
+    write_run(new, documents([2.0 + 0.01 * i for i in range(12)]), task="wiki")
+    write_profile(new, [40.0, 40.4, 39.8, 40.1])
+    assert gate(project, new) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gate=nowhere", "runs={old}"], "no such directory"),
+        (["accept={empty}"], "no run under"),
+        (["accept={half}"], "unfinished"),
+        (["runs={old}", "layout=modles"], "did you mean"),
+        (["compare={old}"], "give two run directories"),
+        (["gate=x", "published=true"], "one at a time"),
+        (["runs={old}", "out=x.pdf"], "which format"),
+        (["runs={old}", "out=x.xml"], "only the gate has verdicts"),
+        (["runs={empty}"], "no run under"),
+        (["runz=x"], "runz"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    write_run(tmp_path / "old", answered([1.0] * 5))
+    write_run(tmp_path / "half", answered([1.0] * 5), finished=False)
+    (tmp_path / "empty").mkdir()
+    places = {name: tmp_path / name for name in ("old", "half", "empty")}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
