@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qwen_eval.metrics import ALPHA, ratio_variance, t_quantile
 
 POWER = 0.8
-NUM_FLIPS_DRAWN = 9_999
+NUM_FLIPS_DRAWN = 4_999
 MAX_EXACT_CLUSTERS = 14
 
 
@@ -136,7 +136,7 @@ def sign_flip(sums: NDArray[np.float64], *, seed: int = 0) -> float:
         signs = 1 - 2 * ((np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1)
         return float(np.mean(np.abs(signs @ values) >= observed))
     rng, hits, done, width = np.random.default_rng(seed), 0, 0, -(-len(values) // 8)
-    while done < NUM_FLIPS_DRAWN:  # in slices: 10,000 x 14,000 signs would be a gigabyte
+    while done < NUM_FLIPS_DRAWN:  # in slices: 5,000 x 14,000 signs would be half a gigabyte
         rows = min(NUM_FLIPS_DRAWN - done, max(1, 4_000_000 // len(values)))
         bits = np.unpackbits(np.frombuffer(rng.bytes(rows * width), dtype=np.uint8).reshape(rows, width), axis=1)
         flipped = 2.0 * (bits[:, : len(values)].astype(np.float64) @ values) - values.sum()

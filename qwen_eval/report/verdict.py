@@ -16,18 +16,22 @@ from qwen_eval.report.paired import POWER, Difference
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """`why` is one sentence; `mde` the smallest change for the worse that would be found four times of five."""
+    """`why` is one sentence. `num_tests`: how many comparisons share the 5 % chance of a false alarm."""
 
     comparison: Comparison
     verdict: Verdict
     why: str
-    mde: float | None = None
+    num_tests: int = 1
+
+    @property
+    def mde(self) -> float | None:
+        """The smallest change for the worse that would be found four times of five, on the scale of the difference."""
+        return smallest_shown(self.comparison, self.num_tests)
 
 
 def judge(comparison: Comparison, *, num_tests: int = 1) -> Judgement:
-    """`num_tests`: how many comparisons share the 5 % chance of a false alarm."""
     verdict, why = _verdict(comparison)
-    return Judgement(comparison=comparison, verdict=verdict, why=why, mde=smallest_shown(comparison, num_tests))
+    return Judgement(comparison=comparison, verdict=verdict, why=why, num_tests=num_tests)
 
 
 def judge_all(comparisons: list[Comparison]) -> list[Judgement]:
