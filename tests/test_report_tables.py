@@ -1,0 +1,200 @@
+"""Tables: unlike rows wear a mark, broken runs are named, every rendering holds, and the ledger stands beside ours."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from report_runs import answered, documents, record, said, write_profile, write_run
+
+from qwen_eval.core import Metric
+from qwen_eval.metrics import share
+from qwen_eval.report.__main__ import main
+from qwen_eval.report.published import contradictions, ledger, published_tables
+from qwen_eval.report.render import Cell, Table, metric_cell, render
+from qwen_eval.report.runs import find_runs, variant_name
+from qwen_eval.report.tables import layouts
+
+
+def tables(root: Path, name: str) -> list[Table]:
+    return layouts(find_runs([root]))[name]()
+
+
+def shown(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def test_a_run_of_another_kind_wears_a_mark_that_is_explained(tmp_path: Path) -> None:
+    for model in ("qwen-7b-chat", "qwen-14b-chat"):
+        write_run(tmp_path, answered([1.0, 0.0]), model=model)
+    write_run(tmp_path, answered([1.0, 1.0]), model="qwen-72b-chat", benchmark={"shots": 8}, protocol="upstream")
+    write_run(tmp_path, answered([1.0, 1.0]), model="other", benchmark={"data_sha256": "zzz"})
+    (table,) = tables(tmp_path, "models")
+    rows = {row[0]: row[2] for row in shown(table)}
+    assert [rows["qwen-7b-chat"].endswith("]"), rows["qwen-14b-chat"].endswith("]")] == [False, False]
+    notes = {note[:3]: note for note in table.notes}
+    assert "shots 8 (column: 0)" in notes[rows["qwen-72b-chat"][-3:]]
+    assert "protocol upstream (column: robust)" in notes[rows["qwen-72b-chat"][-3:]]
+    assert "other data" in notes[rows["other"][-3:]]
+
+
+def test_a_second_run_of_the_same_cell_hides_none(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", answered([1.0, 0.0]))
+    write_run(tmp_path / "b", answered([1.0, 1.0]))
+    (table,) = tables(tmp_path, "models")
+    assert [row[2].split()[0] for row in shown(table)] == ["50.0", "100.0"]
+
+
+def test_what_cannot_be_used_is_named_and_kept_out_of_the_scores(tmp_path: Path) -> None:
+    write_run(tmp_path, answered([1.0] * 4))
+    write_run(tmp_path, answered([1.0] * 4), model="half", finished=False)
+    write_run(tmp_path, answered([1.0] * 4), model="partial", limit=4)
+    write_run(tmp_path, [], model="none", metrics={"accuracy": share([])})
+    for name, text in (("cut", '{"format"'), ("list", "[]"), ("alien", '{"results": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "spec.json").write_text(text)
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "records.jsonl").write_text("")
+    (problems,) = tables(tmp_path, "problems")
+    states = {
+        Path(row[0]).name if Path(row[0]).name != "default" else Path(row[0]).parent.name: row[1]
+        for row in shown(problems)
+    }
+    assert {k: v.split()[0] for k, v in states.items()} == {
+        "cut": "unreadable", "list": "unreadable", "lost": "unreadable", "alien": "foreign", "half": "unfinished",
+        "none": "failed",
+    }  # fmt: skip
+    (models,) = tables(tmp_path, "models")
+    assert {row[0] for row in shown(models)} == {"qwen-7b-chat", "partial"}
+    assert any("limit" in note for note in models.notes)
+
+
+def test_the_card_layouts(tmp_path: Path) -> None:
+    metrics = {name: share([1.0, 0.0]) for name in ("accuracy", "accuracy/stem", "accuracy/anatomy")}
+    write_run(tmp_path, answered([1.0, 0.0]), task="mmlu", metrics=metrics)
+    write_run(
+        tmp_path, answered([1.0, 0.0]), task="mmlu", metrics=metrics, model="qwen-7b-chat-int4", quant="gptq-int4"
+    )
+    lengths = {f"ppl/{n}": Metric(value=4.23, n=n, kind="ppl", higher_is_better=False) for n in (1024, 2048)}
+    write_run(tmp_path, documents([1.0, 2.0]), task="long_ppl", metrics={"ppl": lengths["ppl/1024"], **lengths})
+    write_profile(tmp_path, [40.0, 42.0, 41.0])
+    (quantised,) = tables(tmp_path, "quantisation")
+    assert [row[:2] for row in shown(quantised)] == [["qwen-7b-chat", "BF16"], ["qwen-7b-chat", "Int4"]]
+    (categories,) = tables(tmp_path, "categories")
+    assert categories.columns == ("model", "precision", "average", "stem")
+    (groups,) = tables(tmp_path, "groups")
+    assert shown(groups)[0][0] == "anatomy"
+    (long,) = tables(tmp_path, "long")
+    assert long.columns[-2:] == ("1024", "2048")
+    (profile,) = tables(tmp_path, "profile")
+    assert "41.0 [40.0, 42.0]" in shown(profile)[0]
+    assert "18.00" in shown(profile)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "info", "name"),
+    [
+        ({"quant": "none", "dtype": "auto"}, {"dtype": "torch.bfloat16"}, "BF16"),
+        ({"quant": "gptq-int4", "kv_cache": "int8"}, {"dtype": "float16"}, "Int4, KV int8"),
+        ({"quant": "nf4"}, {}, "NF4"),
+        ({"dtype": "fp32", "logn": "false", "rope": {"dynamic_ntk": "true"}}, {}, "FP32, NTK, no LogN"),
+    ],
+)
+def test_the_precision_is_named_as_in_the_cards(model: dict[str, object], info: dict[str, object], name: str) -> None:
+    assert variant_name(model, info) == name
+
+
+def test_an_interval_is_shown_as_it_is() -> None:
+    assert metric_cell(Metric(value=0.5, n=100, low=0.4, high=0.6)).text == "50.0 ±10.0"
+    assert metric_cell(Metric(value=0.98, n=100, low=0.93, high=0.998)).text == "98.0 +1.8/−5.0"
+    assert metric_cell(Metric(value=float("nan"), n=0)).text == "–"
+    assert metric_cell(Metric(value=5.5, n=9, kind="ppl", low=5.0, high=6.0), mark=" [a]").text == "5.500 ±0.500 [a]"
+
+
+NASTY = Table(
+    title="a|b", columns=("x_1", "<b>"), rows=((Cell(text="50 % & $x$ #1 {y}\n\x1b[31m"), Cell(text="1.0", value=1.0)),)
+)
+
+
+def test_markdown_shows_text_as_it_is() -> None:
+    text = render([NASTY], "md")
+    assert r"| x\_1 | &lt;b&gt; |" in text
+    assert "| --- | ---: |" in text
+    assert "\x1b" not in text
+    assert "50 % &amp; $x$" in text
+
+
+def test_latex_escapes_what_would_break_it() -> None:
+    text = render([NASTY], "tex")
+    assert r"50 \% \& \$x\$ \#1 \{y\}" in text
+    assert r"x\_1 & $<$b$>$ \\" in text
+
+
+def test_csv_gives_the_unrounded_value_and_interval(tmp_path: Path) -> None:
+    write_run(tmp_path, answered([1.0, 0.0, 0.0]))
+    rows = list(csv.DictReader(io.StringIO(render(tables(tmp_path, "runs"), "csv"))))
+    assert float(rows[0]["score (value)"]) == pytest.approx(1 / 3)
+    assert float(rows[0]["score (low)"]) == pytest.approx(0.0084, abs=1e-4)
+
+
+def test_a_terminal_obeys_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = ([record("q", said(f"{i}"), float(i), extracted="\x1b[2J[bold]x")] for i in range(2))
+    paths = write_run(tmp_path / "a", a), write_run(tmp_path / "b", b)
+    assert main([f"compare={paths[0]},{paths[1]}"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "[bold]x" in out
+
+
+# --- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def test_every_published_row_has_a_source_and_prints_its_value() -> None:
+    assert len(ledger()) > 1000
+    for row in ledger():
+        assert row.sources
+        if row.value is not None and row.unit == "%" and row.text:
+            assert float(row.text.removesuffix("%")) == row.value
+
+
+def test_our_number_stands_beside_the_published_one_with_what_differs(tmp_path: Path) -> None:
+    write_run(tmp_path, answered([1.0] * 50 + [0.0] * 50), task="gsm8k", protocol="upstream")  # 50.3 was published
+    write_run(tmp_path, answered([1.0] * 90 + [0.0] * 10), task="ceval", model="qwen-7b", chat=False,
+              benchmark={"split": "val", "shots": 5})  # fmt: skip
+    (table,) = published_tables(find_runs([tmp_path]))
+    rows = [dict(zip(table.columns, row)) for row in shown(table)]
+    gsm8k = next(row for row in rows if row["model"] == "qwen-7b-chat" and row["published"] == "50.3")
+    assert (gsm8k["Δ"], gsm8k["in our interval"]) == ("-0.3", "yes")
+    assert gsm8k["what differs"] == "nothing known"
+    ceval = next(row for row in rows if row["model"] == "qwen-7b" and row["published"] == "63.5")
+    assert "split: ours val, published test" in ceval["what differs"]
+    assert "protocol=robust" in ceval["what differs"]
+    assert ceval["in our interval"] == "no"
+
+
+def test_speed_of_another_device_is_shown_as_such(tmp_path: Path) -> None:
+    write_profile(tmp_path, [20.0, 20.0])
+    (table,) = published_tables(find_runs([tmp_path]))
+    rows = [dict(zip(table.columns, row)) for row in shown(table)]
+    assert any("ours Test CPU" in row["what differs"] and row["Δ"].endswith("×") for row in rows)
+
+
+def test_the_ledger_contradicts_itself_where_it_does() -> None:
+    found, known = contradictions()
+    named = {row[0].text: row for row in found.rows}
+    gsm8k = next(row for name, row in named.items() if name.startswith("Qwen-14B-Chat BF16 · GSM8K"))
+    assert (gsm8k[1].value, gsm8k[2].value) == (60.1, 61.0)
+    assert not any(name.startswith("Qwen-72B none · arXiv") for name in named)  # 2.83 is 2.828 rounded
+    assert len(known.rows) == 13
+
+
+def test_the_commands_of_the_documentation_compose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, answered([1.0, 0.0]))
+    assert main(["ledger=contradictions", "format=md"]) == 0
+    assert main([f"runs={tmp_path}", "published=true", "format=csv"]) == 0
+    assert main([f"runs={tmp_path}", "layout=models,runs", "format=tex"]) == 0
+    assert main([f"runs={tmp_path}", f"out={tmp_path / 'a.md'},{tmp_path / 'a.csv'}"]) == 0
+    assert (tmp_path / "a.md").read_text().startswith("### Models × tasks")
+    assert capsys.readouterr().err == ""
