@@ -118,10 +118,14 @@ class Score:
 
     `num_context` leading tokens are attended to but not scored. The very first token has nothing before it: it is
     scored only when the prompt begins with a token the protocol put there (BOS / endoftext), so at least 1.
+
+    `num_fed`: how many tokens the protocol feeds the model, which decides dynamic NTK: all of them (None), or one less
+    where it leaves out the last, which is only a target.
     """
 
     prompt: Prompt
     num_context: int = 1
+    num_fed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,4 +352,21 @@ class Task(Protocol):
 
     def describe(self) -> Mapping[str, JSON]:
         """What decides the numbers: split, shots, data sha256, prompt format ... Goes into spec.json."""
+        ...
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """A task with something to say of its data: skipped documents, repeated text. Joins the result's warnings."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
+class HasArtifacts(Protocol):
+    """A task that writes files beside result.json: plots, submissions."""
+
+    def artifacts(self, records: Iterable[Record]) -> Mapping[str, JSON | str | bytes]:
+        """File name -> content: text, bytes, or an object for JSON."""
         ...

@@ -104,6 +104,17 @@ class Source:
             raise DataError(f"{self._place(name)}: empty; fetch it again")
         return rows
 
+    def parquet(self, *candidates: str) -> list[dict[str, JSON]]:
+        """Rows of a parquet file, one dict each."""
+        import pandas
+
+        name, raw = self._read(*candidates)
+        try:
+            rows = pandas.read_parquet(io.BytesIO(raw)).to_dict("records")
+            return [{str(key): value for key, value in row.items()} for row in rows]
+        except (OSError, ValueError) as error:  # pyarrow's errors are among these
+            raise DataError(f"{self._place(name)}: not parquet ({str(error).splitlines()[0]})") from None
+
     def hub_rows(self, config: str | None, split: str) -> list[dict[str, JSON]]:
         raise AssertionError(f"{self.origin} has files, not hub rows")
 
@@ -143,21 +154,26 @@ class Source:
         return [Row(cells=cells, where=f"{name} line {line}") for cells, (line, _) in zip(tables, lines)]
 
     def _load(self, *candidates: str) -> tuple[str, str]:
+        name, content = self._read(*candidates)
+        try:
+            return name, content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self._place(name)}: not UTF-8 at byte {error.start}; convert or fetch it again"
+            ) from None
+
+    def _read(self, *candidates: str) -> tuple[str, bytes]:
+        """Name and unpacked bytes of the first candidate there is; their digest is kept."""
         name = self.has(*candidates)
         if name is None:
             raise DataError(f"{self.origin}: no {' or '.join(candidates)} there; {self._how}")
         try:
             raw = self._files.read(name)
             content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self._place(name)}: not UTF-8 at byte {error.start}; convert or fetch it again"
-            ) from None
         except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise DataError(f"{self._place(name)}: cannot be read ({error})") from None
         self._digests[name] = hashlib.sha256(content).hexdigest()
-        return name, text
+        return name, content
 
     def _json_line(self, name: str, line: int, text: str) -> dict[str, JSON]:
         try:

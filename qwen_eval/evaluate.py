@@ -15,6 +15,8 @@ from qwen_eval.core import (
     Answer,
     Completions,
     Engine,
+    HasArtifacts,
+    HasNotes,
     Metric,
     QwenEvalError,
     Record,
@@ -28,7 +30,7 @@ from qwen_eval.core import (
 from qwen_eval.engines.options import check_options
 from qwen_eval.progress import Progress
 from qwen_eval.provenance import deciding_versions, provenance, text_sha256, weights_digest
-from qwen_eval.store import FORMAT, RunDirectory, differences, metric_from_json, metric_to_json, write_json
+from qwen_eval.store import FORMAT, RunDirectory, differences, metric_from_json, metric_to_json, write_bytes, write_json
 from qwen_eval.tasks.registry import TaskContext, build
 
 # Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
@@ -84,10 +86,11 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         done = {record.sample_id for record in run.records()}
         meter = ask(engine, task, [s for s in samples if s.id not in done], run.append, progress, num_done=len(done))
         section = _run_section(meter, time.perf_counter() - start, num_resumed=len(done))
-        result = summary(task, samples, run.records(), spec)
+        records = in_order(samples, run.records())
+        result = summary(task, samples, records, spec)
+        warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ())]
         result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
-        for name, content in artifacts(task, run.records()).items():
-            write_json(run.path / name, content)
+        write_artifacts(task, records, run.path)
         run.finish(result)
         return _outcome(run.path, result, was_finished=False)
 
@@ -107,6 +110,7 @@ def task_context(spec: EvalSpec, engine: Engine | None) -> TaskContext:
         is_chat=spec.model.chat if spec.task.mode == "auto" else spec.task.mode == "chat",
         tokenizer=engine.tokenizer if engine else None,
         sandbox=spec.sandbox,
+        model_facts=dict(engine.info) if engine else {},
     )
 
 
@@ -223,8 +227,7 @@ def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], sp
     killed, and in whatever order the answers came, they are the same bytes."""
     from qwen_eval.metrics import rates
 
-    by_id = {record.sample_id: record for record in records}
-    ordered = [by_id[sample.id] for sample in samples]
+    ordered = in_order(samples, records)
     partial: dict[str, JSON] = {"limit": spec.task.limit} if spec.task.limit is not None else {}
     if spec.task.subjects:
         partial["subjects"] = list(spec.task.subjects)
@@ -238,10 +241,23 @@ def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], sp
     }
 
 
-def artifacts(task: Task, records: Sequence[Record]) -> Mapping[str, JSON]:
-    """Files that a task leaves beside its result, by name: a submission where the split has no answers."""
-    make: Callable[[Sequence[Record]], Mapping[str, JSON]] | None = getattr(task, "artifacts", None)
-    return make(records) if make else {}
+def in_order(samples: Sequence[Sample], records: Iterable[Record]) -> list[Record]:
+    """The records in the task's order, not in that of the answers."""
+    by_id = {record.sample_id: record for record in records}
+    return [by_id[sample.id] for sample in samples]
+
+
+def write_artifacts(task: Task, records: Sequence[Record], directory: Path) -> None:
+    """The files a task makes beside its numbers, before result.json says that the run is whole."""
+    if not isinstance(task, HasArtifacts):
+        return
+    for name, content in task.artifacts(records).items():
+        if isinstance(content, bytes):
+            write_bytes(directory / name, content)
+        elif isinstance(content, str):
+            write_bytes(directory / name, content.encode("utf-8"))
+        else:
+            write_json(directory / name, content)
 
 
 def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:

@@ -200,12 +200,17 @@ def differences(old: JSON, new: JSON, prefix: str = "") -> list[str]:
 def write_json(path: Path, value: Mapping[str, JSON]) -> None:
     """Atomically: a reader sees the old file or the whole new one, also after a crash."""
     text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    write_bytes(path, text.encode("utf-8", "surrogatepass"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Atomically, as `write_json`."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with _one_line(path):
         try:
             file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
-                _write_all(file, text.encode("utf-8", "surrogatepass"))
+                _write_all(file, data)
                 os.fsync(file)
             finally:
                 os.close(file)

@@ -41,6 +41,9 @@ class ByteTokenizer:
                     return [*self.encode(left, parse_special=True), token_id, *self.encode(right, parse_special=True)]
         return list(text.encode("utf-8", "surrogatepass"))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
     def decode(self, ids: Sequence[int]) -> str:
         names = {token_id: mark for mark, token_id in MARKS.items()}
         data = b"".join(names[i].encode() if i in names else bytes([i]) for i in ids)

@@ -142,7 +142,7 @@ class NativeEngine:
             first = max(1, request.num_context)
             if len(ids) <= first:
                 raise ModelError(f"a text of {len(ids)} tokens has nothing to score after {first} of context")
-            jobs.append(Job(ids=ids, first=first))
+            jobs.append(Job(ids=ids, first=first, num_fed=request.num_fed))
         self.scorer.on_hidden = None if self.keep_hidden is None else partial(self._keep_rows, jobs)
         for j, scores in self.scorer.run(jobs):
             yield (

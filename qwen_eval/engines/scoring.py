@@ -30,6 +30,12 @@ class Job:
     ids: tuple[int, ...]
     choices: tuple[int, ...] = ()
     first: int = 1
+    num_fed: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Of the sequence as the protocol feeds it: decides the NTK alpha."""
+        return len(self.ids) if self.num_fed is None else self.num_fed
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -75,7 +81,7 @@ class Scorer:
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for i, job in enumerate(jobs):
             # sequences of different NTK alpha cannot share keys; last-row jobs have a cheaper last layer
-            groups[(*self.forward.rope.key(len(job.ids)), bool(job.choices))].append(i)
+            groups[(*self.forward.rope.key(job.length), bool(job.choices))].append(i)
             self.prompt_tokens += len(job.inputs)
         for members in groups.values():
             yield from self._run_group(jobs, members)
@@ -83,7 +89,7 @@ class Scorer:
     def _run_group(self, jobs: Sequence[Job], members: Sequence[int]) -> Iterator[tuple[int, Scores]]:
         sequences = [jobs[i].inputs for i in members]
         limits = [jobs[i].first_row if self.share else 0 for i in members]
-        total_length = len(jobs[members[0]].ids)  # any length of the group gives its alpha
+        total_length = jobs[members[0]].length  # any length of the group gives its alpha
         pending: list[tuple[Node, Prefix | None]] = [(build(sequences, limits), None)]
         while pending:
             node, parent = pending.pop()
@@ -137,7 +143,7 @@ class Scorer:
             return [(chosen[0], self._run_long(chosen[0], jobs[chosen[0]], depth, prefix))]
         self.computed_tokens += sum(map(len, suffixes))
         is_last_only = bool(jobs[chosen[0]].choices)
-        lengths = [len(jobs[i].ids) for i in chosen]
+        lengths = [jobs[i].length for i in chosen]
         hidden = self.forward.packed(suffixes, lengths, prefix=prefix, last_only=is_last_only)
         if is_last_only:
             return list(zip(chosen, self._choice_scores([jobs[i] for i in chosen], hidden)))
@@ -153,11 +159,11 @@ class Scorer:
         suffix, parts, position = job.inputs[depth:], [], depth
         self.computed_tokens += len(suffix)
         if job.choices:
-            for _ in self.forward.extend(grown, suffix[:-1], len(job.ids)):
+            for _ in self.forward.extend(grown, suffix[:-1], job.length):
                 pass
-            hidden = self.forward.packed([suffix[-1:]], [len(job.ids)], prefix=grown, last_only=True)
+            hidden = self.forward.packed([suffix[-1:]], [job.length], prefix=grown, last_only=True)
             return self._choice_scores([job], hidden)[0]
-        for hidden in self.forward.extend(grown, suffix, len(job.ids), want_hidden=True):
+        for hidden in self.forward.extend(grown, suffix, job.length, want_hidden=True):
             rows = hidden[max(0, job.first_row - position) :]
             first_target = position + len(hidden) - len(rows) + 1
             parts.append(self._token_scores(index, rows, job.ids[first_target : first_target + len(rows)]))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_eval.config import TaskSpec
-from qwen_eval.core import ConfigError, Task, Tokenizer
+from qwen_eval.core import JSON, ConfigError, Task, Tokenizer
 
 TASKS = {
     "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
@@ -22,6 +23,8 @@ TASKS = {
     "plugin": "qwen_eval.tasks.plugin:Plugin",
     "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
     "bbh": "qwen_eval.tasks.bbh:Bbh",
+    "long_ppl": "qwen_eval.tasks.long_ppl:LongPpl",
+    "needle": "qwen_eval.tasks.needle:Needle",
     "nano": "qwen_eval.tasks.nano:Nano",
 }
 
@@ -34,6 +37,7 @@ class TaskContext:
     is_chat: bool = False
     tokenizer: Tokenizer | None = None
     sandbox: str = "auto"
+    model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
 
 
 def task_class(name: str) -> Any:
