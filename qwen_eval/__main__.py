@@ -7,43 +7,26 @@ from collections.abc import Sequence
 from functools import partial
 
 from qwen_eval import cli
-from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec, check
-from qwen_eval.core import Engine
+from qwen_eval.config import EvalSpec, check
+from qwen_eval.slot import EngineSlot
 
 USAGE = """
 python -m qwen_eval [-m] [group=option ...] [key=value ...]
 
+A first look:                  python -m qwen_eval
 One benchmark with one model:  python -m qwen_eval task=mmlu model=qwen-7b-chat
 A whole table:                 python -m qwen_eval -m task=mmlu,ceval model=qwen-7b,qwen-7b-chat
 Every key with its value:      python -m qwen_eval --cfg job
 """
 
 
-class EngineSlot:
-    """Keeps the last engine: the cells of a grid that differ only in the task share it."""
-
-    def __init__(self) -> None:
-        self._key: tuple[EngineSpec, ModelSpec, str] | None = None
-        self._engine: Engine | None = None
-
-    def open(self, spec: EvalSpec) -> Engine:
-        key = (spec.engine, spec.model, spec.protocol)
-        if self._engine is None or key != self._key:
-            self.close()  # before the next one loads: two models rarely fit
-            from qwen_eval.engines import open_engine
-
-            self._engine, self._key = open_engine(spec.engine, spec.model, protocol=spec.protocol), key
-        return self._engine
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = self._key = None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        from qwen_eval import demo
+
+        return demo.main()
     slot = EngineSlot()
     try:
         job = partial(run_cell, slot=slot)

@@ -257,6 +257,12 @@ def _refuse_nonzero_bias(files: TensorFiles, sources: Sequence[str]) -> None:
             raise ModelError(f"{source}.bias: the checkpoint has this bias, config.json says there is none")
 
 
+def num_parameters(config: ModelConfig) -> int:
+    """Weights of this shape, tied ones once; quantisation does not change it."""
+    with _meta():
+        return sum(parameter.numel() for parameter in Transformer(config).parameters())
+
+
 def random_model(config: ModelConfig, placement: Placement, seed: int) -> Transformer:
     """Random weights of this shape (normal, std 0.02; norms 1), the same for a seed on any device."""
     with _meta():

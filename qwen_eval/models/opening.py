@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
-from qwen_eval.models.checkpoint import Placement, load, random_model
+from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.forward import Forward
 from qwen_eval.models.hub import checkpoint_dir
@@ -39,14 +38,14 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     fields = read_config(directory, spec)
     config = with_overrides(ModelConfig.from_hf(fields), spec)
     device = choose_device(spec.device)
-    dtype = choose_dtype(spec.dtype, fields, device)
     packed_config = gptq.read_config(fields, directory)
+    dtype = choose_dtype(spec.dtype, fields, device, is_packed=packed_config is not None)
     check_quant(spec, packed_config)
     placement = Placement(
         device=device,
         dtype=dtype,
-        packed=_gptq_builder(packed_config, dtype, device) if packed_config else None,
-        from_dense=_bnb_builder(spec.quant, dtype, device) if spec.quant in ("nf4", "int8") else None,
+        packed=gptq.builder(packed_config, dtype=dtype, device=device) if packed_config else None,
+        from_dense=_bnb_builder(spec.quant, dtype, device),
     )
     model, digest = _weights(spec, directory, config, placement)
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if spec.kv_cache == "int8" else PlainCodec(dtype)
@@ -115,14 +114,20 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, fields: Mapping[str, Any], device: torch.device) -> torch.dtype:
-    """auto: on CUDA the checkpoint's own, bf16 where it names none; on CPU bf16 if native there, else fp32."""
+def choose_dtype(
+    dtype: str, fields: Mapping[str, Any], device: torch.device, *, is_packed: bool = False
+) -> torch.dtype:
+    """auto: on CUDA the checkpoint's own, bf16 where it names none; on CPU bf16 if native there, else fp32.
+
+    A GPTQ checkpoint on the CPU is bf16 wherever that keeps it packed: in fp32 it would take eight times its memory.
+    """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype={dtype}: one of auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
     if device.type == "cpu":
-        return kernels.dense_dtype()
+        keeps_packed = is_packed and kernels.has_packed(torch.bfloat16, device)
+        return torch.bfloat16 if keeps_packed else kernels.dense_dtype()
     named = str(fields.get("dtype") or fields.get("torch_dtype") or ("float16" if fields.get("fp16") else "bfloat16"))
     return torch.float16 if named == "float16" else torch.bfloat16
 
@@ -143,20 +148,9 @@ def check_quant(spec: ModelSpec, packed: GptqConfig | None) -> None:
         raise ModelError(f"model.quant={spec.quant}: the checkpoint is GPTQ-packed with {packed.bits} bits")
 
 
-def _gptq_builder(config: GptqConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    def build(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-        return gptq.build_linear(tensors, config, dtype=dtype, device=device, name=name)
-
-    return build
-
-
-def _bnb_builder(quant: str, dtype: torch.dtype, device: torch.device) -> Any:
-    kind: Any = quant
-
-    def build(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        return bnb.build_linear(weight, bias, kind, dtype=dtype, device=device)
-
-    return build
+def _bnb_builder(quant: str, dtype: torch.dtype, device: torch.device) -> BuildFromDense | None:
+    kinds: dict[str, bnb.Quant] = {"nf4": "nf4", "int8": "int8"}
+    return bnb.builder(kinds[quant], dtype=dtype, device=device) if quant in kinds else None
 
 
 def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> tuple[Transformer, str]:
@@ -171,6 +165,7 @@ def _facts(spec: ModelSpec, model: Transformer, digest: str, device: torch.devic
     config = model.config
     return {
         "weights": digest,
+        "num_parameters": num_parameters(config),
         "weight_bytes": sum(p.nbytes for p in model.parameters() if p.is_floating_point()) + report.weight_bytes,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

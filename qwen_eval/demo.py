@@ -1,0 +1,122 @@
+"""`python -m qwen_eval` without arguments: a small suite on the embedded miniature, in one table with intervals."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_eval import cli
+from qwen_eval.config import EvalSpec, check
+from qwen_eval.core import Engine, Metric
+from qwen_eval.slot import EngineSlot
+
+SPEED_TOKENS = 128
+
+
+@dataclass(kw_only=True)
+class Cell:
+    """One run of the suite; `show` maps metrics of its result to what stands beside them in the table."""
+
+    name: str
+    overrides: list[str]
+    show: dict[str, str]
+
+
+@dataclass(kw_only=True)
+class Suite:
+    title: str
+    cells: list[Cell]
+    next: str
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row of the table."""
+
+    cell: str
+    what: str
+    metric: Metric
+
+
+def load_suite(path: Path) -> Suite:
+    from omegaconf import OmegaConf
+
+    suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), OmegaConf.load(path)))
+    assert isinstance(suite, Suite)
+    return suite
+
+
+def main(runs: str = "runs/demo") -> int:
+    """Run `conf/demo.yaml` anew and print its table; the exit code is not 0 when a cell failed or was interrupted."""
+    start = time.perf_counter()
+    suite = load_suite(cli.conf_dir() / "demo.yaml")
+    lines: list[Line] = []
+    with contextlib.closing(EngineSlot()) as slot:
+        for cell in suite.cells:
+            print(f"{cell.name} ...", flush=True)
+            code = run_cell(suite, cell, runs, slot, lines)
+            if code:
+                return code
+        show(suite, lines, runs, _facts(slot), time.perf_counter() - start)
+    return 0
+
+
+def run_cell(suite: Suite, cell: Cell, runs: str, slot: EngineSlot, lines: list[Line]) -> int:
+    """Evaluate one cell and append its rows."""
+
+    def job(spec: EvalSpec) -> None:
+        check(spec)
+        from qwen_eval.evaluate import evaluate
+
+        outcome = evaluate(spec, slot.open)
+        lines.extend(Line(cell=cell.name, what=what, metric=outcome.metrics[key]) for key, what in cell.show.items())
+
+    argv = [*suite.overrides, *cell.overrides, f"runs_dir={runs}", "overwrite=true"]
+    return cli.run(argv, config_name="config", schema=EvalSpec, job=job)
+
+
+def _facts(slot: EngineSlot) -> Mapping[str, Any]:
+    engine = slot.engine
+    return {} if engine is None else {**engine.info, "speed": measure_speed(engine)}
+
+
+def measure_speed(engine: Engine) -> Metric:
+    """Generated tokens per second of one sequence, median of three with their range."""
+    from qwen_eval.core import Generate, Prompt
+
+    request = Generate(prompt=Prompt.raw("Question: "), max_new_tokens=SPEED_TOKENS)
+    rates: list[float] = []
+    for _ in range(3):
+        start = time.perf_counter()
+        ((_, answer),) = engine.run([request])
+        rates.append(answer.completions[0].num_tokens / (time.perf_counter() - start))  # type: ignore[union-attr]
+    low, middle, high = sorted(rates)
+    return Metric(value=middle, low=low, high=high, n=3, kind="mean", unit="tokens/s")
+
+
+def show(suite: Suite, lines: Sequence[Line], runs: str, facts: Mapping[str, Any], seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qwen_eval.table import cells
+
+    console = Console()
+    parameters = f"{facts['num_parameters'] / 1e6:.1f} M" if "num_parameters" in facts else "few"
+    table = Table(title=suite.title.format(parameters=parameters), title_justify="left")
+    for column in ("", "what", "value", "95 % interval", "n"):
+        table.add_column(column, justify="right" if column in ("value", "95 % interval", "n") else "left")
+    rows = list(lines)
+    if "speed" in facts:
+        rows.append(Line(cell="generation speed", what="one sequence; range of 3", metric=facts["speed"]))
+    shown = ""
+    for line in rows:
+        table.add_row("" if line.cell == shown else line.cell, line.what, *cells(line.metric))
+        shown = line.cell
+    console.print(table)
+    console.print(f"{seconds:.0f} s, {facts.get('dtype', '')} on {facts.get('device', '')}", highlight=False)
+    console.print(suite.next.format(runs=runs), markup=False, highlight=False, soft_wrap=True)

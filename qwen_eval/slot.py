@@ -1,0 +1,28 @@
+"""One place for the engine in use: cells that differ only in the task share it."""
+
+from __future__ import annotations
+
+from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec
+from qwen_eval.core import Engine
+
+
+class EngineSlot:
+    """Keeps the last engine until another one is asked for."""
+
+    def __init__(self) -> None:
+        self._key: tuple[EngineSpec, ModelSpec, str] | None = None
+        self.engine: Engine | None = None
+
+    def open(self, spec: EvalSpec) -> Engine:
+        key = (spec.engine, spec.model, spec.protocol)
+        if self.engine is None or key != self._key:
+            self.close()  # before the next one loads: two models rarely fit
+            from qwen_eval.engines import open_engine
+
+            self.engine, self._key = open_engine(spec.engine, spec.model, protocol=spec.protocol), key
+        return self.engine
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        self.engine = self._key = None
