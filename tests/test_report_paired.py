@@ -151,7 +151,8 @@ def test_five_pairs_can_show_nothing() -> None:
 
 def test_kld_agrees_with_scipy_and_does_not_depend_on_the_chunk(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from qwen_eval.report.kld import compare_files, divergence, save_hidden
+    from qwen_eval.models.hidden import HiddenStates
+    from qwen_eval.report.kld import divergence, divergence_of_texts
 
     torch.manual_seed(0)
     hidden, head = torch.randn(23, 8), torch.randn(50, 8)
@@ -169,11 +170,14 @@ def test_kld_agrees_with_scipy_and_does_not_depend_on_the_chunk(tmp_path: Path) 
     assert pieces.mean == pytest.approx(whole.mean)
     assert divergence(hidden, head, hidden, head).mean == pytest.approx(0.0, abs=1e-6)
 
-    for name, states, matrix in (("a", hidden, head), ("b", other, other_head)):
-        save_hidden(tmp_path / f"{name}.safetensors", states, matrix, documents)
-    assert compare_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors") == whole
-    save_hidden(tmp_path / "c.safetensors", other, other_head, [0] * 23)
-    with pytest.raises(DataError, match="same data"):
-        compare_files(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+    kept = [HiddenStates(tmp_path / name) for name in "ab"]
+    for states, rows in zip(kept, (hidden, other)):
+        for key, start in (("first", 0), ("second", 12)):
+            part = rows[start : start + 12]
+            states.add(key, len(part), part)
+    texts = divergence_of_texts(kept[0], kept[1], (head, other_head), [("first", 0), ("second", 1)])
+    assert (texts.mean, texts.num_tokens) == (pytest.approx(whole.mean), 23)
     with pytest.raises(DataError, match="same text"):
         divergence(hidden, head, other[:3], other_head)
+    with pytest.raises(DataError, match="same tokenizer"):
+        divergence(hidden, head, other, torch.randn(3000, 8))

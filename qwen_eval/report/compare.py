@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from qwen_eval.core import ConfigError, Metric
+from qwen_eval.config import ModelSpec, RopeSpec
+from qwen_eval.core import ConfigError, Metric, QwenEvalError
 from qwen_eval.metrics import mean
 from qwen_eval.report.items import Item, choice_kl, items_of
 from qwen_eval.report.kld import Divergence
@@ -23,7 +24,7 @@ from qwen_eval.report.runs import LoadedRun, RunSet, device_name, differing_face
 Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
 Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
 
-KLD_FILE = "kld.safetensors"
+HIDDEN = "hidden"  # where a run with keep_hidden=true keeps its final hidden states
 SAYS_WHERE = ("origin", "source", "path", "data_origin")  # where rows lay is no difference, their sha256 would be
 
 
@@ -241,6 +242,7 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
     if _differs_in_tokens(a, b):
         notes.append("token ids of the prompts differ though their text does not: another tokenizer or special tokens")
     reference = abs(base.first.value) if base.first else 0.0
+    kld, why_not = _divergence(first, second)
     return replace(
         base,
         difference=difference,
@@ -249,8 +251,8 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
         regraded=(gains, len(same) - gains),
         is_identical=all(_is_identical(x, y) for x, y in zip(a, b)),
         choice_kl=_mean_choice_kl(a, b),
-        kld=_divergence(first.run.path, second.run.path),
-        notes=tuple(notes),
+        kld=kld,
+        notes=(*notes, *why_not),
     )
 
 
@@ -352,9 +354,27 @@ def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | N
     return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False)
 
 
-def _divergence(first: Path, second: Path) -> Divergence | None:
-    from qwen_eval.report.kld import compare_files
+def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]]:
+    """Exact KLD where both runs kept hidden states of the same texts; a note where they did and it cannot be had."""
+    kept = [side.run.path / HIDDEN for side in (first, second)]
+    if not all(path.is_dir() for path in kept):
+        return None, []
+    from qwen_eval.models.hidden import HiddenStates, read_head
+    from qwen_eval.report.kld import divergence_of_texts
 
-    if not (first / KLD_FILE).exists() or not (second / KLD_FILE).exists():
-        return None
-    return compare_files(first / KLD_FILE, second / KLD_FILE)
+    states = [HiddenStates(path) for path in kept]
+    known = states[0].keys() & states[1].keys()
+    texts = [(item.prompt_sha256, item.draw) for item in first.items.values() if item.prompt_sha256 in known]
+    if not texts:
+        return None, ["no KLD: the two runs kept no text of the same tokens"]
+    try:
+        heads = read_head(_model_spec(first.run)), read_head(_model_spec(second.run))
+        return divergence_of_texts(states[0], states[1], heads, texts), []
+    except (QwenEvalError, OSError) as error:
+        return None, [f"no KLD: {error}"]
+
+
+def _model_spec(run: LoadedRun) -> ModelSpec:
+    known = {item.name for item in fields(ModelSpec)}
+    values = {key: value for key, value in run.model_spec.items() if key in known}
+    return ModelSpec(**{**values, "rope": RopeSpec(**(values.get("rope") or {}))})

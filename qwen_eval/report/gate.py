@@ -99,7 +99,10 @@ def judgement_table(
     """One row a comparison: both scores, Δ with its interval, p, flips both ways, what would show, the verdict."""
     columns = ("task", "what", "verdict", *sides, "Δ [95 %]", "p (Holm)", "lost / gained", "would show", "why")
     rows = tuple(_row(judgement) for judgement in judgements)
-    notes = ("would show: the smallest change for the worse found four times of five at this n and spread.",)
+    notes: tuple[str, ...] = (
+        "would show: the smallest change for the worse found four times of five at this n and spread.",
+    )
+    notes += tuple(f"{j.comparison.task}: {note}" for j in judgements for note in j.comparison.notes)
     return Table(name="verdicts", title=title, columns=columns, rows=rows, notes=notes)
 
 

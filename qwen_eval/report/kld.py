@@ -1,24 +1,25 @@
 """Exact KL divergence of two models' next-token distributions from their final hidden states, never from stored logits.
 
-A run that is to be a reference stores, per scored position, the final hidden state (after the last norm) and once its
-lm_head: at Qwen-7B's size WikiText-2 takes 1.4 GiB in bf16 where logits would take 50. Logits exist here only for one
-chunk of positions at a time and in fp32.
+A run with `keep_hidden=true` keeps, per scored position, the final hidden state (after the last norm); the lm_head is
+read from the checkpoint. Logits exist here only for one chunk of positions at a time and in fp32.
 """
 
 # T positions, D hidden size of the reference, E of the tested model, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from qwen_eval.core import DataError
 
 if TYPE_CHECKING:
     import torch
 
+    from qwen_eval.models.hidden import HiddenStates
+
+Piece: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # KL of each position, whether the most likely tokens agree
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 CHUNK_LOGITS = 32 * 1024 * 1024  # fp32 logits of one chunk and model: 128 MiB
 
@@ -41,29 +42,11 @@ def divergence(
     hidden_test_TE: torch.Tensor,
     head_test_VE: torch.Tensor,
     *,
-    documents: list[int] | None = None,
+    documents: Sequence[Hashable] | None = None,
     chunk: int | None = None,
 ) -> Divergence:
-    """Summary of `token_kld`; the interval is over `documents` (one index a position), else there is none."""
-    import numpy as np
-
-    from qwen_eval.metrics import mean
-
-    pieces = list(token_kld(hidden_ref_TD, head_ref_VD, hidden_test_TE, head_test_VE, chunk=chunk))
-    kld = np.concatenate([kld_T.cpu().numpy() for kld_T, _ in pieces]) if pieces else np.zeros(0, dtype="float32")
-    agree = sum(int(same_T.sum()) for _, same_T in pieces)
-    if not len(kld):
-        raise DataError("no positions to compare: both runs hold empty hidden states")
-    metric = mean([float(x) for x in kld], documents)
-    values = np.percentile(kld, PERCENTILES)
-    return Divergence(
-        mean=metric.value,
-        low=metric.low if documents is not None else None,
-        high=metric.high if documents is not None else None,
-        percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, values)},
-        top1_agreement=agree / len(kld),
-        num_tokens=len(kld),
-    )
+    """Summary of `token_kld`; the interval is over `documents` (one a position), else there is none."""
+    return _summary(list(token_kld(hidden_ref_TD, head_ref_VD, hidden_test_TE, head_test_VE, chunk=chunk)), documents)
 
 
 def token_kld(
@@ -73,7 +56,7 @@ def token_kld(
     head_test_VE: torch.Tensor,
     *,
     chunk: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Piece]:
     """Per chunk of positions: (KL of each position in nats, fp32; whether the most likely tokens agree).
 
     Raises DataError where the two do not hold the same positions or vocabulary.
@@ -93,33 +76,38 @@ def token_kld(
         yield kld_T, same_T
 
 
-def save_hidden(path: Path, hidden_TD: torch.Tensor, head_VD: torch.Tensor, documents: list[int]) -> None:
-    """Write `kld.safetensors` of a run: hidden states, lm_head, and the document index of each position."""
-    import torch
-    from safetensors.torch import save_file
+def divergence_of_texts(
+    first: HiddenStates,
+    second: HiddenStates,
+    heads: tuple[torch.Tensor, torch.Tensor],
+    texts: Sequence[tuple[str, Hashable]],
+) -> Divergence:
+    """Over the texts that two runs kept, one at a time: (sha256 of its token ids, the document it is of)."""
+    pieces: list[Piece] = []
+    documents: list[Hashable] = []
+    for key, document in texts:
+        found = list(token_kld(first.read(key), heads[0], second.read(key), heads[1]))
+        documents += [document] * sum(len(kld_T) for kld_T, _ in found)
+        pieces += found
+    return _summary(pieces, documents)
 
-    tensors = {
-        "hidden": hidden_TD.contiguous(),
-        "head": head_VD.contiguous(),
-        "document": torch.tensor(documents, dtype=torch.int32),
-    }
-    assert len(hidden_TD) == len(documents), (len(hidden_TD), len(documents))
-    part = path.with_suffix(".part")
-    save_file(tensors, str(part))
-    part.replace(path)
 
+def _summary(pieces: Sequence[Piece], documents: Sequence[Hashable] | None) -> Divergence:
+    import numpy as np
 
-def compare_files(reference: Path, tested: Path) -> Divergence:
-    """`divergence` of two `kld.safetensors`; memory-mapped, the hidden states are read chunk by chunk."""
-    from safetensors import safe_open
+    from qwen_eval.metrics import mean
 
-    with safe_open(str(reference), framework="pt") as a, safe_open(str(tested), framework="pt") as b:
-        documents = a.get_tensor("document").tolist()
-        if documents != b.get_tensor("document").tolist():
-            raise DataError(
-                f"{tested}: its positions are not those of {reference}; both runs need the same data and limit"
-            )
-        return divergence(
-            a.get_tensor("hidden"), a.get_tensor("head"), b.get_tensor("hidden"), b.get_tensor("head"),
-            documents=documents,
-        )  # fmt: skip
+    kld = np.concatenate([kld_T.cpu().numpy() for kld_T, _ in pieces]) if pieces else np.zeros(0, dtype="float32")
+    agree = sum(int(same_T.sum()) for _, same_T in pieces)
+    if not len(kld):
+        raise DataError("no positions to compare: both runs hold empty hidden states")
+    metric = mean([float(x) for x in kld], documents)
+    values = np.percentile(kld, PERCENTILES)
+    return Divergence(
+        mean=metric.value,
+        low=metric.low if documents is not None else None,
+        high=metric.high if documents is not None else None,
+        percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, values)},
+        top1_agreement=agree / len(kld),
+        num_tokens=len(kld),
+    )
