@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from qwen_eval.core import (
 )
 
 FORMAT = 1
+DIGITS = 6
 SPEC, RECORDS, RESULT, LOCK = "spec.json", "records.jsonl", "result.json", ".lock"
 
 
@@ -275,9 +277,19 @@ def _answer_from_json(row: dict[str, JSON]) -> Answer:
 
 
 def metric_to_json(metric: Metric) -> dict[str, JSON]:
-    """NaN and infinity become null: they are no JSON, and a reader in another language would stumble."""
-    row = dataclasses.asdict(metric)
-    return {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
+    """NaN and infinity become null: they are no JSON, and a reader in another language would stumble.
+
+    Means and perplexities keep `DIGITS` digits. Later ones change with the batch a sample fell into, so that a resumed
+    run would differ from an uninterrupted one in noise; shares are counted, and exact.
+    """
+    row: dict[str, JSON] = dataclasses.asdict(metric)
+    for key in ("value", "low", "high"):
+        number = row[key]
+        if number is not None and not math.isfinite(number):
+            row[key] = None
+        elif number is not None and metric.kind in ("mean", "ppl") and metric.value and math.isfinite(metric.value):
+            row[key] = round(number, DIGITS - 1 - math.floor(math.log10(abs(metric.value))))
+    return row
 
 
 def metric_from_json(row: Mapping[str, JSON]) -> Metric:

@@ -91,6 +91,17 @@ def test_an_undefined_metric_is_null_and_comes_back_undefined() -> None:
     assert math.isnan(metric_from_json(row).value)
 
 
+def test_noise_of_the_batch_shape_is_not_stored() -> None:
+    one, other = (
+        Metric(value=0.0024939194 + noise, low=1e-9 + noise, high=0.5, n=3, kind="mean") for noise in (0, 1e-11)
+    )
+    assert metric_to_json(one) == metric_to_json(other)
+    assert metric_to_json(one)["value"] == 0.00249392
+    assert metric_to_json(Metric(value=1 / 3, n=3))["value"] == 1 / 3  # a share is counted, so it is exact
+    assert metric_to_json(Metric(value=0.0, n=3, kind="mean"))["value"] == 0.0
+    assert metric_to_json(Metric(value=float("inf"), n=3, kind="ppl", low=1.0))["low"] == 1.0
+
+
 def test_the_line_a_kill_cut_is_dropped_and_written_over(tmp_path: Path) -> None:
     path = filled(tmp_path)
     whole = path.read_bytes()
