@@ -91,7 +91,9 @@ def engine_at(server: Server, **options: Any) -> Any:
 
 def test_texts_come_back_to_their_requests_with_many_in_flight(server: Server) -> None:
     engine = engine_at(server, concurrency=4)
-    requests = [Generate(prompt=Prompt.user(f"q{i}"), max_new_tokens=9, stop=(" STOP",)) for i in range(12)]
+    requests = [
+        Generate(prompt=Prompt.user(f"q{i}", system="Be brief."), max_new_tokens=9, stop=(" STOP",)) for i in range(12)
+    ]
     found = dict(engine.run(requests))
     assert {i: answer.text for i, answer in found.items()} == {i: f"echo q{i}" for i in range(12)}
     assert 2 <= server.most_in_flight <= 4
