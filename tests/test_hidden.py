@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_native_engine import engine_of
 
 from qwen_eval.core import DataError, Prompt, Score, StoreError, ids_sha256
 from qwen_eval.models.hidden import HiddenStates
-
-from test_native_engine import engine_of
 
 
 @pytest.mark.parametrize("chunk", [16, 2048])
