@@ -82,8 +82,10 @@ class ChatTokenizer:
         return frozenset(self.special_tokens[token] for token in ends if token in self.special_tokens)
 
     def end_ids(self, prompt: Prompt) -> frozenset[int]:
-        """The ids that end a completion of this prompt."""
-        return self.eos_ids if prompt.messages else frozenset((self.endoftext_id,))
+        """The ids that end a completion of this prompt. Exact ids are a chat when ChatML's mark is among them."""
+        mark = self.special_tokens.get(IM_START)
+        is_chat = prompt.messages or (prompt.ids is not None and mark in prompt.ids)
+        return self.eos_ids if is_chat else frozenset((self.endoftext_id,))
 
     def decode(self, ids: Sequence[int], *, errors: Errors = "replace", skip_special: bool = False) -> str:
         """Bytes that are not UTF-8 (a character cut in two) follow `errors`; ids without a meaning vanish."""
