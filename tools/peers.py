@@ -1,5 +1,5 @@
-"""What the benchmarks against other harnesses share: one random Qwen2 checkpoint with Qwen's real vocabulary, one set of
-questions, workers in their own environments, and the machine's measured ceilings."""
+"""What the benchmarks against other harnesses share: one random Qwen2 checkpoint with Qwen's real vocabulary, one
+set of questions, workers in their own environments, and the machine's measured ceilings."""
 
 from __future__ import annotations
 
