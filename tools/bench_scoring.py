@@ -159,7 +159,7 @@ def report(results: dict[str, list[dict[str, Any]]], rows: list[Any], peak: floa
         ratios = [r["seconds"] / o["seconds"] for r, o in zip(runs, results["ours"])]
         same, worst = agreement(ours["logprobs"], runs[0]["logprobs"])
         print(
-            f"{name:8} {seconds:8.2f} s  {len(rows) / seconds:7.1f} questions/s {statistics.median(ratios):5.1f} x ours  "
+            f"{name:8} {seconds:8.2f} s {len(rows) / seconds:7.1f} questions/s {statistics.median(ratios):5.1f} x ours "
             f"same answer {same}/{len(rows)}, largest difference {worst:.1e}"
         )
     print(json.dumps({name: [r["seconds"] for r in runs] for name, runs in results.items()}))
