@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from report_runs import answered, chose, documents, record, said, write_profile, write_run
+from report_runs import answered, chose, documents, record, said, scored, write_profile, write_run
 
 from qwen_eval.metrics import perplexity, share
 from qwen_eval.report.__main__ import main
@@ -235,6 +235,28 @@ def test_unchanged_needs_evidence(tmp_path: Path) -> None:
     large = judge(compared(write_run(tmp_path / "c", answered(many)), write_run(tmp_path / "d", answered(other))))
     assert large.verdict == "unchanged"
     assert "within the margin" in large.why
+
+
+def test_perplexity_is_told_by_length_too(tmp_path: Path) -> None:
+    def rows(shift: float) -> list[Any]:
+        return [
+            record(f"{n}/{i}", scored((2.0 + 0.1 * i + shift * (n == 2048)) * n, n), None, group=str(n))
+            for n in (1024, 2048)
+            for i in range(6)
+        ]
+
+    found = compared(
+        write_run(tmp_path / "a", rows(0.0), task="long"), write_run(tmp_path / "b", rows(0.1), task="long")
+    )
+    short, long = dict(found.by_group)["1024"], dict(found.by_group)["2048"]
+    assert short.delta == pytest.approx(0.0, abs=1e-3)
+    assert long.delta == pytest.approx(math.exp(2.35) - math.exp(2.25), rel=1e-4)
+
+
+def test_a_window_counts_for_the_tokens_its_task_says(tmp_path: Path) -> None:
+    rows = [record("w", scored(20.0, 10), None, values={"weight": 9})]
+    item = Side(run=LoadedRun(path=write_run(tmp_path, rows), spec={}, result={})).items["w"]
+    assert (item.nll, item.num_tokens) == (pytest.approx(18.0), 9)
 
 
 def test_choices_give_flips_and_the_kl_of_their_distributions(tmp_path: Path) -> None:

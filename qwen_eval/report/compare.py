@@ -25,6 +25,7 @@ Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
 Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
 
 HIDDEN = "hidden"  # where a run with keep_hidden=true keeps its final hidden states
+MAX_GROUPS = 40
 SAYS_WHERE = ("origin", "source", "path", "data_origin")  # where rows lay is no difference, their sha256 would be
 
 
@@ -77,7 +78,8 @@ class Comparison:
     """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
 
     `difference.delta` is absolute for shares and means, ΔPPL for perplexity and log(ratio) for speed; `margin` is on
-    the same scale. `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
+    the same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
+    `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
     """
 
     task: str
@@ -89,6 +91,7 @@ class Comparison:
     higher_is_better: bool = True
     obstacles: tuple[str, ...] = ()
     difference: Difference | None = None
+    by_group: tuple[tuple[str, Difference], ...] = ()
     p_adjusted: float | None = None
     margin: float = 0.0
     flips: tuple[Flip, ...] = ()
@@ -246,6 +249,7 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
     return replace(
         base,
         difference=difference,
+        by_group=_perplexity_by_group(a, b) if base.family == "ppl" else (),
         margin=margins.of(base.family) * (1.0 if base.family == "share" else reference),
         flips=flips,
         regraded=(gains, len(same) - gains),
@@ -259,10 +263,7 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
 def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple[Difference | None, list[str]]:
     """The paired test that fits; None where the benchmark has no score per sample (a corpus score)."""
     if base.family == "ppl":
-        rows = [(x, y) for x, y in zip(a, b) if x.nll is not None and y.nll is not None and x.num_tokens]
-        first_nll, second_nll = [x.nll or 0.0 for x, _ in rows], [y.nll or 0.0 for _, y in rows]
-        num_tokens = [x.num_tokens for x, _ in rows]
-        return paired_perplexity(first_nll, second_nll, num_tokens, [x.draw for x, _ in rows]), []
+        return _perplexity(a, b), []
     pairs = [(x, y) for x, y in zip(a, b) if x.score is not None and y.score is not None]
     if not pairs:
         return None, ["no score per sample: only identical answers can be told"]
@@ -274,6 +275,20 @@ def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple
     factors = weights or [1.0] * len(pairs)
     weighted = [[w * s for w, s in zip(factors, side)] for side in scores]
     return paired_mean(weighted[0], weighted[1], clusters), notes
+
+
+def _perplexity(a: Sequence[Item], b: Sequence[Item]) -> Difference:
+    rows = [(x, y) for x, y in zip(a, b) if x.nll is not None and y.nll is not None and x.num_tokens]
+    first_nll, second_nll = [x.nll or 0.0 for x, _ in rows], [y.nll or 0.0 for _, y in rows]
+    return paired_perplexity(first_nll, second_nll, [x.num_tokens for x, _ in rows], [x.draw for x, _ in rows])
+
+
+def _perplexity_by_group(a: Sequence[Item], b: Sequence[Item]) -> tuple[tuple[str, Difference], ...]:
+    groups = list(dict.fromkeys(item.group for item in a))
+    if not 1 < len(groups) <= MAX_GROUPS:
+        return ()
+    parts = {g: [(x, y) for x, y in zip(a, b) if x.group == g] for g in groups}
+    return tuple((g, _perplexity([x for x, _ in rows], [y for _, y in rows])) for g, rows in parts.items())
 
 
 def _weights(headline: Metric | None, items: Sequence[Item]) -> tuple[list[float] | None, list[str]]:

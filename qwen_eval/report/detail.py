@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qwen_eval.core import JSON
 from qwen_eval.report.compare import Comparison
-from qwen_eval.report.gate import judgement_table
+from qwen_eval.report.gate import delta_cell, judgement_table
 from qwen_eval.report.render import Cell, Table, number_cell, text_cell
 from qwen_eval.report.verdict import judge_all
 
@@ -17,9 +17,23 @@ MAX_TEXT = 60
 def compare_tables(comparisons: Sequence[Comparison], *, num_flips: int = 20) -> list[Table]:
     judgements = judge_all(list(comparisons))
     tables = [judgement_table(judgements, title="What changed", sides=("first", "second"))]
+    tables += by_group(comparisons)
     tables += distributions(comparisons)
     for comparison in comparisons:
         tables += flips(comparison, num_flips)
+    return tables
+
+
+def by_group(comparisons: Sequence[Comparison]) -> list[Table]:
+    """ΔPPL of each context length or document group."""
+    tables = []
+    for c in comparisons:
+        rows = tuple((text_cell(group), delta_cell(c, d), number_cell(d.n, 0)) for group, d in c.by_group)
+        if rows:
+            title = f"{c.task}: ΔPPL by group"
+            notes = ("For reading: these intervals are 95 % each, the verdict is over all groups together.",)
+            columns = ("group", "ΔPPL [95 %]", "tokens")
+            tables.append(Table(name=f"delta-{c.task}", title=title, columns=columns, rows=rows, notes=notes))
     return tables
 
 

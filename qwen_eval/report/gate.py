@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from qwen_eval.report.baseline import key_of, load_baselines
 from qwen_eval.report.compare import Comparison, Margins, Side, adjusted, compare_sides
+from qwen_eval.report.paired import Difference
 from qwen_eval.report.render import Cell, Table, metric_cell, text_cell
 from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
 from qwen_eval.report.verdict import Judgement, judge_all, p_text, shown
@@ -111,13 +112,13 @@ def _row(judgement: Judgement) -> tuple[Cell, ...]:
     flips = f"{c.losses} / {c.gains}" if c.flips or c.family == "share" else "–"
     return (
         text_cell(c.task), text_cell(c.label), text_cell(WORDS[judgement.verdict], tone=TONES[judgement.verdict]),
-        metric_cell(c.first), metric_cell(c.second), _delta(c), text_cell(p_text(c.p_adjusted)),
+        metric_cell(c.first), metric_cell(c.second), delta_cell(c, c.difference), text_cell(p_text(c.p_adjusted)),
         text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)), text_cell(judgement.why),
     )  # fmt: skip
 
 
-def _delta(c: Comparison) -> Cell:
-    d = c.difference
+def delta_cell(c: Comparison, d: Difference | None) -> Cell:
+    """`-1.2 [-4.4, +1.9]` in the unit of the comparison."""
     if d is None:
         return text_cell(None)
     text = shown(c, d.delta, sign=True).removesuffix(" points")

@@ -40,6 +40,9 @@ class Item:
 def item_of(record: Record) -> Item:
     scored = [answer for answer in record.answers if isinstance(answer, TokenLogprobs)]
     chosen = [answer for answer in record.answers if isinstance(answer, ChoiceLogprobs)]
+    num_scored = sum(len(answer.logprobs) for answer in scored)
+    weight = int(record.grade.values.get("weight", num_scored))  # tokens a window counts for, in official strided loops
+    nll = -math.fsum(x for answer in scored for x in answer.logprobs)
     return Item(
         id=record.sample_id,
         group=record.group,
@@ -50,8 +53,8 @@ def item_of(record: Record) -> Item:
         prompt=record.prompts[0] if record.prompts else "",
         prompt_sha256=record.prompt_sha256[0] if record.prompt_sha256 else "",
         answer_sha256=_answer_sha256(record),
-        nll=-math.fsum(x for answer in scored for x in answer.logprobs) if scored else None,
-        num_tokens=sum(len(answer.logprobs) for answer in scored),
+        nll=nll / num_scored * weight if num_scored else None,
+        num_tokens=weight if num_scored else 0,
         choices=chosen[0].logprobs if chosen else (),
     )
 

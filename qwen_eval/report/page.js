@@ -215,6 +215,8 @@
       el("div", { class: "sides" }, side(row, state.run), other ? side(other, state.other) : null)
     );
     detail.scrollTop = 0;
+    const prompt = detail.querySelector(".prompt");
+    prompt.scrollTop = prompt.scrollHeight; // the question stands behind the worked examples
     return undefined;
   };
   place.addEventListener("keydown", (event) => {

@@ -109,7 +109,7 @@ def by_group(runs: Sequence[LoadedRun]) -> list[Table]:
     for task, members in _by_task(runs):
         members = sorted(members, key=_order)
         names = _ordered(
-            n for run in members for n in run.metrics if "/" in n and not _is_category(n) and not LENGTH.search(n)
+            n for run in members for n in run.metrics if "/" in n and not _is_category(n) and not _is_length(n)
         )
         if not names:
             continue
@@ -283,6 +283,10 @@ def _precision_rank(variant: str) -> int:
     order = ("FP32", "BF16", "FP16", "AUTO", "Int8", "LLM.int8", "Int4", "NF4")
     first = variant.partition(",")[0]
     return order.index(first) * 10 + variant.count(",") if first in order else 99
+
+
+def _is_length(name: str) -> bool:
+    return name.rpartition("/")[2].isdecimal()  # ppl/1024, bits_per_byte/1024: the long-context table's business
 
 
 def _is_category(name: str) -> bool:
