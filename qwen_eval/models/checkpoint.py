@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.quant import gptq
+from qwen_eval.models.quant.gptq import GptqConfig
 from qwen_eval.models.transformer import SplitLinear, Transformer
 
 FULL_DIGEST_BYTES = 4 * 2**30
@@ -263,12 +265,27 @@ def num_parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in Transformer(config).parameters())
 
 
-def random_model(config: ModelConfig, placement: Placement, seed: int) -> Transformer:
-    """Random weights of this shape (normal, std 0.02; norms 1), the same for a seed on any device."""
+def random_model(
+    config: ModelConfig, placement: Placement, seed: int, *, packing: GptqConfig | None = None
+) -> Transformer:
+    """Random weights of this shape (normal, std 0.02; norms 1), the same for a seed on any device.
+
+    `packing` with `placement.packed`: GPTQ linears of random codes, so that their speed and memory can be measured.
+    """
     with _meta():
         model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.packed and packing:
+            sources = checkpoint_names(config, name)
+            shapes = _part_shapes(config, sources, module)
+            has_bias = module.bias is not None
+            parts = [
+                placement.packed(source, gptq.random_tensors(shape, packing, has_bias=has_bias, generator=generator))
+                for source, shape in zip(sources, shapes)
+            ]
+            model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
+            continue
         if isinstance(module, (nn.Linear, nn.Embedding)):
             weight = torch.empty(module.weight.shape, dtype=placement.dtype).normal_(0, 0.02, generator=generator)
             bias = getattr(module, "bias", None)

@@ -38,7 +38,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     fields = read_config(directory, spec)
     config = with_overrides(ModelConfig.from_hf(fields), spec)
     device = choose_device(spec.device)
-    packed_config = gptq.read_config(fields, directory)
+    packed_config = read_quant(spec, fields, directory)
     dtype = choose_dtype(spec.dtype, fields, device, is_packed=packed_config is not None)
     check_quant(spec, packed_config)
     placement = Placement(
@@ -119,26 +119,35 @@ def choose_dtype(
 ) -> torch.dtype:
     """auto: on CUDA the checkpoint's own, bf16 where it names none; on CPU bf16 if native there, else fp32.
 
-    A GPTQ checkpoint on the CPU is bf16 wherever that keeps it packed: in fp32 it would take eight times its memory.
+    A GPTQ checkpoint is bf16 wherever that keeps it packed: the kernels take nothing else, and in fp32 or the fp16
+    that its config names every layer would be dequantised, to four or eight times its size.
     """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype={dtype}: one of auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
+    if is_packed and kernels.has_packed(torch.bfloat16, device):
+        return torch.bfloat16
     if device.type == "cpu":
-        keeps_packed = is_packed and kernels.has_packed(torch.bfloat16, device)
-        return torch.bfloat16 if keeps_packed else kernels.dense_dtype()
+        return kernels.dense_dtype()
     named = str(fields.get("dtype") or fields.get("torch_dtype") or ("float16" if fields.get("fp16") else "bfloat16"))
     return torch.float16 if named == "float16" else torch.bfloat16
+
+
+def read_quant(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) -> GptqConfig | None:
+    """How the linears are packed, as the checkpoint says; random weights are packed as `model.quant` asks."""
+    if spec.weights != "random":
+        return gptq.read_config(fields, directory)
+    if not spec.quant.startswith("gptq"):
+        return None
+    bits = int(spec.quant.removeprefix("gptq-int"))
+    named = gptq.read_config(fields, directory) if "quantization_config" in fields else None
+    return named if named is not None and named.bits == bits else GptqConfig(bits=bits)
 
 
 def check_quant(spec: ModelSpec, packed: GptqConfig | None) -> None:
     """A checkpoint is packed or it is not: what `model.quant` says must be what the files are."""
     if spec.weights == "random":
-        if spec.quant.startswith("gptq"):
-            raise ConfigError(
-                f"model.quant={spec.quant} with model.weights=random: use nf4, int8 or a quantised checkpoint"
-            )
         return
     if packed is None and spec.quant.startswith("gptq"):
         raise ModelError(
@@ -155,7 +164,8 @@ def _bnb_builder(quant: str, dtype: torch.dtype, device: torch.device) -> BuildF
 
 def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> tuple[Transformer, str]:
     if spec.weights == "random":
-        return random_model(config, placement, spec.seed), f"random:{spec.seed}"
+        packing = read_quant(spec, spec.arch, directory)
+        return random_model(config, placement, spec.seed, packing=packing), f"random:{spec.seed}"
     model, files = load(directory, config, placement)
     return model, files.digest()
 

@@ -10,7 +10,8 @@ The weight is `scales[g] * (q - zero[g])`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,30 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
 def dequantise(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> Tensor:
     """The exact weight, fp32 [out, in]: `scale * (q - zero)` with the product in fp32."""
     return unpack(tensors, config, name=name).weight
+
+
+def random_tensors(
+    shape: Sequence[int], config: GptqConfig, *, has_bias: bool, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The tensors of a Linear [out, in] with random codes and one scale, which gives weights of about std 0.02."""
+    out_features, in_features = shape
+    groups, half = config.num_groups(in_features), config.levels // 2
+    zero = half - 1 if config.checkpoint_format == V1 else half
+    words = (in_features * config.bits // 32, out_features)
+    tensors = {
+        "qweight": torch.randint(-(2**31), 2**31, words, dtype=torch.int32, generator=generator),
+        "qzeros": pack_rows(
+            torch.full((-(-out_features // config.per_word) * config.per_word, groups), zero), config.bits
+        )
+        .t()
+        .contiguous(),
+        "scales": torch.full((groups, out_features), 0.02 * math.sqrt(12) / config.levels, dtype=torch.float16),
+    }
+    if config.desc_act:
+        tensors["g_idx"] = torch.arange(in_features, dtype=torch.int32) % groups
+    if has_bias:
+        tensors["bias"] = torch.zeros(out_features, dtype=torch.float16)
+    return tensors
 
 
 def build_linear(

@@ -1,0 +1,68 @@
+"""`python -m qwen_eval.profile seq=2048,8192`: speed and memory, with the ceiling beside each number."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qwen_eval import cli
+from qwen_eval.profile.config import ProfileSpec, check
+
+USAGE = """
+python -m qwen_eval.profile [-m] [group=option ...] [key=value ...]
+
+Speed and memory by length:    python -m qwen_eval.profile model=qwen-7b-chat seq=2048,8192
+Without a checkpoint:          python -m qwen_eval.profile model=qwen-7b-chat model.weights=random
+What will it take?             python -m qwen_eval.profile plan=true model=qwen-72b-chat-int4 seq=8192
+The published protocol:        python -m qwen_eval.profile profile=readme model=qwen-7b-chat
+The tables of the int8 cache:  python -m qwen_eval.profile profile=kv_batch model=qwen-7b-chat
+Several models:                python -m qwen_eval.profile -m model=qwen-1.8b,qwen-7b seq=2048,8192
+Every key with its value:      python -m qwen_eval.profile --cfg job
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return cli.run(argv, config_name="profile", schema=ProfileSpec, job=profile, usage=USAGE)
+
+
+def profile(spec: ProfileSpec) -> None:
+    """Plan or measure one grid and print its tables."""
+    spec.tag = cli.cell_tag(spec.tag)
+    check(spec)
+    if spec.plan:
+        sys.stdout.write(plan(spec))
+        return
+    from qwen_eval.profile.grid import run_grid
+
+    run_grid(spec)
+
+
+def plan(spec: ProfileSpec) -> str:
+    """The tables of the plan, for this device or the one that `on` names."""
+    import torch
+
+    from qwen_eval.models.opening import choose_device, choose_dtype
+    from qwen_eval.models.quant.kernels import has_packed
+    from qwen_eval.profile.cells import quant_of, shape_fields
+    from qwen_eval.profile.device import DTYPES, known, probe
+    from qwen_eval.profile.plan import plan_tables, texts
+
+    if spec.num_threads is not None:
+        torch.set_num_threads(spec.num_threads)
+    where = torch.device("cuda") if spec.on else choose_device(spec.model.device)
+    packed = quant_of(spec.model).startswith("gptq")
+    if spec.on and packed and spec.model.dtype == "auto":
+        dtype = torch.bfloat16  # as on any GPU of the table: their kernels for packed weights take nothing else
+    else:
+        fields = shape_fields(spec.model)
+        dtype = choose_dtype(spec.model.dtype, fields, where, is_packed=packed and not spec.on)
+    name = next(name for name, known_dtype in DTYPES.items() if known_dtype == dtype)
+    if spec.on:
+        return texts(plan_tables(spec, known(spec.on, name), is_packed=name == "bf16"))
+    return texts(plan_tables(spec, probe(where, name), is_packed=has_packed(dtype, where)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

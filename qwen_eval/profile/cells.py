@@ -1,0 +1,121 @@
+"""One cell of a grid: which model, how many sequences, how long; and the cost model of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_eval.config import ModelSpec, RopeSpec
+from qwen_eval.core import JSON, ConfigError, ModelError
+from qwen_eval.models.config import ModelConfig
+from qwen_eval.profile.config import ProfileSpec
+from qwen_eval.profile.cost import Cost
+
+SERVE_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """`batch` sequences of `prompt_tokens`, each continued by `new_tokens` (the first of them by the prefill)."""
+
+    mode: str
+    seq: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    kv_cache: str
+    attention: str
+
+    @property
+    def name(self) -> str:
+        """What is measured, without the sizes: the same for the same cell of two models."""
+        extra = [f"kv={self.kv_cache}"] if self.kv_cache != "auto" else []
+        extra += [f"attention={self.attention}"] if self.attention != "auto" else []
+        return " ".join([self.mode, *extra])
+
+    @property
+    def key(self) -> str:
+        """Names the cell within its run."""
+        return f"{self.name} {self.batch}x{self.prompt_tokens}+{self.new_tokens}"
+
+    @property
+    def length(self) -> int:
+        return self.prompt_tokens + self.new_tokens
+
+
+def cells(spec: ProfileSpec) -> list[Cell]:
+    """The grid of a checked spec: sizes innermost, so that the table fills row by row."""
+    return [
+        _cell(spec, mode, seq, batch, kv_cache, attention)
+        for mode in spec.mode
+        for attention in spec.attention
+        for kv_cache in spec.kv_cache
+        for batch in spec.batch
+        for seq in spec.seq
+    ]
+
+
+def _cell(spec: ProfileSpec, mode: str, seq: int, batch: int, kv_cache: str, attention: str) -> Cell:
+    shapes = {"generate": (1, seq), "encode": (seq, 1), "serve": (seq, spec.new_tokens or SERVE_NEW_TOKENS)}
+    prompt, new = shapes[mode]
+    return Cell(
+        mode=mode,
+        seq=seq,
+        batch=batch,
+        prompt_tokens=prompt,
+        new_tokens=new,
+        kv_cache=kv_cache,
+        attention=attention,
+    )
+
+
+def model_spec(fields: Mapping[str, Any]) -> ModelSpec:
+    """The inverse of `dataclasses.asdict`."""
+    return ModelSpec(**{**fields, "rope": RopeSpec(**fields["rope"])})
+
+
+def shape_fields(model: ModelSpec) -> dict[str, Any]:
+    """config.json of the shape: the checkpoint's where it is on this machine, else `model.arch`. Nothing is fetched."""
+    if model.path is None and (model.asset is None or model.weights == "random") and model.arch:
+        return dict(model.arch)
+    if model.path is None and model.asset is None:
+        raise ConfigError(f"model={model.name}: no shape to plan with; give model.path= or model.arch")
+    from qwen_eval.models.hub import asset_dir, local_dir
+
+    directory = local_dir(model.path) if model.path is not None else asset_dir(str(model.asset))
+    try:
+        fields: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / 'config.json'}: not readable as JSON ({error})") from None
+    return {**fields, **model.arch} if model.weights == "random" else fields
+
+
+def shape_of(model: ModelSpec) -> ModelConfig:
+    return ModelConfig.from_hf(shape_fields(model))
+
+
+def quant_of(model: ModelSpec) -> str:
+    """`model.quant`, or what the files on this machine are packed in where it is not said."""
+    packed = shape_fields(model).get("quantization_config")
+    if model.quant == "none" and model.weights != "random" and packed:
+        return f"gptq-int{packed.get('bits')}"
+    return model.quant
+
+
+def cost_of(spec: ProfileSpec, cell: Cell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:
+    return Cost(
+        config=config,
+        quant=quant_of(spec.model),
+        dtype=dtype,
+        kv_cache=cell.kv_cache,
+        is_packed=is_packed,
+        prefill_chunk=spec.prefill_chunk,
+        max_batch_tokens=spec.max_batch_tokens,
+    )
+
+
+def to_json(cell: Cell) -> dict[str, JSON]:
+    return {"name": cell.name, "key": cell.key, **dataclasses.asdict(cell)}

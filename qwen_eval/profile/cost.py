@@ -1,0 +1,321 @@
+"""What a model costs before anything is loaded: parameters, bytes, FLOPs, the batch that fits. No torch here.
+
+Two accounts are kept apart: what *our* engine holds and moves (`Cost`), and the law that the published memory cells
+follow (`published_peak_bytes`), which is that of the original code on an A100.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qwen_eval.models.config import ModelConfig
+
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+GPTQ_BITS = {"gptq-int4": 4, "gptq-int8": 8}
+GROUP_SIZE = 128  # of the published GPTQ checkpoints
+KERNEL_GROUPS = (256, 128, 64, 32)  # of torch's int4 kernels
+KERNEL_BLOCK = 64  # outputs of torch's int4 kernels come in blocks
+NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # one scale a block in 8 bits, one fp32 scale for so many of those
+NF4_TABLE_BYTES = 4 * (16 + 256)  # the two code books of one linear
+CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspace beside the tensors; an assumption, said as such
+GENERATE_EXTRA_BYTES = int(0.05 * 2**30)  # of the published law
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """One Linear as a checkpoint has it: the later generations have q, k and v apart."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool
+
+    @property
+    def num_weights(self) -> int:
+        return self.inputs * self.outputs
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_weights + self.outputs * self.bias
+
+
+def block_linears(config: ModelConfig) -> tuple[LinearShape, ...]:
+    """The linears of one layer, in the parts in which they are stored and quantised."""
+    size, width = config.hidden_size, config.num_heads * config.head_dim
+    kv_width = config.num_kv_heads * config.head_dim
+    if config.family == "qwen":
+        qkv = [("attn.qkv", width + 2 * kv_width)]
+    else:
+        qkv = [("attn.q", width), ("attn.k", kv_width), ("attn.v", kv_width)]
+    shapes = [(name, size, outputs, config.qkv_bias) for name, outputs in qkv]
+    shapes += [
+        ("attn.o", width, size, config.out_bias),
+        ("mlp.up", size, config.mlp_size, config.out_bias),
+        ("mlp.gate", size, config.mlp_size, config.out_bias),
+        ("mlp.down", config.mlp_size, size, config.out_bias),
+    ]
+    return tuple(LinearShape(name=n, inputs=i, outputs=o, bias=b) for n, i, o, b in shapes)
+
+
+def num_linear_weights(config: ModelConfig) -> int:
+    """Weights of all linears of all blocks: what quantisation shrinks, and what every token is multiplied with."""
+    return config.num_layers * sum(linear.num_weights for linear in block_linears(config))
+
+
+def num_other_parameters(config: ModelConfig) -> int:
+    """Embeddings, head (once when tied) and norms: never quantised."""
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    return tables + config.num_layers * norms + config.hidden_size
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Exactly the elements of the model's tensors (tied embeddings once)."""
+    blocks = config.num_layers * sum(linear.num_parameters for linear in block_linears(config))
+    return blocks + num_other_parameters(config)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _packed_bytes(linear: LinearShape, bits: int, group_size: int) -> int:
+    """torch's int4 layout: a plane per 4 bits, and per plane a bf16 scale and zero for each group and output."""
+    planes, outputs = bits // 4, linear.outputs + -linear.outputs % KERNEL_BLOCK
+    groups = linear.inputs // group_size
+    return planes * (outputs * linear.inputs // 2 + groups * outputs * 4) + 2 * linear.outputs * linear.bias
+
+
+def _nf4_bytes(linear: LinearShape) -> int:
+    blocks = math.ceil(linear.num_weights / NF4_BLOCK)
+    scales = blocks + 4 * math.ceil(blocks / NF4_SECOND_BLOCK)
+    return math.ceil(linear.num_weights / 2) + scales + NF4_TABLE_BYTES
+
+
+def linear_bytes(linear: LinearShape, quant: str, dtype: str, *, is_packed: bool = True) -> int:
+    """Bytes of one Linear as our engine holds it. `is_packed`: torch has an int4 kernel for dtype and device."""
+    element = ELEMENT_BYTES[dtype]
+    group = min(GROUP_SIZE, linear.inputs)
+    kernel_group = next((size for size in KERNEL_GROUPS if group % size == 0), 0)
+    if quant in GPTQ_BITS and is_packed and dtype == "bf16" and kernel_group and linear.inputs % group == 0:
+        return _packed_bytes(linear, GPTQ_BITS[quant], kernel_group)
+    bias = element * linear.outputs * linear.bias
+    if quant == "nf4":
+        return _nf4_bytes(linear) + bias
+    if quant == "int8":
+        return linear.num_weights + 4 * linear.outputs + bias  # a fp32 scale for each output
+    return element * linear.num_weights + bias
+
+
+def weight_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> int:
+    """All weights as our engine holds them."""
+    linears = block_linears(config)
+    if quant in ("nf4", "int8"):  # quantised from our own modules, which hold q, k and v in one
+        linears = _fused(linears)
+    block = sum(linear_bytes(linear, quant, dtype, is_packed=is_packed) for linear in linears)
+    return config.num_layers * block + ELEMENT_BYTES[dtype] * num_other_parameters(config)
+
+
+def _fused(linears: tuple[LinearShape, ...]) -> tuple[LinearShape, ...]:
+    qkv = [linear for linear in linears if linear.name in ("attn.q", "attn.k", "attn.v", "attn.qkv")]
+    rest = tuple(linear for linear in linears if linear not in qkv)
+    outputs = sum(linear.outputs for linear in qkv)
+    return (LinearShape(name="attn.qkv", inputs=qkv[0].inputs, outputs=outputs, bias=qkv[0].bias), *rest)
+
+
+def checkpoint_bytes(config: ModelConfig, quant: str) -> int:
+    """The tensors of a published checkpoint: bf16, or AutoGPTQ's layout for the GPTQ ones.
+
+    A GPTQ Linear has its codes, per 128 inputs an fp16 scale and a packed zero for each output, an int32 group index
+    for each input and an fp16 bias for each output, also where the model has none.
+    """
+    if quant not in GPTQ_BITS:
+        return 2 * num_parameters(config)
+    bits = GPTQ_BITS[quant]
+    linears = block_linears(config)
+    weights = sum(linear.num_weights for linear in linears)
+    codes = weights * bits / 8 + weights / GROUP_SIZE * (2 + bits / 8)
+    vectors = 4 * sum(linear.inputs for linear in linears) + 2 * sum(linear.outputs for linear in linears)
+    return int(config.num_layers * (codes + vectors)) + 2 * num_other_parameters(config)
+
+
+# --- key-value cache -------------------------------------------------------------------------------------------------
+
+
+def kv_token_bytes(config: ModelConfig, kv_cache: str, dtype: str) -> int:
+    """Bytes of one token's keys and values in all layers: `kv_cache` is auto (as the model) or int8 (with scales)."""
+    element = ELEMENT_BYTES[dtype]
+    head = config.head_dim + 2 * element if kv_cache == "int8" else config.head_dim * element
+    return 2 * config.num_layers * config.num_kv_heads * head
+
+
+# --- activations -----------------------------------------------------------------------------------------------------
+
+
+def prefill_bytes(
+    config: ModelConfig, num_tokens: int, dtype: str, *, past: int = 0, num_sequences: int = 1, kv_cache: str = "auto"
+) -> int:
+    """The largest set of activations alive at once while `num_tokens` packed tokens go through a layer.
+
+    `past`: tokens before them in the cache. Weights and cache are not included, logits (`logits_bytes`) neither.
+    """
+    element = ELEMENT_BYTES[dtype]
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    stream, qkv = config.hidden_size * element, (heads + 2 * kv_heads) * element
+    is_half = element == 2
+    # rows of the sum: what is held, then what the step itself makes; per token
+    norm = 3 * stream + config.hidden_size * (8 + element * is_half)
+    turn = 2 * stream + qkv + kv_heads * element + heads * (12 if is_half else 8)
+    attend = 2 * stream + qkv + (heads + kv_heads) * element + heads * element
+    attend += 2 * heads * element if config.kv_group > 1 else 0  # causal kernels want keys for every query head
+    attend += qkv + heads * element if num_sequences > 1 else 0  # padded copies
+    attend += 3 * kv_heads * 4 if kv_cache == "int8" else 0
+    if past:
+        attend += heads * (12 + element)  # two partial results joined in fp32
+    mlp = 4 * stream + 2 * config.mlp_size * element
+    # growing a prefix copies one layer's cache
+    grown = (past + num_tokens) * kv_token_bytes(config, kv_cache, dtype) // config.num_layers if past else 0
+    return num_tokens * max(norm, turn, attend, mlp) + grown
+
+
+def decode_bytes(config: ModelConfig, batch: int, length: int, dtype: str, *, kv_cache: str = "auto") -> int:
+    """Activations of one decode step, logits included. An int8 cache is read through a copy of one layer's."""
+    step = prefill_bytes(config, batch, dtype) + logits_bytes(config, batch, dtype)
+    if kv_cache == "int8":
+        step += 4 * batch * length * config.num_kv_heads * config.head_dim * ELEMENT_BYTES[dtype]
+    return step
+
+
+def logits_bytes(config: ModelConfig, num_rows: int, dtype: str) -> int:
+    return num_rows * config.vocab_size * ELEMENT_BYTES[dtype]
+
+
+# --- one cell --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A model as it is run, with the memory and the work of a `batch` of equal sequences."""
+
+    config: ModelConfig
+    quant: str = "none"
+    dtype: str = "bf16"
+    kv_cache: str = "auto"
+    is_packed: bool = True
+    prefill_chunk: int = 2048
+    max_batch_tokens: int = 4096  # tokens of one packed prefill
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self.config, self.quant, self.dtype, is_packed=self.is_packed)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        return kv_token_bytes(self.config, self.kv_cache, self.dtype)
+
+    def kv_bytes(self, batch: int, tokens: int) -> int:
+        return batch * tokens * self.kv_token_bytes
+
+    def prefill_activation_bytes(self, batch: int, prompt_tokens: int) -> int:
+        """Of the largest packed forward of the prefill."""
+        if prompt_tokens > self.prefill_chunk:  # one sequence at a time, chunk by chunk
+            past = (prompt_tokens - 1) // self.prefill_chunk * self.prefill_chunk
+            packed, sequences = self.prefill_chunk, 1
+        else:
+            sequences = max(1, min(batch, self.max_batch_tokens // prompt_tokens))
+            past, packed = 0, sequences * prompt_tokens
+        options = {"past": past, "num_sequences": sequences}
+        peak = prefill_bytes(self.config, packed, self.dtype, kv_cache=self.kv_cache, **options)
+        return peak + logits_bytes(self.config, sequences, self.dtype)
+
+    def activation_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
+        length = prompt_tokens + new_tokens
+        decode = decode_bytes(self.config, batch, length, self.dtype, kv_cache=self.kv_cache) if new_tokens > 1 else 0
+        return max(self.prefill_activation_bytes(batch, prompt_tokens), decode)
+
+    def peak_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
+        """Weights, cache at its longest and activations; what a CUDA context takes beside them is not in it."""
+        cache = self.kv_bytes(batch, prompt_tokens + new_tokens)
+        return self.weight_bytes + cache + self.activation_bytes(batch, prompt_tokens, new_tokens)
+
+    def max_batch(self, memory_bytes: int, prompt_tokens: int, new_tokens: int) -> int:
+        """The largest batch whose peak fits; 0 when not even one sequence does."""
+        return largest(lambda batch: self.peak_bytes(batch, prompt_tokens, new_tokens) <= memory_bytes)
+
+    # work
+
+    def prefill_flops(self, batch: int, prompt_tokens: int) -> float:
+        """Multiplications and additions of a prefill; the head runs on the last token only."""
+        c = self.config
+        dense = 2.0 * num_linear_weights(c) * prompt_tokens
+        attention = 2.0 * c.num_layers * c.num_heads * c.head_dim * prompt_tokens * (prompt_tokens + 1)
+        return batch * (dense + attention + 2.0 * c.vocab_size * c.hidden_size)
+
+    def decode_flops(self, batch: int, length: float) -> float:
+        """Of one step with `length` tokens in view."""
+        c = self.config
+        dense = 2.0 * (num_linear_weights(c) + c.vocab_size * c.hidden_size)
+        return batch * (dense + 4.0 * c.num_layers * c.num_heads * c.head_dim * length)
+
+    @property
+    def read_bytes(self) -> int:
+        """Weights that every forward reads whole: all but the embedding table, of which it picks rows."""
+        table = ELEMENT_BYTES[self.dtype] * self.config.vocab_size * self.config.hidden_size
+        return self.weight_bytes - (0 if self.config.tie_embeddings else table)
+
+    def prefill_traffic_bytes(self, batch: int, prompt_tokens: int) -> float:
+        """The least that must move: weights once, the cache written once."""
+        return float(self.read_bytes + self.kv_bytes(batch, prompt_tokens))
+
+    def decode_traffic_bytes(self, batch: int, length: float) -> float:
+        """The least that one step must move: weights once, the cache of every sequence once."""
+        return self.read_bytes + batch * (length + 1) * self.kv_token_bytes
+
+
+def largest(fits: Callable[[int], bool], limit: int = 1 << 20) -> int:
+    """The largest n in 0..limit with `fits(n)`, which holds up to some n and not beyond."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def batch_limits(
+    config: ModelConfig,
+    kv_cache: str,
+    dtype: str,
+    free_bytes: int,
+    *,
+    capacity: int,
+    max_tokens: int,
+    max_slots: int,
+) -> tuple[int, int]:
+    """(tokens of one packed forward, generation slots of `capacity` tokens each) for memory that is free beside the
+    weights; at most `max_tokens` and `max_slots`, at least 1. A third of the memory is for activations.
+    """
+    activations = free_bytes // 3
+
+    def packed(tokens: int) -> bool:
+        return prefill_bytes(config, tokens, dtype, num_sequences=2, kv_cache=kv_cache) <= activations
+
+    slot_bytes = capacity * kv_token_bytes(config, kv_cache, dtype)
+    tokens = largest(packed, max_tokens)
+    return max(1, tokens), max(1, min(max_slots, (free_bytes - activations) // slot_bytes))
+
+
+# --- the published tables --------------------------------------------------------------------------------------------
+
+
+def published_peak_bytes(config: ModelConfig, quant: str, length: int, mode: str) -> int:
+    """The law that the published memory cells follow (fitted to them; A100, the original code, 16-bit cache).
+
+    generate: weights + twice the cache (old and new live together) + 0.05 GiB; encode: weights + twice the cache (views
+    keep the fused qkv) + the logits of every position.
+    """
+    peak = checkpoint_bytes(config, quant) + 2 * length * kv_token_bytes(config, "auto", "bf16")
+    return peak + (GENERATE_EXTRA_BYTES if mode == "generate" else 2 * length * config.vocab_size)
