@@ -9,7 +9,7 @@ which rows run together (up to rounding), sampled ones draw from a generator of 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +93,7 @@ class Generator:
         self.computed_tokens = 0
         self.prompt_tokens = 0
         self.num_oom = 0
+        self.on_step: Callable[[int], None] | None = None  # after each forward, with how many rows got a token
 
     def run(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Finished rows as they finish."""
@@ -238,6 +239,8 @@ class _Batch:
             token = greedy[i] if row.is_plain_greedy else row.choose(logits_BV[i])
             row.accept(token, self.owner.tokenizer.token_bytes(token))
         self.owner.generated_tokens += len(rows)
+        if self.owner.on_step is not None:
+            self.owner.on_step(len(rows))
 
     def _retire(self) -> Iterator[Row]:
         """Take finished rows out; the last slot moves into each gap."""

@@ -21,6 +21,7 @@ from qwen_eval.models.forward import Forward
 from qwen_eval.models.kv_cache import Prefix
 
 HEAD_BYTES = 64 * 2**20  # of logits at a time, fp32 copy included
+NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,5 +219,6 @@ def _chunks(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's and the CPU allocator's ways of saying it."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error).lower()
+    """The ways in which CUDA, cuBLAS and the CPU allocator say it."""
+    said = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in said for words in NO_MEMORY)

@@ -265,6 +265,32 @@ def num_parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in Transformer(config).parameters())
 
 
+class _Normal:
+    """Normal weights, std 0.02. Drawing billions takes minutes: beyond the first `FRESH` they come from one tile."""
+
+    FRESH = 1 << 26
+    TILE = (1 << 24) - 3  # a prime: rows of any usual width never begin at the same place of the tile twice
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.num_drawn = self.offset = 0
+        self.tile: Tensor | None = None
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        weight = torch.empty(tuple(shape), dtype=dtype)
+        self.num_drawn += weight.numel()
+        if self.num_drawn <= self.FRESH:
+            return weight.normal_(0, 0.02, generator=self.generator)
+        if self.tile is None:
+            self.tile = torch.empty(self.TILE, dtype=dtype).normal_(0, 0.02, generator=self.generator)
+        flat, start = weight.view(-1), 0
+        while start < len(flat):
+            part = self.tile[self.offset : self.offset + len(flat) - start]
+            flat[start : start + len(part)] = part
+            start, self.offset = start + len(part), (self.offset + len(part)) % self.TILE
+        return weight
+
+
 def random_model(
     config: ModelConfig, placement: Placement, seed: int, *, packing: GptqConfig | None = None
 ) -> Transformer:
@@ -275,6 +301,7 @@ def random_model(
     with _meta():
         model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
+    normal = _Normal(generator)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.packed and packing:
             sources = checkpoint_names(config, name)
@@ -287,7 +314,7 @@ def random_model(
             model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
             continue
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            weight = torch.empty(module.weight.shape, dtype=placement.dtype).normal_(0, 0.02, generator=generator)
+            weight = normal.draw(module.weight.shape, placement.dtype)
             bias = getattr(module, "bias", None)
             bias = None if bias is None else torch.zeros(bias.shape, dtype=placement.dtype)
             if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.from_dense is not None:

@@ -35,8 +35,13 @@ def profile(spec: ProfileSpec) -> None:
         sys.stdout.write(plan(spec))
         return
     from qwen_eval.profile.grid import run_grid
+    from qwen_eval.profile.tables import run_tables, write_plots
+    from qwen_eval.report.render import render
 
-    run_grid(spec)
+    path = run_grid(spec)
+    sys.stdout.write(render(run_tables(path, published=spec.published), "terminal"))
+    plots = [plot.name for plot in write_plots(path)]
+    print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")
 
 
 def plan(spec: ProfileSpec) -> str:

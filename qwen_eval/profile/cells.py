@@ -72,9 +72,10 @@ def _cell(spec: ProfileSpec, mode: str, seq: int, batch: int, kv_cache: str, att
     )
 
 
-def model_spec(fields: Mapping[str, Any]) -> ModelSpec:
+def spec_from_json(fields: Mapping[str, Any]) -> ProfileSpec:
     """The inverse of `dataclasses.asdict`."""
-    return ModelSpec(**{**fields, "rope": RopeSpec(**fields["rope"])})
+    model = fields["model"]
+    return ProfileSpec(**{**fields, "model": ModelSpec(**{**model, "rope": RopeSpec(**model["rope"])})})
 
 
 def shape_fields(model: ModelSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Figures as files, drawn with matplotlib: the needle heat map, perplexity over context length."""
+"""Figures as files, drawn with matplotlib: the needle heat map, perplexity over context length, lines of profiles."""
 
 from __future__ import annotations
 
@@ -58,6 +58,27 @@ def length_curves(rows: Mapping[str, Mapping[int, Metric]], form: str) -> bytes:
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("perplexity")
     axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    return _saved(figure, form)
+
+
+def lines(series: Mapping[str, Mapping[int, float]], form: str, *, x: str, y: str) -> bytes:
+    """One line a name over a logarithmic axis of sizes; svg or png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in series.items():
+        sizes = sorted(points)
+        axes.plot(sizes, [points[size] for size in sizes], marker="o", label=name)
+    every = sorted({size for points in series.values() for size in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(every, [f"{n:,}" for n in every])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(visible=True, alpha=0.3)
     axes.legend()
     return _saved(figure, form)
 

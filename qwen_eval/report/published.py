@@ -150,7 +150,7 @@ def _quality_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
 
 
 def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
-    """Speed and peak memory of cells of the published shape: one context token, 2,048 or 8,192 generated."""
+    """Speed and peak memory of cells of a published shape: generated from one token, or encoded; batch and cache."""
     rows: list[tuple[Cell, ...]] = []
     for cell in profile_cells(run):
         speeds = sorted(speeds_of(cell))
@@ -159,12 +159,12 @@ def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
             value = ours.get(row.benchmark)
             if value is None or not row.value or not _same_model(run, row) or not _same_shape(cell, row):
                 continue
-            device = f"device: ours {device_name(run)}, published {row.setting.get('gpu', 'A100-SXM4-80G')}"
+            differing = "; ".join(_speed_differences(run, row))
             rows.append((
                 text_cell(run.label), text_cell(run.variant), text_cell(_what(row, row.metric)), number_cell(value, 2),
                 Cell(text=row.text or str(row.value), value=row.value),
                 Cell(text=f"{value / row.value:.2f} ×", value=value / row.value), text_cell(None),
-                text_cell(device), text_cell(_sources(row)),
+                text_cell(differing), text_cell(_sources(row)),
             ))  # fmt: skip
     return rows
 
@@ -210,11 +210,27 @@ def _our_perplexity(run: LoadedRun, row: Published) -> tuple[str, Metric] | None
     return None
 
 
+def _speed_differences(run: LoadedRun, row: Published) -> list[str]:
+    """The device always, then how it was measured."""
+    found = [f"device: ours {device_name(run)}, published {row.setting.get('gpu', 'A100-SXM4-80G')}"]
+    if run.config.get("method") == "measured":
+        found.append("ours greedy after a warm-up, published sampled without")
+    if run.engine_info.get("is_random") or run.model_spec.get("weights") == "random":
+        found.append("ours of random weights")
+    flash = row.setting.get("flash_attn")
+    if flash is not None:
+        found.append(f"published with flash attention {flash}" if flash else "published without flash attention")
+    return found
+
+
 def _same_shape(cell: Mapping[str, JSON], row: Published) -> bool:
-    wanted = row.setting.get("gen_tokens") or row.setting.get("tokens")
-    return (
-        cell.get("new_tokens") == wanted and cell.get("prompt_tokens") in (1, None) and cell.get("batch") in (1, None)
-    )
+    said = row.setting
+    tokens = said.get("gen_tokens") or said.get("tokens")
+    is_encoding = str(said.get("mode", "")).startswith("encode")
+    shape = (tokens, 1) if is_encoding else (said.get("context_tokens", 1), tokens)
+    ours = (cell.get("prompt_tokens") or 1, cell.get("new_tokens"))
+    is_same_cache = bool(said.get("kv_cache_int8")) == (cell.get("kv_cache") == "int8")
+    return ours == shape and (cell.get("batch") or 1) == said.get("batch_size", 1) and is_same_cache
 
 
 def _inside(metric: Metric, value: float, resolution: float) -> str:
@@ -226,6 +242,9 @@ def _inside(metric: Metric, value: float, resolution: float) -> str:
 def _what(row: Published, ours: str) -> str:
     setting = [f"{row.setting['shots']}-shot" if row.setting.get("shots") is not None else "", row.split or ""]
     setting += [f"{row.setting[key]} tokens" for key in ("seq_len", "gen_tokens", "tokens") if key in row.setting]
+    setting += [f"batch {row.setting['batch_size']}"] if "batch_size" in row.setting else []
+    setting += ["int8 cache"] if row.setting.get("kv_cache_int8") else []
+    setting += ["encoding"] if str(row.setting.get("mode", "")).startswith("encode") else []
     metric = "" if row.metric in HEADLINES or row.benchmark == "arXiv" else f" {row.metric}"
     listed = ", ".join(part for part in setting if part)
     return f"{row.benchmark}{metric}" + (f" ({listed})" if listed else "")

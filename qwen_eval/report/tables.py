@@ -13,10 +13,7 @@ from qwen_eval.report.runs import (
     LoadedRun,
     RunSet,
     base_name,
-    device_name,
     facet_text,
-    profile_cells,
-    speeds_of,
 )
 
 CARD_ORDER = ("mmlu", "ceval", "gsm8k", "math", "humaneval", "mbpp", "bbh", "cmmlu")  # the columns of the base table
@@ -140,25 +137,9 @@ def long_context(runs: Sequence[LoadedRun]) -> list[Table]:
 
 def profile(runs: Sequence[LoadedRun]) -> list[Table]:
     """Speed and memory: a row a measured cell of a profile's `cells` (docs/reports.md says what a cell holds)."""
-    rows = []
-    for run in sorted(runs, key=_order):
-        for cell in profile_cells(run):
-            speeds = speeds_of(cell)
-            peak = cell.get("peak_bytes")
-            rows.append((
-                text_cell(run.label), text_cell(run.variant), text_cell(cell.get("name")),
-                *(number_cell(_number(cell.get(key)), 0) for key in ("batch", "prompt_tokens", "new_tokens")),
-                _spread(speeds), number_cell(_seconds(cell.get("ttft_s"), 1000.0), 1),
-                number_cell(None if peak is None else float(peak) / 2**30, 2), text_cell(device_name(run)),
-            ))  # fmt: skip
-    if not rows:
-        return []
-    columns = (
-        "model", "precision", "what", "batch", "context", "new tokens", "tokens/s", "first token ms", "peak GiB",
-        "device",
-    )  # fmt: skip
-    notes = ("tokens/s: median over repeats, with the smallest and largest.",)
-    return [Table(name="profile", title="Speed and memory", columns=columns, rows=tuple(rows), notes=notes)]
+    from qwen_eval.profile.tables import profile_tables
+
+    return profile_tables(sorted(runs, key=_order))
 
 
 def problems(runs: RunSet) -> list[Table]:

@@ -1,0 +1,186 @@
+"""One cell in a process of its own: load, warm up, measure, say so in one line of JSON. Started by grid.py.
+
+What another cell left behind (a cache, fragments of memory, a dead CUDA context) cannot touch this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qwen_eval.config import ModelSpec
+from qwen_eval.core import JSON, QwenEvalError, Sampling
+from qwen_eval.engines.generation import Generator, Row
+from qwen_eval.engines.scoring import is_out_of_memory
+from qwen_eval.models.hub import checkpoint_dir
+from qwen_eval.models.opening import Opened, choose_device, open_forward
+from qwen_eval.models.quant.kernels import has_packed
+from qwen_eval.profile.cells import Cell, cost_of, spec_from_json
+from qwen_eval.profile.config import ProfileSpec
+from qwen_eval.profile.device import DTYPES, Device, EnergyMeter, probe, synchroniser
+from qwen_eval.profile.measure import Recorder, Repetition, summary
+from qwen_eval.profile.memory import PeakMemory, limit_memory, status_bytes, to_json
+from qwen_eval.profile.plan import floor_s
+
+PROMPT = "我"  # as in the published protocol: one token, repeated
+PUBLISHED_SAMPLING = {"top_p": 0.8, "top_k": 0, "temperature": 1.0}  # of the Qwen v1 checkpoints
+PUBLISHED_CHAT_PENALTY = 1.1
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Read a job on standard input, write its row as the only line of standard output."""
+    reply = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is not ours
+    _die_with_parent()
+    job = json.load(sys.stdin)
+    with os.fdopen(reply, "w", encoding="utf-8") as out:
+        json.dump(run(job), out, ensure_ascii=False)
+    return 0
+
+
+def run(job: dict[str, Any]) -> dict[str, JSON]:
+    """The measured row, or a row with the `status` and the reason why there is none."""
+    spec, cell = spec_from_json(job["spec"]), Cell(**job["cell"])
+    try:
+        return {"status": "ok", **measure_cell(spec, cell)}
+    except QwenEvalError as error:
+        return {"status": "failed", "reason": str(error), "error": type(error).__name__}
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return {"status": "oom", "reason": " ".join(str(error).split())[:300] or type(error).__name__}
+        traceback.print_exc()
+        return {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def measure_cell(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
+    """Load the model, run the cell as `spec.method` says, and put the ceilings beside what came out."""
+    if spec.num_threads is not None:
+        torch.set_num_threads(spec.num_threads)
+    device = choose_device(spec.model.device)
+    limit_memory(device, spec.memory_gib)
+    if device.type == "cpu":
+        _rouse(spec)
+    before, memory = status_bytes("VmRSS"), PeakMemory(device)
+    start = time.perf_counter()
+    opened = _open(spec, cell)
+    synchroniser(device)()
+    load_s, load_peak = time.perf_counter() - start, memory.read().allocated_bytes
+    repeat = runner(opened, spec, cell)
+    if spec.method == "measured":
+        if spec.warmup_tokens:
+            repeat(min(cell.new_tokens, spec.warmup_tokens + 1))
+        memory.reset()
+    energy = EnergyMeter(device)
+    repetitions = [repeat(cell.new_tokens) for _ in range(spec.repetitions)]
+    joules, peak = energy.joules(), memory.read()
+    tokens = spec.repetitions * cell.batch * (cell.prompt_tokens if cell.mode == "encode" else cell.new_tokens)
+    dtype = next(name for name, known in DTYPES.items() if known == opened.forward.model.dtype)
+    del repeat
+    return {
+        **summary(cell, repetitions), **to_json(peak),
+        "baseline_bytes": before if device.type == "cpu" else 0,
+        "load_s": load_s, "load_peak_bytes": load_peak,
+        "joules_per_token": None if joules is None else joules / tokens,
+        "engine": {**opened.facts, "attention": opened.forward.kernel, "kv_cache": opened.forward.codec.name},
+        **_ceilings(spec, cell, opened, probe(device, dtype), repetitions),
+    }  # fmt: skip
+
+
+def _rouse(spec: ProfileSpec) -> None:
+    """A few tokens of a miniature, so that what the libraries load and keep is not taken for the model's memory."""
+    miniature = ModelSpec(name="miniature", asset="qwen-tiny", weights="random", dtype=spec.model.dtype, device="cpu")
+    cell = Cell(mode="generate", seq=2, batch=2, prompt_tokens=2, new_tokens=2, kv_cache="auto", attention="auto")
+    runner(_open(replace(spec, model=miniature, method="measured"), cell), spec, cell)(2)
+
+
+def _open(spec: ProfileSpec, cell: Cell) -> Opened:
+    model = replace(spec.model, kv_cache=cell.kv_cache, attention=cell.attention)
+    protocol = "upstream" if spec.method == "readme" else "robust"
+    return open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
+
+
+def runner(
+    opened: Opened, spec: ProfileSpec, cell: Cell, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[int], Repetition]:
+    """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early."""
+    generator = Generator(
+        opened.forward,
+        opened.tokenizer,
+        share=False,
+        max_slots=cell.batch,
+        prefill_tokens=spec.max_batch_tokens,
+    )
+    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.device))
+
+    def step(num_rows: int) -> None:
+        if generator.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
+            raise MemoryError(f"{cell.batch} sequences do not fit at once")
+        recorder.step(num_rows)
+
+    generator.on_step = step
+    prompt = tuple(opened.tokenizer.encode(PROMPT)[:1]) * cell.prompt_tokens
+    sampling = published_sampling(spec) if spec.method == "readme" else Sampling()
+
+    def once(new_tokens: int) -> Repetition:
+        rows = [
+            Row(index=i, prompt=prompt, max_new_tokens=new_tokens, end_ids=frozenset(), sampling=sampling, k=i)
+            for i in range(cell.batch)
+        ]
+        recorder.start()
+        deque(generator.run(rows), maxlen=0)
+        return recorder.stop()
+
+    return once
+
+
+def published_sampling(spec: ProfileSpec) -> Sampling:
+    """As the checkpoint's generation_config.json says; random weights sample as the published ones do."""
+    fields: dict[str, Any] = dict(PUBLISHED_SAMPLING)
+    fields["repetition_penalty"] = PUBLISHED_CHAT_PENALTY if spec.model.chat else 1.0
+    path = checkpoint_dir(spec.model) / "generation_config.json"
+    if spec.model.weights != "random" and path.is_file():
+        said = json.loads(path.read_text(encoding="utf-8"))
+        fields |= {key: said[key] for key in fields if said.get(key) is not None}
+        if said.get("do_sample") is False:
+            fields["temperature"] = 0.0
+    return Sampling(**fields, seed=spec.seed)
+
+
+def _ceilings(
+    spec: ProfileSpec, cell: Cell, opened: Opened, device: Device, repetitions: Sequence[Repetition]
+) -> dict[str, JSON]:
+    """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase came to."""
+    is_packed = has_packed(opened.forward.model.dtype, opened.forward.device)
+    cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed)
+    prefill_s, step_s = floor_s(cost, cell, device)
+    steps = [step for repetition in repetitions for step in repetition.steps_s]
+    ttft_s = sorted(repetition.ttft_s for repetition in repetitions)[len(repetitions) // 2]
+    return {
+        "predicted_bytes": cost.peak_bytes(cell.batch, cell.prompt_tokens, cell.new_tokens),
+        "prefill_share": None if prefill_s is None else prefill_s / ttft_s,
+        "decode_share": None if step_s is None or not steps else step_s * len(steps) / sum(steps),
+        "device": device.to_json(),
+    }
+
+
+def _die_with_parent() -> None:
+    """A child whose parent was killed must not go on using the device. Linux only; elsewhere it finishes its cell."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
