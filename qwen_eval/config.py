@@ -24,11 +24,19 @@ PROTOCOLS = ("robust", "upstream")
 WEIGHTS = ("checkpoint", "random")
 
 
+def _switch(value: str) -> str:
+    """A plain `logn=false` of the command line reaches a string field as "False"."""
+    return value.lower() if value in ("True", "False") else value
+
+
 @dataclass(kw_only=True)
 class RopeSpec:
     """`dynamic_ntk`: "auto" follows the checkpoint's config, "true"/"false" override it."""
 
     dynamic_ntk: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.dynamic_ntk = _switch(self.dynamic_ntk)
 
 
 @dataclass(kw_only=True)
@@ -54,6 +62,9 @@ class ModelSpec:
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     seed: int = 0  # of random weights
     arch: dict[str, Any] = field(default_factory=dict)  # config.json of the shape, for plans and random weights
+
+    def __post_init__(self) -> None:
+        self.logn = _switch(self.logn)
 
 
 @dataclass(kw_only=True)

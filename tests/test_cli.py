@@ -103,6 +103,15 @@ def test_a_list_needs_no_brackets(tmp_path: Path, command: Command) -> None:
     assert (config["task"]["levels"], config["task"]["subjects"]) == ([1, 2], ["甲"])
 
 
+def test_a_switch_is_written_plainly(tmp_path: Path, command: Command) -> None:
+    done = command(
+        "task=toy", "model=toy", "engine=fake", "model.logn=false", "model.rope.dynamic_ntk=true", "run_dir=r"
+    )
+    assert done.returncode == 0, done.stderr
+    model = json.loads((tmp_path / "r" / "spec.json").read_text())["config"]["model"]
+    assert (model["logn"], model["rope"]["dynamic_ntk"]) == ("false", "true")
+
+
 def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path, command: Command) -> None:
     grid = ["-m", "task=toy", "task.levels=1,2", "protocol=robust,upstream", "model=toy,toy-chat", "engine=fake"]
     done = command(*grid)
