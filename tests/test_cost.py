@@ -13,8 +13,12 @@ import torch
 from omegaconf import OmegaConf
 
 from qwen_eval.cli import conf_dir
-from qwen_eval.config import ModelSpec
+from qwen_eval.config import EngineSpec, ModelSpec
+from qwen_eval.core import Answer, Generate, Prompt
+from qwen_eval.engines import native
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.forward import Forward
+from qwen_eval.models.kv_cache import Slots
 from qwen_eval.models.opening import open_forward
 from qwen_eval.models.quant.bnb import BnbLinear
 from qwen_eval.models.transformer import Transformer
@@ -179,14 +183,34 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
 
 def test_batch_limits_shrink_with_memory_and_never_reach_zero() -> None:
     config = ModelConfig.from_hf(V1)
-    limits = [
-        batch_limits(config, "auto", "bf16", free, capacity=1024, max_tokens=4096, max_slots=64)
-        for free in (0, 4 * 2**20, 40 * 2**20, GIB)
-    ]
-    assert limits[0] == (1, 1)
-    assert limits[-1] == (4096, 64)
-    assert limits == sorted(limits)
-    assert 1 < limits[2][1] < 64
+    limits = [batch_limits(config, "auto", "bf16", free, max_tokens=4096) for free in (0, 4 * 2**20, 40 * 2**20, GIB)]
+    assert (limits[0].packed_tokens, limits[0].cached_tokens) == (1, 1)
+    assert limits[-1].packed_tokens == 4096
+    assert [limit.packed_tokens for limit in limits] == sorted(limit.packed_tokens for limit in limits)
+    assert limits[2].cached_tokens == (40 * 2**20 - 40 * 2**20 // 3) // kv_token_bytes(config, "auto", "bf16")
+
+
+def test_an_engine_short_of_memory_runs_fewer_sequences_at_once_with_the_same_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = ModelSpec(name="x", asset="qwen-tiny", weights="random", dtype="fp32", device="cpu")
+    requests = [Generate(prompt=Prompt.raw(f"Question {i}"), max_new_tokens=8) for i in range(9)]
+    seen: list[int] = []
+    slots = Forward.slots
+
+    def counted(self: Forward, num_slots: int, capacity: int) -> Slots:
+        seen.append(num_slots)
+        return slots(self, num_slots, capacity)
+
+    monkeypatch.setattr(Forward, "slots", counted)
+
+    def answers(free_bytes: int) -> dict[int, Answer]:
+        monkeypatch.setattr(native, "memory_bytes", lambda device: (free_bytes, free_bytes))
+        return dict(native.open_engine(EngineSpec(), spec).run(requests))
+
+    assert answers(2**30) == answers(100_000)
+    assert seen[0] == 9  # no more slots than rows
+    assert 1 <= seen[1] < 9
 
 
 def test_int8_halves_the_cache_less_its_scales() -> None:

@@ -75,7 +75,10 @@ def completion_of(row: Row, tokenizer: Tokenizer) -> Completion:
 
 
 class Generator:
-    """Runs rows over a `Forward` in `max_slots` slots of at most `kv_bytes` together; halves them when memory ends."""
+    """Runs rows over a `Forward` in slots: no more than rows, `max_slots` or what `max_cached_tokens` have room for.
+
+    When memory ends all the same, half as many.
+    """
 
     def __init__(
         self,
@@ -85,8 +88,10 @@ class Generator:
         share: bool = True,
         max_slots: int = 64,
         prefill_tokens: int = 4096,
+        max_cached_tokens: int | None = None,
     ) -> None:
         self.forward, self.tokenizer = forward, tokenizer
+        self.max_cached_tokens = max_cached_tokens
         self.share = share and not forward.codec.is_chunked
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
         self.generated_tokens = 0
@@ -99,15 +104,21 @@ class Generator:
         """Finished rows as they finish."""
         waiting = deque(rows)
         while waiting:
-            batch = _Batch(self, self._queue(waiting), _capacity(waiting, self.forward.chunk))
+            capacity = _capacity(waiting, self.forward.chunk)
+            num_slots = self._num_slots(len(waiting), capacity)
+            batch = _Batch(self, self._queue(waiting), num_slots, capacity)
             try:
                 yield from batch.run()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or self.max_slots == 1:
+                if not is_out_of_memory(error) or num_slots == 1:
                     raise
                 self.num_oom += 1
-                self.max_slots = max(1, self.max_slots // 2)
+                self.max_slots = num_slots // 2
             waiting = deque(_restarted(row) for row in waiting if row.finish_reason is None)
+
+    def _num_slots(self, num_rows: int, capacity: int) -> int:
+        room = self.max_slots if self.max_cached_tokens is None else max(1, self.max_cached_tokens // capacity)
+        return min(num_rows, self.max_slots, room)
 
     def _queue(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prefix | None]]:
         """Rows in the order in which prefixes are needed; a prefix is computed when its first row is taken."""
@@ -144,15 +155,17 @@ def _restarted(row: Row) -> Row:
 class _Batch:
     """The running rows: the first `len(active)` slots, always without a gap."""
 
-    def __init__(self, owner: Generator, queue: Iterator[tuple[Row, Prefix | None]], capacity: int) -> None:
-        self.owner, self.forward, self.queue = owner, owner.forward, queue
-        self.slots: Slots = owner.forward.slots(owner.max_slots, capacity)
+    def __init__(
+        self, owner: Generator, queue: Iterator[tuple[Row, Prefix | None]], num_slots: int, capacity: int
+    ) -> None:
+        self.owner, self.forward, self.queue, self.num_slots = owner, owner.forward, queue, num_slots
+        self.slots: Slots = owner.forward.slots(num_slots, capacity)
         self.active: list[Row] = []
         self.next_up: tuple[Row, Prefix | None] | None = next(queue, None)
 
     def run(self) -> Iterator[Row]:
         while self.active or self.next_up is not None:
-            while self.next_up is not None and len(self.active) < self.owner.max_slots:
+            while self.next_up is not None and len(self.active) < self.num_slots:
                 self._admit()
                 yield from self._retire()
             if self.active:
@@ -165,11 +178,7 @@ class _Batch:
         _, prefix = self.next_up
         rows: list[Row] = []
         budget = self.owner.prefill_tokens
-        while (
-            self.next_up is not None
-            and self.next_up[1] is prefix
-            and len(self.active) + len(rows) < self.owner.max_slots
-        ):
+        while self.next_up is not None and self.next_up[1] is prefix and len(self.active) + len(rows) < self.num_slots:
             row = self.next_up[0]
             length = len(row.prompt) - (prefix.length if prefix else 0)
             if length > self.forward.chunk:

@@ -31,8 +31,10 @@ from qwen_eval.engines.generation import Generator, Row, completion_of, refuse_e
 from qwen_eval.engines.scoring import Job, Scorer, Scores
 from qwen_eval.models.forward import Forward
 from qwen_eval.models.hidden import KeepHidden
-from qwen_eval.models.opening import open_forward
+from qwen_eval.models.opening import DTYPES, open_forward
 from qwen_eval.models.tokenizer import ChatTokenizer
+from qwen_eval.profile.cost import BatchLimits, batch_limits
+from qwen_eval.profile.device import memory_bytes
 
 RENDER_CACHE = 4096  # prompts: the loop renders each again when it stores the record
 
@@ -49,6 +51,7 @@ class NativeEngine:
         prefix_sharing: bool = True,
         max_batch_tokens: int = 4096,
         max_batch_size: int = 64,
+        max_cached_tokens: int | None = None,
         protocol: str = "robust",
     ) -> None:
         self.forward = forward
@@ -61,7 +64,12 @@ class NativeEngine:
             model_dtype_logits=protocol == "upstream",
         )
         self.generator = Generator(
-            forward, tokenizer, share=prefix_sharing, max_slots=max_batch_size, prefill_tokens=max_batch_tokens
+            forward,
+            tokenizer,
+            share=prefix_sharing,
+            max_slots=max_batch_size,
+            prefill_tokens=max_batch_tokens,
+            max_cached_tokens=max_cached_tokens,
         )
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
         self._busy_s = 0.0
@@ -205,13 +213,22 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
-    on_cuda = opened.forward.device.type == "cuda"
+    limits = memory_limits(opened.forward, spec, model.kv_cache)
     return NativeEngine(
         opened.forward,
         opened.tokenizer,
         facts=opened.facts,
         prefix_sharing=spec.prefix_sharing,
-        max_batch_tokens=spec.max_batch_tokens or (16384 if on_cuda else 4096),
-        max_batch_size=spec.max_batch_size or (256 if on_cuda else 64),
+        max_batch_tokens=spec.max_batch_tokens or limits.packed_tokens,
+        max_batch_size=spec.max_batch_size or (256 if opened.forward.device.type == "cuda" else 64),
+        max_cached_tokens=None if spec.max_batch_size else limits.cached_tokens,
         protocol=protocol,
     )
+
+
+def memory_limits(forward: Forward, spec: EngineSpec, kv_cache: str) -> BatchLimits:
+    """What fits beside the loaded weights, by the cost model."""
+    free, _ = memory_bytes(forward.device)
+    dtype = next(name for name, known in DTYPES.items() if known == forward.model.dtype)
+    most = 16384 if forward.device.type == "cuda" else 4096
+    return batch_limits(forward.config, kv_cache, dtype, int(free * spec.memory_fraction), max_tokens=most)

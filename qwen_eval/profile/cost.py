@@ -285,27 +285,23 @@ def largest(fits: Callable[[int], bool], limit: int = 1 << 20) -> int:
     return low
 
 
-def batch_limits(
-    config: ModelConfig,
-    kv_cache: str,
-    dtype: str,
-    free_bytes: int,
-    *,
-    capacity: int,
-    max_tokens: int,
-    max_slots: int,
-) -> tuple[int, int]:
-    """(tokens of one packed forward, generation slots of `capacity` tokens each) for memory that is free beside the
-    weights; at most `max_tokens` and `max_slots`, at least 1. A third of the memory is for activations.
-    """
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """Tokens of one packed forward, and tokens that the key-value cache of all sequences has room for; at least 1."""
+
+    packed_tokens: int
+    cached_tokens: int
+
+
+def batch_limits(config: ModelConfig, kv_cache: str, dtype: str, free_bytes: int, *, max_tokens: int) -> BatchLimits:
+    """For memory that is free beside the weights: a third is for activations. At most `max_tokens` in one forward."""
     activations = free_bytes // 3
 
-    def packed(tokens: int) -> bool:
+    def fits(tokens: int) -> bool:
         return prefill_bytes(config, tokens, dtype, num_sequences=2, kv_cache=kv_cache) <= activations
 
-    slot_bytes = capacity * kv_token_bytes(config, kv_cache, dtype)
-    tokens = largest(packed, max_tokens)
-    return max(1, tokens), max(1, min(max_slots, (free_bytes - activations) // slot_bytes))
+    cached = (free_bytes - activations) // kv_token_bytes(config, kv_cache, dtype)
+    return BatchLimits(packed_tokens=max(1, largest(fits, max_tokens)), cached_tokens=max(1, cached))
 
 
 # --- the published tables --------------------------------------------------------------------------------------------
