@@ -44,8 +44,8 @@ def main() -> int:
     """Read a job on standard input, write its row as the only line of standard output."""
     reply = os.dup(1)
     os.dup2(2, 1)  # what a library prints is not ours
-    _die_with_parent()
     job = json.load(sys.stdin)
+    _die_with_parent(job["parent"])
     with os.fdopen(reply, "w", encoding="utf-8") as out:
         json.dump(run(job), out, ensure_ascii=False)
     return 0
@@ -176,10 +176,12 @@ def _ceilings(
     }
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """A child whose parent was killed must not go on using the device. Linux only; elsewhere it finishes its cell."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed while this process was still importing
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -118,10 +118,18 @@ def _say(spec: ProfileSpec, line: str) -> None:
 
 def in_child(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
     """The row of one cell, from `python -m qwen_eval.profile.child`; how it ended when it ended without one."""
-    job = {"spec": dataclasses.asdict(spec), "cell": dataclasses.asdict(cell)}
+    job = {"parent": os.getpid(), "spec": dataclasses.asdict(spec), "cell": dataclasses.asdict(cell)}
     command, pipe = [sys.executable, *CHILD], subprocess.PIPE
-    # a session of its own: Ctrl-C reaches the parent alone, which then ends the child in its own time
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=_environment())
+    child = subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env=_environment(),
+        # a group of its own: Ctrl-C reaches the parent alone, which then ends the child; but no session of its own,
+        # which the scheduler would not count to this command
+        preexec_fn=os.setpgrp,
+    )
     try:
         reply, said = child.communicate(json.dumps(job).encode(), timeout=spec.timeout_s)
     except subprocess.TimeoutExpired:

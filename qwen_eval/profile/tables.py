@@ -64,7 +64,7 @@ def _method_notes(runs: Sequence[LoadedRun]) -> list[str]:
         else:
             warmup, repeats = run.config.get("warmup_tokens"), run.config.get("repetitions")
             notes.append(f"method {method}: greedy, {repeats} repetitions after a warm-up of {warmup} decode steps.")
-    notes.append(f"device: {'; '.join(sorted({_device(run) for run in runs}))}.")
+    notes.append(f"device: {'; '.join(sorted({_device(run) for run in runs if run.result.get('device')}))}.")
     counters = sorted({str(cell["peak_counter"]) for _, cell in _all(runs) if cell.get("peak_counter")})
     notes += [f"peak: {'; '.join(counters)}."] if counters else []
     if any(_is_random(run) for run in runs):
