@@ -17,7 +17,17 @@ from qwen_eval.report.render import Table
 if TYPE_CHECKING:
     from qwen_eval.report.compare import Margins
 
-ENDINGS = {".md": "md", ".csv": "csv", ".tex": "tex", ".html": "html", ".xml": "junit", ".txt": "terminal"}
+ENDINGS = {
+    ".md": "md",
+    ".csv": "csv",
+    ".tex": "tex",
+    ".html": "html",
+    ".xml": "junit",
+    ".txt": "terminal",
+    ".svg": "svg",
+    ".png": "png",
+}
+FIGURES = ("svg", "png")  # perplexity by length, of the long layout
 BASELINES = "reports/baselines"
 
 
@@ -47,11 +57,12 @@ def run_report(spec: ReportSpec) -> int:
         return _accept(spec)
     report = build(spec)
     for path, form in forms:
-        text = _text(spec, report, form)
         if path is None:
-            sys.stdout.write(text)
+            sys.stdout.write(_text(spec, report, form))
+        elif form in FIGURES:
+            _write(path, _figure(spec, form))
         else:
-            _write(path, text)
+            _write(path, _text(spec, report, form).encode("utf-8", "replace"))
     if spec.gate and all(path is not None for path, _ in forms):
         sys.stdout.write(_text(spec, report, "terminal"))
     return report.exit_code
@@ -64,6 +75,8 @@ def check(spec: ReportSpec) -> ReportSpec:
     for name in spec.layout:
         if name not in LAYOUTS:
             raise not_one_of("layout", name, LAYOUTS)
+    if spec.format in FIGURES and not spec.out:
+        raise ConfigError(f"format={spec.format}: a figure needs a file, such as out=long.{spec.format}")
     if spec.ledger not in ("", "contradictions", "rows"):
         raise not_one_of("ledger", spec.ledger, ("contradictions", "rows"))
     asked = [name for name in ("compare", "published", "ledger", "gate") if getattr(spec, name)]
@@ -157,10 +170,17 @@ def _text(spec: ReportSpec, report: Report, form: str) -> str:
     return render(report.tables, form)
 
 
-def _write(path: Path, text: str) -> None:
+def _figure(spec: ReportSpec, form: str) -> bytes:
+    from qwen_eval.report.long_context import curves
+    from qwen_eval.report.runs import find_runs
+
+    return curves(find_runs(spec.runs).finished, form)
+
+
+def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode("utf-8", "replace"))
+        path.write_bytes(content)
     except OSError as error:
         raise StoreError(f"out={path}: {error.strerror or error}") from error
 

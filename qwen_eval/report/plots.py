@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from qwen_eval.core import Metric
+from qwen_eval.report.long_context import perplexities
 from qwen_eval.report.runs import LoadedRun, RunSet, profile_cells, speeds_of
 from qwen_eval.report.samples import needle_cells
-from qwen_eval.report.tables import LENGTH
 
 WIDTH = 680.0
 LEFT, RIGHT, TOP, BOTTOM = 190.0, 24.0, 12.0, 34.0
@@ -58,7 +58,7 @@ def length_plot(runs: Sequence[LoadedRun]) -> str:
     """Perplexity over context length, both logarithmic, one line a run."""
     series = []
     for run in runs:
-        points = sorted((int(m[1]), v.value) for name, v in run.metrics.items() if (m := LENGTH.search(name)))
+        points = sorted((length, metric.value) for length, metric in perplexities(run).items())
         points = [(length, value) for length, value in points if value > 0 and math.isfinite(value)]
         if len(points) > 1:
             series.append((f"{run.label} {run.variant}", points))

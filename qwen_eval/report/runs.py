@@ -192,13 +192,7 @@ def load_run(directory: Path) -> LoadedRun:
 
 def variant_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
     """`"BF16"`, `"Int4"`, `"NF4"`, `"BF16, KV int8"` ...: the precision column of the published tables."""
-    names = {"gptq-int4": "Int4", "gptq-int8": "Int8", "nf4": "NF4", "int8": "LLM.int8"}
-    dtypes = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
-    quant = str(model.get("quant") or "none")
-    dtype = str(info.get("dtype") or model.get("dtype") or "auto").removeprefix("torch.")
-    parts = [names.get(quant, quant) if quant != "none" else dtypes.get(dtype, dtype.upper())]
-    if model.get("kv_cache") == "int8":
-        parts.append("KV int8")
+    parts = [precision_name(model, info)]
     rope = _mapping(model.get("rope"))
     for key, value in (("NTK", rope.get("dynamic_ntk")), ("LogN", model.get("logn"))):
         if str(value).lower() in ("true", "false"):
@@ -206,6 +200,15 @@ def variant_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
     if str(model.get("window") or "none") != "none":
         parts.append("window")
     return ", ".join(parts)
+
+
+def precision_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
+    names = {"gptq-int4": "Int4", "gptq-int8": "Int8", "nf4": "NF4", "int8": "LLM.int8"}
+    dtypes = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+    quant = str(model.get("quant") or "none")
+    dtype = str(info.get("dtype") or model.get("dtype") or "auto").removeprefix("torch.")
+    name = names.get(quant, quant) if quant != "none" else dtypes.get(dtype, dtype.upper())
+    return f"{name}, KV int8" if model.get("kv_cache") == "int8" else name
 
 
 def base_name(model: str) -> str:

@@ -18,7 +18,6 @@ from qwen_eval.report.runs import (
 
 CARD_ORDER = ("mmlu", "ceval", "gsm8k", "math", "humaneval", "mbpp", "bbh", "cmmlu")  # the columns of the base table
 CATEGORIES = ("stem", "socialsciences", "socialscience", "humanities", "other", "others", "hard", "chinaspecific")
-LENGTH = re.compile(r"(?:ppl|perplexity)/(\d+)$")
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 MANY = 60  # rows of a by-group table
 
@@ -75,7 +74,7 @@ def quantisation(runs: Sequence[LoadedRun]) -> list[Table]:
         return []
     grid = _grid(kept, lambda run: (base_name(run.model), run.variant))
     rows = [((text_cell(model), text_cell(variant)), cells) for (model, variant), cells in grid]
-    rows.sort(key=lambda row: (row[0][0].text, _precision_rank(row[0][1].text)))
+    rows.sort(key=lambda row: (row[0][0].text, precision_rank(row[0][1].text)))
     return [_wide("quantisation", "Precisions of one model", ("model", "precision"), rows, kept)]
 
 
@@ -87,7 +86,7 @@ def categories(runs: Sequence[LoadedRun]) -> list[Table]:
         if not names:
             continue
         rows = []
-        marks = _Marks(members)
+        marks = Marks(members)
         for run in sorted(members, key=_order):
             head = run.headline[1] if run.headline else None
             cells = [metric_cell(run.metrics.get(name)) for name in names]
@@ -110,7 +109,7 @@ def by_group(runs: Sequence[LoadedRun]) -> list[Table]:
         )
         if not names:
             continue
-        marks = _Marks(members)
+        marks = Marks(members)
         heads = [f"{run.label} {run.variant}{marks.of(run)}" for run in members]
         rows = tuple((text_cell(n.partition("/")[2]), *(metric_cell(r.metrics.get(n)) for r in members)) for n in names)
         title = f"{task} by group ({marks.column(task)})"
@@ -120,19 +119,10 @@ def by_group(runs: Sequence[LoadedRun]) -> list[Table]:
 
 
 def long_context(runs: Sequence[LoadedRun]) -> list[Table]:
-    """Perplexity by length: one row a model and its long-context switches, as in the cards."""
-    kept = [run for run in runs if any(LENGTH.search(name) for name in run.metrics)]
-    if not kept:
-        return []
-    lengths = sorted({int(m[1]) for run in kept for name in run.metrics if (m := LENGTH.search(name))})
-    marks = _Marks(kept, across_tasks=True)
-    rows = []
-    for run in sorted(kept, key=_order):
-        found = {int(m[1]): metric for name, metric in run.metrics.items() if (m := LENGTH.search(name))}
-        cells = [metric_cell(found.get(length), mark=marks.of(run)) for length in lengths]
-        rows.append((text_cell(run.label), text_cell(run.variant), text_cell(run.task), *cells))
-    columns = ("model", "precision", "task", *map(str, lengths))
-    return [Table(name="long", title="Perplexity by length", columns=columns, rows=tuple(rows), notes=marks.notes)]
+    """Perplexity by length, as in the cards' ablation, and what each trick changed."""
+    from qwen_eval.report.long_context import tables
+
+    return tables(runs)
 
 
 def profile(runs: Sequence[LoadedRun]) -> list[Table]:
@@ -163,7 +153,7 @@ def problems(runs: RunSet) -> list[Table]:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-class _Marks:
+class Marks:
     """Letters for runs that are not of their column's most common kind."""
 
     def __init__(self, runs: Sequence[LoadedRun], *, across_tasks: bool = False) -> None:
@@ -205,7 +195,7 @@ def _wide(
     rows: Sequence[tuple[tuple[Cell, ...], Mapping[str, LoadedRun]]],
     runs: Sequence[LoadedRun],
 ) -> Table:
-    marks = _Marks(runs)
+    marks = Marks(runs)
     tasks = [task for task, _ in _by_task(runs)]
     body = []
     for labels, cells in rows:
@@ -214,7 +204,7 @@ def _wide(
     return Table(name=name, title=title, columns=columns, rows=tuple(body), notes=marks.notes)
 
 
-def _score(run: LoadedRun | None, marks: _Marks) -> Cell:
+def _score(run: LoadedRun | None, marks: Marks) -> Cell:
     if run is None or run.headline is None:
         return Cell(text=NONE)
     cell = metric_cell(run.headline[1], mark=marks.of(run))
@@ -252,15 +242,15 @@ def _by_task(runs: Iterable[LoadedRun]) -> list[tuple[str, list[LoadedRun]]]:
 
 def _order(run: LoadedRun) -> tuple[JSON, ...]:
     """Models by name with numbers as numbers, then precision, task, path."""
-    return (*_natural(run.label), _precision_rank(run.variant), run.variant, run.task, str(run.path))
+    return (*natural(run.label), precision_rank(run.variant), run.variant, run.task, str(run.path))
 
 
-def _natural(text: str) -> tuple[tuple[tuple[int, float, str], ...]]:
+def natural(text: str) -> tuple[tuple[tuple[int, float, str], ...]]:
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return (tuple((0, float(p), "") if p[:1].isdigit() else (1, 0.0, p) for p in parts if p),)
 
 
-def _precision_rank(variant: str) -> int:
+def precision_rank(variant: str) -> int:
     order = ("FP32", "BF16", "FP16", "AUTO", "Int8", "LLM.int8", "Int4", "NF4")
     first = variant.partition(",")[0]
     return order.index(first) * 10 + variant.count(",") if first in order else 99

@@ -1,0 +1,116 @@
+"""Perplexity by context length: the cards' ablation table, what each trick changed, and the curves."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+
+from qwen_eval.core import JSON, ConfigError, Metric
+from qwen_eval.report.render import NONE, Table, metric_cell, text_cell
+from qwen_eval.report.runs import LoadedRun, precision_name
+
+LENGTH = re.compile(r"(?:ppl|perplexity)/(\d+)$")
+
+
+def perplexities(run: LoadedRun) -> dict[int, Metric]:
+    """Context length -> perplexity; empty for a run that has none."""
+    return {int(found[1]): metric for name, metric in run.metrics.items() if (found := LENGTH.search(name))}
+
+
+def tricks_of(run: LoadedRun) -> tuple[str, ...]:
+    """What was on, as the engine says: `("NTK", "LogN", "window 256-2048")`; empty: positions as trained."""
+    info = run.engine_info
+    tricks = [name for name, key in (("NTK", "dynamic_ntk"), ("LogN", "logn")) if info.get(key)]
+    windows = info.get("windows")
+    if isinstance(windows, list) and windows:
+        sizes = sorted({int(size) for size in windows if isinstance(size, int)})
+        tricks.append("window " + "-".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))))
+    return tuple(tricks)
+
+
+def tables(runs: Sequence[LoadedRun]) -> list[Table]:
+    """One row a run, the fewest tricks first; then the changes within each model that has several rows."""
+    from qwen_eval.report.tables import Marks
+
+    kept = sorted((run for run in runs if perplexities(run)), key=_order)
+    if not kept:
+        return []
+    lengths = _lengths(kept)
+    marks, names = Marks(kept, across_tasks=True), row_names(kept)
+    rows = []
+    for run, name in zip(kept, names):
+        found = perplexities(run)
+        cells = [metric_cell(found.get(length), mark=marks.of(run)) for length in lengths]
+        rows.append((text_cell(name), text_cell(_precision(run)), text_cell(_tricks(run)), *cells))
+    columns = ("model", "precision", "tricks", *map(str, lengths))
+    table = Table(name="long", title="Perplexity by length", columns=columns, rows=tuple(rows), notes=marks.notes)
+    return [table, *changes(kept)]
+
+
+def changes(runs: Sequence[LoadedRun]) -> list[Table]:
+    """ΔPPL between any two rows of one model that differ in tricks, length by length, paired over documents."""
+    from qwen_eval.report.compare import Margins, Side, compare_sides
+    from qwen_eval.report.gate import delta_cell
+
+    families: dict[tuple[str, str], list[LoadedRun]] = defaultdict(list)
+    for run in runs:
+        families[run.model, _precision(run)].append(run)
+    lengths, rows = _lengths(runs), []
+    for labels, members in families.items():
+        for first, second in combinations([Side(run=run) for run in members], 2):
+            names = _tricks(first.run), _tricks(second.run)
+            comparison = compare_sides(first, second, Margins())
+            found = dict(comparison.by_group)
+            if found and names[0] != names[1]:
+                cells = [delta_cell(comparison, found.get(str(length))) for length in lengths]
+                rows.append((*map(text_cell, (*labels, " → ".join(names))), *cells))
+    if not rows:
+        return []
+    return [
+        Table(
+            name="long-changes", title="What each trick changes: ΔPPL", rows=tuple(rows),
+            columns=("model", "precision", "from → to", *map(str, lengths)),
+            notes=("95 % intervals, paired over the documents; negative is better.",),
+        )
+    ]  # fmt: skip
+
+
+def curves(runs: Sequence[LoadedRun], form: str) -> bytes:
+    """The same rows as a figure: svg or png."""
+    from qwen_eval.report.figures import length_curves
+
+    kept = sorted((run for run in runs if len(perplexities(run)) > 1), key=_order)
+    if not kept:
+        raise ConfigError(f"out=….{form}: no run with perplexities of several lengths; see task=long_ppl")
+    names = [f"{name} {_precision(run)}, {_tricks(run)}" for run, name in zip(kept, row_names(kept))]
+    return length_curves(dict(zip(names, map(perplexities, kept))), form)
+
+
+def row_names(runs: Sequence[LoadedRun]) -> list[str]:
+    """The model, with the tag of the run and its task where rows would else read alike."""
+    counts = Counter((run.model, _precision(run), _tricks(run)) for run in runs)
+    alike = [counts[run.model, _precision(run), _tricks(run)] > 1 for run in runs]
+    return [f"{run.label}, {run.task}" if same else run.model for run, same in zip(runs, alike)]
+
+
+def _order(run: LoadedRun) -> tuple[JSON, ...]:
+    """Models by name, then precision, then the fewest tricks first."""
+    from qwen_eval.report.tables import natural, precision_rank
+
+    precision = _precision(run)
+    return natural(run.model), precision_rank(precision), len(tricks_of(run)), _tricks(run), str(run.path)
+
+
+def _tricks(run: LoadedRun) -> str:
+    """Only the native engine says what was on."""
+    return " + ".join(tricks_of(run)) or ("plain" if "dynamic_ntk" in run.engine_info else NONE)
+
+
+def _precision(run: LoadedRun) -> str:
+    return precision_name(run.model_spec, run.engine_info)
+
+
+def _lengths(runs: Sequence[LoadedRun]) -> list[int]:
+    return sorted({length for run in runs for length in perplexities(run)})
