@@ -196,6 +196,47 @@ def test_nothing_is_left_for_the_next_program(mode: str) -> None:
     assert [v.passed for v in verdicts] == [True, True, False, True]
 
 
+# Each leaves a trace in what one worker's programs use in turn; the name says what the next one would see.
+TRACES = {
+    "a closed folder": "os.chmod('/tmp', 0)",
+    "times": "os.utime('/tmp', (1, 1))",
+    "a file that was there": "open('f', 'w').close(); os.unlink('f')",
+    "an attribute": "try: os.setxattr('/tmp', 'user.note', b'x')\nexcept OSError: os.mkdir('d')",
+    "a deep tree": "os.makedirs('a/b/c'); os.chmod('a', 0)",
+    "a flag of standard output": "import fcntl; fcntl.fcntl(1, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)",
+    "a limit": "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))",
+    "a signal's handling": "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)",
+    "a module": "sys.modules['left'] = sys; math.left = 1; json.left = 1",
+}
+
+LOOK = """
+import fcntl, json, math, os, resource, signal, sys, time
+is_ = os.stat('/tmp')
+seen = [
+    os.listdir('/tmp'), oct(is_.st_mode), is_.st_nlink, is_.st_size, os.getcwd(), os.getpid(), os.getppid(),
+    abs(is_.st_mtime - is_.st_ctime) < 0.001, fcntl.fcntl(0, fcntl.F_GETFL), fcntl.fcntl(1, fcntl.F_GETFL),
+    resource.getrlimit(resource.RLIMIT_NOFILE), signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN, 'left' in sys.modules,
+    hasattr(math, 'left'), hasattr(json, 'left'), os.listxattr('/tmp') if hasattr(os, 'listxattr') else [],
+]
+def f(): return seen
+"""
+
+
+@pytest.mark.parametrize("mode", CONFINED)
+def test_the_next_program_sees_what_the_first_one_saw(mode: str) -> None:
+    leaves = [
+        Program(n, f"import json, math, os, sys\n{act}\ndef f(): return 9", "f()", "f") for n, act in TRACES.items()
+    ]
+    first = "assert f()[:4] == [[], '0o40700', 2, 40] and f()[4:7] == ['/tmp', 1, 0] and f()[12:] == [False] * 3 + [[]]"
+    flags = "assert [n & 0o6003 for n in f()[8:10]] == [2, 2] and f()[10] == (64, 64) and f()[11]"
+    looks = Program("looks", LOOK, f"{first}\n{flags}\nassert f()[7]\n", "f")
+    programs = [looks, *(p for leave in leaves for p in (leave, looks))]
+    verdicts = run_programs(programs, mode=mode, workers=1)
+    assert [
+        (programs[i - 1].id, p.id, v.reason) for i, (p, v) in enumerate(zip(programs, verdicts)) if not v.passed
+    ] == []
+
+
 @pytest.mark.parametrize("mode", CONFINED)
 def test_no_process_or_thread_outlives_its_verdict(mode: str) -> None:
     busy = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen_eval.sandbox.codec import Handle, Hangup, Oversize, pack, receive_frame, send_frame, unpack
@@ -38,13 +38,19 @@ class Objects:
         return [item for _, item in zip((None,), self.iterators[number])]
 
 
-def serve(channel: int) -> None:
-    """Frames in: the source, then [nonce, operation, target, ...]. Frames out: [nonce, "ok" | "raise" | "big", ...]."""
+def serve(channel: int, set_budget: Callable[[int, int], None]) -> None:
+    """Answer until the judge hangs up.
+
+    Frames in: [seconds, bytes, source], then [nonce, operation, target, ...]. Frames out: [nonce, "ok" | "raise" |
+    "big", ...]. `set_budget` limits this process to the seconds of computing and bytes of memory
+    before the source runs.
+    """
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     objects = Objects()
     try:
-        source = receive_frame(channel)
+        cpu_s, memory_bytes, source = receive_frame(channel)
+        set_budget(cpu_s, memory_bytes)
         _reply(channel, "", lambda: _load(source, module.__dict__))
         while True:
             nonce, operation, target, *operands = receive_frame(channel)

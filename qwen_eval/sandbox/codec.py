@@ -11,10 +11,9 @@ import json
 import os
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 FRAME_BYTES = 16 << 20
 _EXACT_INT = 1 << 53  # beyond this, hexadecimal: the decimal reading of huge ints is quadratic, and refused by Python
@@ -34,8 +33,7 @@ class Hangup(Exception):
     """The other end is closed."""
 
 
-@dataclass(frozen=True)
-class Handle:
+class Handle(NamedTuple):
     """An object that stays on the candidate's side, by number."""
 
     number: int
@@ -172,40 +170,52 @@ _MAKERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder().decode
+
+
 def send_frame(fd: int, message: Any, limit: int = FRAME_BYTES) -> None:
     """Write one JSON message. Raises Oversize before a byte is written; Hangup when nobody reads any more."""
-    body = json.dumps(message, separators=(",", ":")).encode()
+    body = _encode(message).encode()
     if len(body) > limit:
         raise Oversize(len(body))
-    view = memoryview(len(body).to_bytes(4, "big") + body)
+    frame = len(body).to_bytes(4, "big") + body
     try:
-        while view:
-            view = view[os.write(fd, view) :]
+        written = os.write(fd, frame)
+        while written < len(frame):
+            written += os.write(fd, memoryview(frame)[written:])
     except (BrokenPipeError, ConnectionResetError):
         raise Hangup from None
 
 
 def receive_frame(fd: int, limit: int = FRAME_BYTES) -> Any:
-    """Read one JSON message. Raises Hangup, Oversize or Damaged; the bytes may be anybody's."""
-    size = int.from_bytes(_read_exactly(fd, 4), "big")
+    """Read one JSON message; the ends take turns, so anything after it is damage.
+
+    Raises Hangup, Oversize or Damaged; the bytes may be anybody's.
+    """
+    start = _read(fd, 1 << 16)
+    while len(start) < 4:
+        start += _read(fd, 1 << 16)
+    size = int.from_bytes(start[:4], "big")
     if size > limit:
         raise Oversize(size)
-    body = _read_exactly(fd, size)
+    parts, missing = [start[4:]], size + 4 - len(start)
+    while missing > 0:
+        parts.append(_read(fd, min(missing, 1 << 20)))
+        missing -= len(parts[-1])
+    if missing:
+        raise Damaged("more than one frame")
     try:
-        return json.loads(body)
+        return _decode(b"".join(parts).decode())
     except (ValueError, RecursionError) as error:
         raise Damaged(type(error).__name__) from None
 
 
-def _read_exactly(fd: int, size: int) -> bytes:
-    parts = []
-    while size:
-        try:
-            part = os.read(fd, min(size, 1 << 20))
-        except ConnectionResetError:
-            part = b""
-        if not part:
-            raise Hangup
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+def _read(fd: int, size: int) -> bytes:
+    try:
+        part = os.read(fd, size)
+    except ConnectionResetError:
+        part = b""
+    if not part:
+        raise Hangup
+    return part

@@ -3,7 +3,8 @@
 Three steps, each one way:
   `build_root`    a mount namespace whose root holds only what Python needs, read-only; no network, no /proc, no /sys
   `enter_cell`    an unprivileged user in a user namespace of its own, able to make one PID namespace per candidate
-  `lock_down`     in the candidate: its own tmpfs, no capability, limits, Landlock, seccomp
+  `Cell.lock_in`  in the candidate: no capability, limits, Landlock, seccomp
+What can be made once a worker is (`Cell`): the kernel takes longer over these than Python over a typical candidate.
 Every failure raises OSError: nothing runs half confined. Runs inside the sandbox: standard library alone.
 """
 
@@ -12,35 +13,32 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import struct
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from qwen_eval.sandbox import seccomp
 
 NOBODY = 65534
 TMPFS_BYTES = 16 << 20
+CHANNEL = 3  # the candidate's only descriptor
 
 _NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
-_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
-_KEPT_FLAGS = _RDONLY | _NOSUID | _NODEV | _NOEXEC | 1024 | 2048 | (1 << 21)  # with noatime, nodiratime, relatime
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME = 1, 2, 4, 8, 32, 1024
+_BIND, _REC, _PRIVATE = 4096, 16384, 1 << 18
+_KEPT_FLAGS = _RDONLY | _NOSUID | _NODEV | _NOEXEC | _NOATIME | 2048 | (1 << 21)  # with noatime, nodiratime, relatime
 _DETACH = 2
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
-_SIGKILL = 9
 _CAP_SYS_ADMIN = 1 << 21
+_CLOCK_REALTIME_COARSE = 5
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_python = ctypes.PyDLL(None, use_errno=True)  # the same with the interpreter's lock held, as os.fork holds it
+_CLONE = 56 if os.uname().machine == "x86_64" else 220
 _outer_ids = os.getuid(), os.getgid()  # as the namespace around sees them
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one candidate may use. `memory_bytes` is its address space."""
-
-    cpu_s: int
-    memory_bytes: int
-    file_bytes: int = TMPFS_BYTES
-    num_files: int = 64
-    num_tasks: int = 32  # threads, with the two processes that keep the cell
 
 
 def _call(name: str, *arguments: object) -> int:
@@ -62,8 +60,7 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 # --- the worker's root and user ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """What the root holds: host path -> place inside, read-only; `links` are symbolic, `masks` emptied folders."""
 
     binds: Sequence[tuple[str, str]]
@@ -128,8 +125,8 @@ def _write_maps(proc_fd: int) -> None:
             file.write(text)
 
 
-def enter_cell(proc_fd: int) -> int:
-    """Become nobody, first process of a new PID namespace; return a descriptor of that namespace.
+def enter_cell(proc_fd: int) -> None:
+    """Become nobody, first process of a new PID namespace.
 
     `proc_fd` is the host's /proc, needed for the identity maps, and closed here.
     """
@@ -147,60 +144,122 @@ def enter_cell(proc_fd: int) -> int:
         os.close(proc_fd)
         _, status = os.waitpid(keeper, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    _prctl(_SET_PDEATHSIG, _SIGKILL)
-    own = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc_fd)
+    _prctl(_SET_PDEATHSIG, signal.SIGKILL)
     os.close(proc_fd)
     _prctl(_SET_DUMPABLE, 0)
-    return own
-
-
-def fork_candidate(own_pid_namespace: int) -> int:
-    """Like os.fork; the child is process 1 of a PID namespace of its own, which dies with it."""
-    _call("unshare", _NEWPID)
-    pid = os.fork()
-    if pid:
-        _call("setns", own_pid_namespace, _NEWPID)
-    return pid
 
 
 # --- the candidate -------------------------------------------------------------------------------------------------
 
-
-def own_tmpfs() -> None:
-    """A fresh, small, private /tmp as working directory; gone with the last process that sees it."""
-    _call("unshare", _NEWNS)
-    options = f"size={TMPFS_BYTES},nr_inodes=1024,mode=0700,uid={NOBODY},gid={NOBODY}"
-    _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
-    os.chdir("/tmp")
-
-
-def set_limits(limits: Limits) -> None:
-    for name, value in (
-        ("CPU", limits.cpu_s),
-        ("AS", limits.memory_bytes),
-        ("FSIZE", limits.file_bytes),
-        ("NOFILE", limits.num_files),
-        ("NPROC", limits.num_tasks),
-        ("CORE", 0),
-        ("MSGQUEUE", 0),
-        ("MEMLOCK", 0),
-    ):
-        kind = getattr(resource, f"RLIMIT_{name}", None)
-        if kind is None:
-            continue
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+_FIXED_LIMITS = {
+    "FSIZE": TMPFS_BYTES,
+    "NOFILE": 64,
+    "NPROC": 32,  # threads, with the three processes of the cell
+    "CORE": 0,
+    "MSGQUEUE": 0,
+    "MEMLOCK": 0,
+}
 
 
-def drop_privileges(seccomp_filter: bytes) -> None:
-    """No capability, none to be had again, files by Landlock, system calls by `seccomp_filter`. The last step."""
-    _prctl(_SET_NO_NEW_PRIVS, 1)
-    _restrict_files()
-    header, nothing = struct.pack("<Ii", 0x20080522, 0), bytes(24)
-    _call("capset", header, nothing)
-    program = struct.pack("@HP", len(seccomp_filter) // 8, _address(seccomp_filter))
-    _prctl(_SET_SECCOMP, 2, program)
+def set_fixed_limits() -> None:
+    """For this process and its children, for good."""
+    for name, value in _FIXED_LIMITS.items():
+        if hasattr(resource, f"RLIMIT_{name}"):
+            _limit(getattr(resource, f"RLIMIT_{name}"), value)
+
+
+def set_budget(cpu_s: int, memory_bytes: int) -> None:
+    """Seconds of computing and bytes of address space, for this process."""
+    _limit(resource.RLIMIT_CPU, cpu_s)
+    _limit(resource.RLIMIT_AS, memory_bytes)
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def keep_only(channel: int) -> None:
+    """`channel` becomes descriptor `CHANNEL`, 0 to 2 lead nowhere, all others are closed."""
+    null = os.open(os.devnull, os.O_RDWR)  # anew: what is set on an open file would be seen by the next program
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.dup2(channel, CHANNEL)
+    os.closerange(CHANNEL + 1, 1 << 30)
+
+
+class Cell:
+    """What the candidates of a worker share, one after another: an empty /tmp and the locks, made in advance."""
+
+    def __init__(self) -> None:
+        code = seccomp.candidate_filter(pid=1)
+        self._filter = struct.pack("@HP", len(code) // 8, _address(code))
+        self._filter_code = code  # kept: the line above holds its address only
+        _prctl(_SET_NO_NEW_PRIVS, 1)
+        set_fixed_limits()
+        self._mount_tmp()
+
+    def _mount_tmp(self) -> None:
+        """An empty /tmp as working directory, not to be told from one made for the next candidate alone."""
+        options = f"size={TMPFS_BYTES},nr_inodes=1024,mode=0700,uid={NOBODY},gid={NOBODY}"
+        _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC | _NOATIME, options)
+        os.chdir("/tmp")
+        self._untouched = _traces()
+        while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= self._untouched[-1]:
+            time.sleep(0.001)  # a change within the tick of the making would not show
+        self._ruleset = _landlock_ruleset()
+
+    def renew(self) -> bool:
+        """False where /tmp is as it was made; else it is replaced. Call it between candidates, when none is alive."""
+        if _traces() == self._untouched:
+            return False
+        os.chdir("/")
+        _call("umount2", b"/tmp", _DETACH)
+        if self._ruleset >= 0:
+            os.close(self._ruleset)
+        self._mount_tmp()
+        return True
+
+    def fork(self) -> int:
+        """Like os.fork; the child is process 1 of a PID namespace of its own, which dies with it.
+
+        In one system call: `unshare` before an `os.fork` and `setns` after it cost a millisecond more.
+        """
+        _python.PyOS_BeforeFork()
+        pid: int = _python.syscall(_CLONE, _NEWPID | signal.SIGCHLD, 0, 0, 0, 0)
+        number = ctypes.get_errno()
+        _python.PyOS_AfterFork_Parent() if pid else _python.PyOS_AfterFork_Child()
+        if pid < 0:
+            raise OSError(number, f"clone: {os.strerror(number)}")
+        return pid
+
+    def lock_in(self, channel: int) -> int:
+        """In the candidate: no other descriptor, no capability, files by Landlock, system calls by seccomp.
+
+        Returns the descriptor that `channel` has from now on.
+        """
+        if self._ruleset >= 0:
+            _call("syscall", _RESTRICT_SELF, self._ruleset, 0)
+        keep_only(channel)
+        _call("capset", _OWN_CAPABILITIES, _NO_CAPABILITIES)
+        _prctl(_SET_SECCOMP, 2, self._filter)
+        return CHANNEL
+
+    def end(self, pid: int) -> int:
+        """Kill a candidate, with which its whole namespace dies; its wait status, once all that is done."""
+        os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, 0)[1]
+
+
+_OWN_CAPABILITIES, _NO_CAPABILITIES = struct.pack("<Ii", 0x20080522, 0), bytes(24)
+
+
+def _traces() -> tuple[int, ...]:
+    """What differs once anything was made, removed or changed in /tmp: each sets the folder's time of change, which
+    nobody can set back."""
+    is_ = os.stat("/tmp")
+    return is_.st_dev, is_.st_ino, is_.st_mode, is_.st_nlink, is_.st_size, is_.st_mtime_ns, is_.st_ctime_ns
 
 
 def _address(data: bytes) -> int:
@@ -219,10 +278,11 @@ def landlock_version() -> int:
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
 
 
-def _restrict_files() -> None:
+def _landlock_ruleset() -> int:
+    """A descriptor of the rules, -1 where the kernel has no Landlock."""
     version = landlock_version()
     if not version:
-        return
+        return -1
     rights = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
     attributes = struct.pack("<Q", rights)
     if version >= 4:
@@ -234,5 +294,4 @@ def _restrict_files() -> None:
         fd = os.open(place, os.O_PATH)
         _call("syscall", _ADD_RULE, ruleset, 1, struct.pack("<Qi", granted, fd), 0)
         os.close(fd)
-    _call("syscall", _RESTRICT_SELF, ruleset, 0)
-    os.close(ruleset)
+    return ruleset

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -18,9 +19,11 @@ import socket
 import sys
 import time
 import traceback
-from typing import Any, NoReturn
+from types import CodeType
+from typing import Any, NamedTuple, NoReturn
 
 from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame
+from qwen_eval.sandbox.orders import END, END_SOON, RUN, RUN_MORE
 from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined, Untestable
 
 JUDGE_MEMORY_BYTES = 4 << 30
@@ -61,16 +64,11 @@ _bell = _Bell()
 
 def judge(request: dict[str, Any], control: socket.socket) -> str:
     """The reason of the verdict; "passed" is the only pass. Raises Hangup when the zygote is gone."""
-    mine, theirs = socket.socketpair()
-    timeout_s = request["timeout_s"]
-    limits = {"cpu_s": math.ceil(timeout_s) + 1, "memory_bytes": request["memory_bytes"]}
-    with theirs:
-        _fork(control, limits, theirs.fileno())
-    with mine:
+    with _candidate(control, request["has_more"]) as mine:
         has_left = _bell.has_rung = False
         try:
             # again and again: a bare `except:` in a test may catch one
-            signal.setitimer(signal.ITIMER_REAL, timeout_s, 0.05)
+            signal.setitimer(signal.ITIMER_REAL, request["timeout_s"], 0.05)
             try:
                 channel = Channel(mine.fileno())
                 _run_test(request, channel)
@@ -87,54 +85,82 @@ def judge(request: dict[str, Any], control: socket.socket) -> str:
             has_left, reason = True, ""
         except BaseException as error:
             reason = _describe(error, request["test"])
-    status = _reap(control, grace_s=0.1 if has_left else 0.0)
+    status = _reap(control, END_SOON if has_left else END)
     return reason or _describe_exit(status)
 
 
-def _fork(control: socket.socket, limits: dict[str, int], channel: int) -> None:
+def _candidate(control: socket.socket, has_more: bool) -> socket.socket:
+    """The channel to a new candidate."""
     try:
-        socket.send_fds(control, [json.dumps({"run": limits}).encode()], [channel])
+        control.sendall(RUN_MORE if has_more else RUN)
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
     except (BrokenPipeError, ConnectionResetError):
-        raise Hangup from None
+        descriptors = []
+    if not descriptors:
+        raise Hangup
+    return socket.socket(fileno=descriptors[0])
 
 
-def _reap(control: socket.socket, grace_s: float) -> int:
+def _reap(control: socket.socket, order: bytes) -> int:
     try:
-        control.sendall(json.dumps({"reap": grace_s}).encode())
-        answer = control.recv(4096)
+        control.sendall(order)
+        answer = control.recv(4)
     except (BrokenPipeError, ConnectionResetError):
         answer = b""
-    if not answer:
+    if len(answer) < 4:
         raise Hangup
-    status: int = json.loads(answer)["status"]
-    return status
+    return int.from_bytes(answer, "little", signed=True)
 
 
 def _run_test(request: dict[str, Any], channel: Channel) -> None:
-    channel.load(request["solution"])
-    tree = ast.parse(request["test"])
-    code = compile(tree, "<test>", "exec", dont_inherit=True)
-    names = _namespace(request, tree, channel)
+    channel.load(request["solution"], math.ceil(request["timeout_s"]) + 1, request["memory_bytes"])
+    test = _compiled_test(request["test"])
+    names = _namespace(request, test.foreign, channel)
     channel.loaded()
-    exec(code, names)
-    if any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
+    exec(test.code, names)
+    if test.has_check:
         names["check"](names[request["entry_point"]])
 
 
-def _namespace(request: dict[str, Any], test: ast.Module, channel: Channel) -> dict[str, Any]:
+class _Test(NamedTuple):
+    code: CodeType
+    has_check: bool
+    foreign: frozenset[str]  # names it reads and may not bind
+
+
+@functools.lru_cache(maxsize=1024)  # the same for all samples of a problem
+def _compiled_test(text: str) -> _Test:
+    code = compile(text, "<test>", "exec", dont_inherit=True)
+    parts = [part for part in code.co_consts if isinstance(part, CodeType)]
+    foreign = _names(code) - set(dir(builtins))  # never the candidate's: it would redefine what an assertion means
+    if foreign & sys.stdlib_module_names:  # attributes have such names too, and importing `this` is not free
+        foreign &= _unbound(ast.parse(text))
+    return _Test(code, any(part.co_name == "check" for part in parts), frozenset(foreign))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled_prelude(text: str) -> CodeType:
+    return compile(text, "<prelude>", "exec", dont_inherit=True)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Every name of `code` that is not local to a function: more than it reads, since attributes are among them."""
+    inner = (_names(part) for part in code.co_consts if isinstance(part, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _namespace(request: dict[str, Any], foreign: frozenset[str], channel: Channel) -> dict[str, Any]:
     """What the test's names mean: the prelude's, then the entry point, then what nobody else defines."""
     names: dict[str, Any] = {"__name__": "test"}
     try:
-        exec(compile(request["prelude"], "<prelude>", "exec", dont_inherit=True), names)
+        exec(_compiled_prelude(request["prelude"]), names)
     except Exception as error:
         raise Untestable(f"the prelude does not run by itself: {type(error).__name__}") from None
     entry_point = request["entry_point"]
     if not entry_point.isidentifier():
         raise Untestable(f"entry point {entry_point!r} is not a name")
     names[entry_point] = Remote(channel, entry_point, True)
-    for name in _unbound(test) - names.keys():
-        if hasattr(builtins, name):
-            continue  # never the candidate's: it would redefine what an assertion means
+    for name in foreign - names.keys():
         if name in sys.stdlib_module_names:
             names[name] = importlib.import_module(name)
         else:

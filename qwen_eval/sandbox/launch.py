@@ -25,7 +25,7 @@ RealMode: TypeAlias = Literal["bubblewrap", "namespaces", "unsafe"]
 
 START_S = 20.0
 GRACE_S = 0.5  # the judge times out by itself; this is for a judge stuck in one long operation
-_INSIDE = ("codec", "seccomp", "confine", "candidate", "zygote")  # in the order of their imports
+_INSIDE = ("orders", "codec", "seccomp", "confine", "candidate", "zygote")  # in the order of their imports
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 _BOOT_ZYGOTE = """
@@ -120,8 +120,11 @@ class Worker:
         poll.register(self.harness_fd, select.POLLIN)
         return bool(poll.poll(max(0.0, timeout_s) * 1000))
 
-    def run(self, program: Program, timeout_s: float, memory_bytes: int) -> Verdict:
-        """Raises WorkerLost when judge or zygote died; the program may be at fault or not."""
+    def run(self, program: Program, timeout_s: float, memory_bytes: int, has_more: bool = False) -> Verdict:
+        """Raises WorkerLost when judge or zygote died; the program may be at fault or not.
+
+        `has_more`: another program follows at once, so that its process may be made while this one runs.
+        """
         request = {
             "solution": program.solution,
             "test": program.test,
@@ -129,6 +132,7 @@ class Worker:
             "entry_point": program.entry_point,
             "timeout_s": timeout_s,
             "memory_bytes": memory_bytes,
+            "has_more": has_more,
         }
         start = time.perf_counter()
         try:
@@ -210,7 +214,8 @@ def _bubblewrap_arguments() -> list[str]:
         arguments += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         arguments += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    for folder in sorted({str(parent) for _, place in tree["binds"] for parent in Path(place).parents} - {"/"}):
+    places = [place for _, place in tree["binds"]] + list(tree["devices"])
+    for folder in sorted({str(parent) for place in places for parent in Path(place).parents} - {"/"}):
         arguments += ["--dir", folder]  # said by name they are 0755; made on the way they would be closed to nobody
     for source, place in tree["binds"]:
         arguments += ["--ro-bind", source, place]

@@ -32,8 +32,8 @@ class Channel:
         self.fd = fd
         self.fault: Exception | None = None  # the first breach of the protocol: a test that catches it still fails
 
-    def load(self, source: str) -> None:
-        send_frame(self.fd, source)
+    def load(self, source: str, cpu_s: int, memory_bytes: int) -> None:
+        send_frame(self.fd, [cpu_s, memory_bytes, source])
 
     def loaded(self) -> None:
         """Wait until the source has run; raises what it raised."""

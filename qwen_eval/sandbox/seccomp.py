@@ -59,7 +59,9 @@ _ALLOW = 0x7FFF0000
 _KILL = 0x80000000  # SECCOMP_RET_KILL_PROCESS
 _ERRNO = 0x00050000
 
-_LOAD, _EQUAL, _AT_LEAST, _BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF opcodes: ld abs, jeq, jge, jset, ret
+# BPF opcodes: ld abs, ld imm, ld mem, st, tax, and k, lsh x, rsh k, jeq, jge, jset, ret
+_LOAD, _SET, _RECALL, _STORE, _TO_X, _AND, _SHIFT_BY_X, _SHIFT = 0x20, 0x00, 0x60, 0x02, 0x07, 0x54, 0x6C, 0x74
+_EQUAL, _AT_LEAST, _BITS, _RETURN = 0x15, 0x35, 0x45, 0x06
 _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data, little endian
 
 
@@ -82,11 +84,25 @@ def candidate_filter(pid: int, machine: str = platform.machine()) -> bytes:
         _line(_EQUAL, _TGKILL[column], 0, 4), _line(_LOAD, _FIRST_ARGUMENT), _line(_EQUAL, pid, 1, 0),
         _line(_RETURN, refuse), _line(_RETURN, _ALLOW),
     ]  # fmt: skip
-    for name in _REFUSED:
-        number = _REFUSED[name][column]
-        if number is not None:
-            lines += [_line(_EQUAL, number, 0, 1), _line(_RETURN, refuse)]
-    return b"".join([*lines, _line(_RETURN, _ALLOW)])
+    numbers = [numbers[column] for numbers in _REFUSED.values()]
+    return b"".join([*lines, *_refuse_all({n for n in numbers if n is not None}, refuse), _line(_RETURN, _ALLOW)])
+
+
+def _refuse_all(numbers: set[int], refuse: int) -> list[bytes]:
+    """`refuse` where the loaded number is one of `numbers`, by a bit in a 32-bit mask for each number // 32.
+
+    A comparison a number would do, at five times the price: each candidate installs the filter anew, and the kernel
+    first walks a filter of mere comparisons for every call there is.
+    """
+    lines = [
+        _line(_AND, 31), _line(_TO_X, 0), _line(_SET, 1), _line(_SHIFT_BY_X, 0), _line(_STORE, 0),
+        _line(_LOAD, _NUMBER), _line(_SHIFT, 5),
+    ]  # fmt: skip
+    for word in sorted({number // 32 for number in numbers}):
+        mask = sum(1 << number % 32 for number in numbers if number // 32 == word)
+        lines += [_line(_EQUAL, word, 0, 4), _line(_RECALL, 0), _line(_BITS, mask, 0, 1), _line(_RETURN, refuse)]
+        lines += [_line(_RETURN, _ALLOW)]
+    return lines
 
 
 def _line(opcode: int, operand: int, skip_if_true: int = 0, skip_if_false: int = 0) -> bytes:

@@ -1,7 +1,11 @@
 """A warm Python that forks one confined candidate after another. Runs inside the sandbox: standard library alone.
 
-Talks to the judge over `control`: {"run": limits} with the candidate's channel as descriptor, then {"reap": grace_s},
-answered by {"status": ...}. It never sees a program: the source goes through the channel to the candidate alone.
+Obeys the judge over `control`, a byte an order: `RUN` and `RUN_MORE` are answered by a candidate's channel as
+descriptor, `END` and `END_SOON` (which lets one that hung up finish dying) by its exit status. It never sees a program:
+the source goes through the channel to the candidate alone.
+
+Each page that it or a candidate writes after a fork is copied, which is most of what a candidate costs: so this file
+imports little that candidates do not ask for, and does little between two forks.
 """
 
 from __future__ import annotations
@@ -23,119 +27,139 @@ import operator  # noqa: F401
 import os
 import random  # noqa: F401  # its own fork hook seeds each candidate afresh
 import re  # noqa: F401
-import shutil
 import signal
-import socket
 import statistics  # noqa: F401
 import string  # noqa: F401
+import struct
 import sys
-import tempfile
 import time
 import typing
+from _socket import AF_UNIX, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket, socketpair  # `socket` is 10 times the pages
 from typing import Any
 
-from qwen_eval.sandbox import candidate, codec, confine, seccomp
+from qwen_eval.sandbox import candidate, codec, confine
+from qwen_eval.sandbox.orders import END_SOON, RUN, RUN_MORE
 
-
-class Cell:
-    """How candidates are forked: each in a PID namespace, a tmpfs and a filter of its own."""
-
-    def __init__(self, own_pid_namespace: int) -> None:
-        self.own_pid_namespace = own_pid_namespace
-        self.filter = seccomp.candidate_filter(pid=1)
-
-    def fork(self) -> int:
-        return confine.fork_candidate(self.own_pid_namespace)
-
-    def confine(self, limits: confine.Limits) -> None:
-        confine.own_tmpfs()
-        confine.set_limits(limits)
-        confine.drop_privileges(self.filter)
-
-    def end(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)  # its whole namespace dies with it
+GRACE_S = 0.1
 
 
 class OpenField:
     """No confinement but limits, a session and a scratch folder: mode "unsafe"."""
 
+    def __init__(self) -> None:
+        self._folders: dict[int, str] = {}
+
     def fork(self) -> int:
-        self.folder = tempfile.mkdtemp(prefix="candidate-")
-        return os.fork()
+        import tempfile  # here, since a confined candidate never needs it
 
-    def confine(self, limits: confine.Limits) -> None:
-        os.chdir(self.folder)
-        confine.set_limits(limits)
+        folder = tempfile.mkdtemp(prefix="candidate-")
+        pid = os.fork()
+        if pid:
+            self._folders[pid] = folder
+        else:
+            os.chdir(folder)
+        return pid
 
-    def end(self, pid: int) -> None:
+    def lock_in(self, channel: int) -> int:
+        confine.keep_only(channel)
+        confine.set_fixed_limits()
+        return confine.CHANNEL
+
+    def end(self, pid: int) -> int:
+        import shutil
+
         for kill in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._folders.pop(pid), ignore_errors=True)
+        return os.waitpid(pid, 0)[1]
+
+    def renew(self) -> bool:
+        return False
+
+
+class Child(typing.NamedTuple):
+    pid: int
+    channel: socket  # the judge's end
 
 
 def main(control_fd: int, proc_fd: int, tree: dict[str, Any] | None, is_confined: bool, extra_path: list[str]) -> None:
     """`tree` is given where the root is still the host's; in bubblewrap it has been made already."""
-    control = socket.socket(fileno=control_fd)
-    home: Cell | OpenField = OpenField()
+    control = socket(fileno=control_fd)
+    home: confine.Cell | OpenField = OpenField()
     if is_confined:
         if tree is not None:
             confine.build_root(confine.Tree(**tree), proc_fd)
-        home = Cell(confine.enter_cell(proc_fd))
-        os.chdir("/tmp")
+        confine.enter_cell(proc_fd)
+        home = confine.Cell()
     sys.path += extra_path
+    sys.argv[:] = [""]
     os.environ.clear()  # Python itself sets LC_CTYPE in an empty environment
     gc.collect()
     gc.freeze()
     control.sendall(json.dumps({"ready": True, "landlock": confine.landlock_version() if is_confined else 0}).encode())
-    while _serve_one(control, home):
-        pass
+    _serve(control, home)
 
 
-def _serve_one(control: socket.socket, home: Cell | OpenField) -> bool:
-    message, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
-    if not message:
-        return False
-    limits = confine.Limits(**json.loads(message)["run"])
+def _serve(control: socket, home: confine.Cell | OpenField) -> None:
+    current = spare = None
+    while order := control.recv(1):
+        if order in (RUN, RUN_MORE):
+            current = spare or _start(home)
+            _hand_over(control, current)
+            spare = _start(home) if order == RUN_MORE else None  # while the other runs
+            continue
+        assert current is not None, order
+        if order == END_SOON:
+            _wait_briefly(current.pid)
+        status = home.end(current.pid)
+        if home.renew() and spare is not None:  # it stands in the /tmp that was replaced
+            _discard(spare, home)
+            spare = None
+        control.sendall(struct.pack("<i", os.waitstatus_to_exitcode(status)))
+        current = None
+    for child in (current, spare):
+        if child is not None:
+            home.end(child.pid)
+
+
+def _start(home: confine.Cell | OpenField) -> Child:
+    theirs, mine = socketpair(AF_UNIX, SOCK_STREAM)
     pid = home.fork()
     if pid == 0:
-        _become_candidate(descriptors[0], home, limits)
-    os.close(descriptors[0])
-    order = control.recv(4096)
-    _wait_briefly(pid, json.loads(order)["reap"] if order else 0.0)
-    home.end(pid)
-    _, status = os.waitpid(pid, 0)
-    if order:
-        control.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode())
-    return bool(order)
+        _become_candidate(mine.fileno(), home)
+    mine.close()
+    return Child(pid, theirs)
 
 
-def _wait_briefly(pid: int, grace_s: float) -> None:
+def _hand_over(control: socket, child: Child) -> None:
+    control.sendmsg([b"c"], [(SOL_SOCKET, SCM_RIGHTS, struct.pack("i", child.channel.fileno()))])
+    child.channel.close()
+
+
+def _discard(child: Child, home: confine.Cell | OpenField) -> None:
+    home.end(child.pid)
+    child.channel.close()
+
+
+def _wait_briefly(pid: int) -> None:
     """Let a candidate that hung up finish dying, so that its own exit status is seen."""
-    end = time.monotonic() + grace_s
+    end = time.monotonic() + GRACE_S
     while time.monotonic() < end:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.001)
 
 
-def _become_candidate(channel: int, home: Cell | OpenField, limits: confine.Limits) -> typing.NoReturn:
+def _become_candidate(channel: int, home: confine.Cell | OpenField) -> typing.NoReturn:
     status = 125
     try:
         os.setsid()
-        for number in (0, 1, 2):
-            os.dup2(_null, number)
-        os.dup2(channel, 3)
-        os.closerange(4, 1 << 30)
-        home.confine(limits)
-        sys.argv[:] = [""]
-        candidate.serve(3)
+        channel = home.lock_in(channel)
+        candidate.serve(channel, confine.set_budget)
         status = 0
     except OSError as error:
         with contextlib.suppress(BaseException):
-            codec.send_frame(3, ["", "unconfined", str(error)])
+            codec.send_frame(channel, ["", "unconfined", str(error)])
     finally:
         os._exit(status)
-
-
-_null = os.open(os.devnull, os.O_RDWR)

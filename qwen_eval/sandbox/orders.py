@@ -1,0 +1,8 @@
+"""What the judge tells the zygote, a byte each. Runs inside the sandbox too: it imports nothing."""
+
+from __future__ import annotations
+
+RUN = b"r"  # answered by the channel of a new candidate
+RUN_MORE = b"m"  # the same, and have the next one ready
+END = b"e"  # kill the candidate; answered by its exit status
+END_SOON = b"s"  # the same, but let it finish dying
