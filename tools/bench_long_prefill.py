@@ -1,7 +1,7 @@
 """Memory and time of scoring one long text: ours in chunks, and transformers' plain forward with all logits.
 
     python tools/bench_long_prefill.py [--tokens 32768] [--peer-tokens 4096] [--layers 24] [--chunk 2048]
-                                         [--vocab 151936] [--threads 1] [--dtype fp32]
+                                         [--vocab 151936] [--hidden 896] [--threads 1] [--dtype fp32]
 
 The shape is Qwen2.5-0.5B's with the vocabulary of 151,936, weights are random. Each side runs in a process of its own,
 on one thread unless --threads says more. Prints wall seconds, the peak of resident memory beyond weights and KV cache
@@ -24,9 +24,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 SHAPE = {
-    "hidden_size": 896,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
     "intermediate_size": 4864,
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
@@ -56,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--side", choices=("", *SIDES), default="", help=argparse.SUPPRESS)
@@ -64,7 +62,7 @@ def arguments() -> argparse.Namespace:
 
 def measured(side: str, args: argparse.Namespace, num_tokens: int) -> dict[str, Any]:
     options = {"tokens": num_tokens, "layers": args.layers, "chunk": args.chunk, "vocab": args.vocab}
-    options["threads"] = args.threads
+    options |= {"hidden": args.hidden, "threads": args.threads}
     command = [sys.executable, __file__, "--side", side, "--dtype", args.dtype]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -83,7 +81,9 @@ def show(side: str, num_tokens: int, found: dict[str, Any]) -> None:
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
-    return {**SHAPE, "num_hidden_layers": args.layers, "vocab_size": args.vocab}
+    heads = args.hidden // 64
+    width = {"hidden_size": args.hidden, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 7)}
+    return {**SHAPE, **width, "num_hidden_layers": args.layers, "vocab_size": args.vocab}
 
 
 def text_of(args: argparse.Namespace) -> list[int]:

@@ -202,15 +202,24 @@ class Scorer:
     def _token_scores(self, index: int, hidden_RE: Tensor, targets: Sequence[int]) -> Scores:
         if self.on_hidden is not None:
             self.on_hidden(index, hidden_RE)
-        logits, lses, num_greedy = [], [], 0
         targets_R = torch.tensor(targets, device=hidden_RE.device)
-        size = self._rows_at_a_time()
-        for rows, wanted in zip(torch.split(hidden_RE, size), torch.split(targets_R, size)):
-            logits_RV = self.forward.model.logits(rows).float()
-            logits.append(logits_RV.gather(1, wanted[:, None])[:, 0].cpu())
-            lses.append(logits_RV.logsumexp(-1).cpu())
+        logits_R, lse_R, num_greedy = torch.empty(len(targets)), torch.empty(len(targets)), 0
+        model, size = self.forward.model, min(self._rows_at_a_time(), max(len(targets), 1))
+        # one buffer for all slices: blocks of 32 MB that come and go among small ones that stay tear the C heap apart
+        raw_RV = torch.empty(size, model.config.vocab_size, dtype=model.dtype, device=hidden_RE.device)
+        fp32_RV = raw_RV if model.dtype == torch.float32 else torch.empty_like(raw_RV, dtype=torch.float32)
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            wanted = targets_R[part]
+            model.logits(hidden_RE[part], raw_RV[: len(wanted)])
+            logits_RV = fp32_RV[: len(wanted)]
+            if fp32_RV is not raw_RV:
+                logits_RV.copy_(raw_RV[: len(wanted)])
             num_greedy += int((logits_RV.argmax(-1) == wanted).sum())
-        return Scores(logits=torch.cat(logits), logsumexp=torch.cat(lses), num_greedy=num_greedy)
+            logits_R[part] = logits_RV.gather(1, wanted[:, None])[:, 0].cpu()
+            top_R = logits_RV.amax(-1)
+            lse_R[part] = (logits_RV.sub_(top_R[:, None]).exp_().sum(-1).log() + top_R).cpu()
+        return Scores(logits=logits_R, logsumexp=lse_R, num_greedy=num_greedy)
 
 
 def _chunks(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
