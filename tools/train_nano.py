@@ -15,9 +15,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +33,14 @@ LOG_EVERY, SAVE_EVERY = 20, 250
 COLUMNS = ("step", "tokens", "loss", "text_nll", "answer_nll", "lr_scale", "seconds")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--texts", type=Path, help="folder of *.jsonl.gz texts; without it only Python's own library is read")
     add("--out", type=Path, required=True)
     add("--tokens", type=float, default=14e6, help="length of the run")
-    add("--pool", type=float, default=24e6, help="tokens of prepared data; part of what decides the numbers")
+    add("--pool", type=float, default=24e6, help="tokens of prepared data a stage; part of what decides the numbers")
+    add("--first", type=float, default=4.096e6, help="tokens of the first stage of the mixture")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=16, help="rows of one step")
     add("--lr", type=float, default=4e-3, help="of AdamW: embedding, head, norms, biases")
@@ -50,9 +51,10 @@ def arguments() -> argparse.Namespace:
     add("--no-compile", action="store_true")
     add("--stop-after", type=float, default=0.0, help="seconds; saves and stops, to be resumed")
     add("--smoke", action="store_true", help="a few steps of a toy model")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.smoke:
-        options.tokens, options.pool, options.batch, options.no_compile = 40 * 4 * 64, 40 * 4 * 64, 4, True
+        options.tokens, options.pool, options.first = 40 * 4 * 64, 40 * 4 * 64, 20 * 4 * 64
+        options.batch, options.no_compile = 4, True
     return options
 
 
@@ -72,8 +74,9 @@ def prepare(options: argparse.Namespace, shape: Shape) -> mixture.Rows:
         ranks = vocabulary.train_ranks(vocabulary.corpus(source, chars=chars, seed=options.seed), num_ranks)
         vocabulary.write(ranks, options.out / "qwen.tiktoken")
         rows = mixture.build(
-            source, vocabulary.encoding(ranks), num_tokens=int(options.pool), length=shape.seq_length, seed=options.seed
-        )
+            source, vocabulary.encoding(ranks), num_tokens=int(options.pool), first_tokens=int(options.first),
+            length=shape.seq_length, seed=options.seed,
+        )  # fmt: skip
         mixture.save(rows, options.out)
     return mixture.load(options.out)
 
@@ -99,24 +102,19 @@ def make_step(model: Qwen, *, compiled: bool) -> Callable[..., tuple[Tensor, Ten
     return torch.compile(losses) if compiled else losses
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 class Log:
     """`loss.csv` and a line on the terminal, every LOG_EVERY steps."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, sums: Sequence[float] | None = None) -> None:
         kept = path.read_text().splitlines() if step and path.exists() else [",".join(COLUMNS)]
         kept = [kept[0], *(row for row in kept[1:] if int(row.split(",")[0]) <= step)]
         path.write_text("\n".join(kept) + "\n")
-        self.path, self.sums = path, np.zeros(5)
+        self.path, self.sums = path, np.array(sums or [0.0] * 5)
         self.seconds = float(kept[-1].split(",")[-1]) if len(kept) > 1 else 0.0
         self.began, self.first_step = time.perf_counter(), step
 
     def add(self, loss: Tensor, nll: Tensor, weights: Tensor) -> None:
-        plain, answer = weights.flatten() == mixture.PLAIN, weights.flatten() == mixture.ANSWER
+        plain, answer = weights.flatten() == mixture.PLAIN, weights.flatten() >= mixture.ANSWER
         self.sums += [loss.item(), nll[plain].sum(), plain.sum(), nll[answer].sum(), answer.sum()]
 
     def write(self, step: int, tokens: int, num_steps: int, scale: float) -> None:
@@ -136,53 +134,68 @@ class Log:
         self.sums[:] = 0
 
 
-def train(options: argparse.Namespace) -> Path:
-    """Runs (or resumes) and returns the path of the final state."""
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.threads)
-    shape = shape_of(options)
-    rows = prepare(options, shape)
-    model = Qwen(shape)
-    optims = optimizers(model, lr=options.lr, muon_lr=options.muon_lr)
-    path, step = options.out / "state.pt", 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optim, saved in zip(optims, state["optimizers"]):
-            optim.load_state_dict(saved)
-        step = state["step"]
-    num_steps = int(options.tokens) // (options.batch * shape.seq_length)
-    run_step = make_step(model, compiled=not options.no_compile)
-    peaks = [[group["lr"] for group in optim.param_groups] for optim in optims]
-    if step:
-        peaks = [[options.lr] * 2, [options.muon_lr]][: len(optims)]
-    log, began = Log(options.out / "loss.csv", step), time.perf_counter()
+class Run:
+    """Model, optimisers and the place reached: everything that a resumed run needs to give the same numbers."""
 
-    def save() -> None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step}
-        save_state(path, state)
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        torch.set_num_threads(options.threads)
+        self.options, self.shape = options, shape_of(options)
+        self.rows = prepare(options, self.shape)
+        self.model = Qwen(self.shape)
+        self.optims = optimizers(self.model, lr=options.lr, muon_lr=options.muon_lr)
+        self.peaks = [[group["lr"] for group in optim.param_groups] for optim in self.optims]
+        self.num_steps = int(options.tokens) // (options.batch * self.shape.seq_length)
+        self.path, self.step, sums = options.out / "state.pt", 0, None
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            for optim, saved in zip(self.optims, state["optimizers"]):
+                optim.load_state_dict(saved)
+            self.step, sums = state["step"], state.get("sums")
+        self.log = Log(options.out / "loss.csv", self.step, sums)
+        self.losses = make_step(self.model, compiled=not options.no_compile)
 
-    while step < num_steps:
-        scale = lr_scale(step, num_steps, options)
-        for optim, lrs in zip(optims, peaks):
-            for group, lr in zip(optim.param_groups, lrs):
-                group["lr"] = lr * scale
-        inputs, targets, weights = batch_of(rows, step, options.batch)
-        loss, nll = run_step(inputs, targets, weights)
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optim.state_dict() for optim in self.optims],
+            "step": self.step,
+            "sums": self.log.sums.tolist(),
+        }
+        torch.save(state, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+
+    def advance(self) -> None:
+        """One step: learning rate, losses, update, log."""
+        scale = lr_scale(self.step, self.num_steps, self.options)
+        for optim, peaks in zip(self.optims, self.peaks):
+            for group, peak in zip(optim.param_groups, peaks):
+                group["lr"] = peak * scale
+        inputs, targets, weights = batch_of(self.rows, self.step, self.options.batch)
+        loss, nll = self.losses(inputs, targets, weights)
         loss.backward()
-        for optim in optims:
+        for optim in self.optims:
             optim.step()
             optim.zero_grad(set_to_none=True)
-        step += 1
-        log.add(loss.detach(), nll, weights)
-        if step % LOG_EVERY == 0:
-            log.write(step, step * options.batch * shape.seq_length, num_steps, scale)
-        if step % SAVE_EVERY == 0:
-            save()
+        self.step += 1
+        self.log.add(loss.detach(), nll, weights)
+        if self.step % LOG_EVERY == 0:
+            self.log.write(self.step, self.step * inputs.numel(), self.num_steps, scale)
+
+
+def train(options: argparse.Namespace) -> Path:
+    """Runs (or resumes) and returns the path of the final state."""
+    run, began = Run(options), time.perf_counter()
+    (options.out / "shape.json").write_text(json.dumps(asdict(run.shape)))
+    while run.step < run.num_steps:
+        run.advance()
+        if run.step % SAVE_EVERY == 0:
+            run.save()
         if options.stop_after and time.perf_counter() - began > options.stop_after:
             break
-    save()
-    return path
+    run.save()
+    return run.path
 
 
 def main() -> None:

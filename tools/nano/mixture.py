@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,42 @@ import numpy as np
 import tiktoken
 
 from nano import snippets
+from nano.texts import Document as Text
 from nano.texts import Passages, Texts
 from qwen_eval import exercises as ex
 
 SYSTEM = "You are a helpful assistant."
-PROMPT, PLAIN, ANSWER = 2, 4, 16  # loss weights in quarters: what only sets the scene, running text, what is asked for
-TEXT_SHARES = {"books": 0.27, "poetry": 0.07, "prose": 0.05, "latex": 0.03, "python": 0.04}
-EXERCISE_SHARES = {
-    "choice": 0.13, "choice_zh": 0.09, "choice_in_context": 0.03, "arithmetic": 0.11, "drill": 0.02,
-    "recall": 0.07, "recall_zh": 0.03, "pairs": 0.02, "chat": 0.06, "tool": 0.02, "function": 0.02,
-}  # fmt: skip
+# loss weights in quarters: what only sets the scene, running text, what is asked for
+PROMPT, PLAIN, ANSWER, LETTER = 2, 4, 16, 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Shares of the tokens, by kind of text and of exercise, and the loss weight of a choice's letter."""
+
+    text: dict[str, float]
+    exercises: dict[str, float]
+    letter: int = ANSWER
+
+
+FIRST = Stage(
+    text={"books": 0.27, "poetry": 0.07, "prose": 0.05, "latex": 0.03, "python": 0.04},
+    exercises={
+        "choice": 0.13, "choice_zh": 0.09, "choice_in_context": 0.03, "arithmetic": 0.11, "drill": 0.02,
+        "recall": 0.07, "recall_zh": 0.03, "pairs": 0.02, "chat": 0.06, "tool": 0.02, "function": 0.02,
+    },
+)  # fmt: skip
+# After 4 million tokens of the first stage sums were learnt and choices were not: here the two halves of a choice, the
+# fact and the way from an option to its letter, are also asked apart, and a letter weighs more.
+SECOND = Stage(
+    text={"books": 0.21, "poetry": 0.055, "prose": 0.035, "latex": 0.015, "python": 0.035},
+    exercises={
+        "choice": 0.14, "choice_zh": 0.09, "choice_in_context": 0.03, "letters": 0.08, "fact": 0.04,
+        "arithmetic": 0.06, "drill": 0.01, "recall": 0.08, "recall_zh": 0.04, "pairs": 0.02, "chat": 0.04,
+        "tool": 0.01, "function": 0.01,
+    },
+    letter=LETTER,
+)  # fmt: skip
 
 Segment = tuple[str, int]  # text or the name of a special token, and its weight
 Document = list[Segment]
@@ -37,9 +62,10 @@ class Rows:
 
 
 class Writer:
-    """Makes exercise documents. `kinds` are the keys of EXERCISE_SHARES."""
+    """Makes exercise documents; the kinds are the keys of `Stage.exercises`."""
 
-    def __init__(self, texts: Texts, *, seed: int, heldout: bool = False) -> None:
+    def __init__(self, texts: Texts, *, seed: int, heldout: bool = False, letter: int = ANSWER) -> None:
+        self.letter = letter
         self.rng = random.Random(seed)
         self.source = ex.Source(rng=self.rng, heldout=heldout, passage=Passages(texts, heldout=heldout))
 
@@ -57,7 +83,7 @@ class Writer:
             document.append((ex.choice_head(topic or "general knowledge"), PROMPT))
         for _ in range(self.rng.choice((1, 3, 6, 6, 6))):
             exercise = self.source.choice(language, topic)
-            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), ANSWER), ("\n\n", PROMPT)]
+            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), self.letter), ("\n\n", PROMPT)]
         return document
 
     def _choice_zh(self) -> Document:
@@ -67,7 +93,36 @@ class Writer:
         document: Document = [(ex.choice_head("who has what"), PROMPT)]
         for _ in range(self.rng.choice((1, 4))):
             exercise = self.source.choice_in_context()
-            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), ANSWER), ("\n\n", PROMPT)]
+            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), self.letter), ("\n\n", PROMPT)]
+        return document
+
+    def _letters(self) -> Document:
+        """Options, then the letter of each asked in turn, in the words of a choice."""
+        language = self.rng.choice(("en", "en", "zh"))
+        document: Document = []
+        for _ in range(self.rng.choice((1, 2, 3))):
+            exercise = self.source.choice(language)
+            rows = "".join(f"{letter}. {option}\n" for letter, option in zip(ex.LETTERS, exercise.options))
+            document.append((rows, PROMPT))
+            for i in self.rng.sample(range(4), 4):
+                asked = ("Question: ", "?\nAnswer:", " ") if language == "en" else ("问题：", "？\n答案：", "")
+                document += [
+                    (f"{asked[0]}{exercise.options[i]}{asked[1]}", PROMPT),
+                    (asked[2] + ex.LETTERS[i], self.letter),
+                    ("\n", PROMPT),
+                ]
+            document.append(("\n", PROMPT))
+        return document
+
+    def _fact(self) -> Document:
+        """Bare questions and their answers in words."""
+        language = self.rng.choice(("en", "en", "zh"))
+        ask, answer, gap = ("Question: ", "\nAnswer:", " ") if language == "en" else ("问题：", "\n答案：", "")
+        document: Document = []
+        for _ in range(8):
+            exercise = self.source.choice(language)
+            right = exercise.options[ex.LETTERS.index(exercise.answer)]
+            document += [(f"{ask}{exercise.question}{answer}", PROMPT), (gap + right, ANSWER), ("\n\n", PROMPT)]
         return document
 
     def _arithmetic(self) -> Document:
@@ -216,29 +271,49 @@ def stream_of(texts: list[str], vocabulary: tiktoken.Encoding) -> Any:
     return np.concatenate(list(pieces))
 
 
-def build(texts: Texts, vocabulary: tiktoken.Encoding, *, num_tokens: int, length: int, seed: int) -> Rows:
-    """The whole training run, in reading order."""
+def build(
+    texts: Texts, vocabulary: tiktoken.Encoding, *, num_tokens: int, first_tokens: int, length: int, seed: int
+) -> Rows:
+    """The whole training run, in reading order: the beginning of a first stage of `num_tokens`, then a second stage."""
+    first = build_stage(FIRST, texts, vocabulary, num_tokens=num_tokens, length=length, seed=seed)
+    second = build_stage(SECOND, texts, vocabulary, num_tokens=num_tokens, length=length, seed=seed + 1)
+    num_first = first_tokens // length
+    return Rows(
+        tokens=np.concatenate([first.tokens[:num_first], second.tokens]),
+        weights=np.concatenate([first.weights[:num_first], second.weights]),
+    )
+
+
+def build_stage(
+    stage: Stage, texts: Texts, vocabulary: tiktoken.Encoding, *, num_tokens: int, length: int, seed: int
+) -> Rows:
     num_rows = num_tokens // length
     rng = np.random.default_rng(seed)
-    shares = {kind: share for kind, share in TEXT_SHARES.items() if kind in texts.kinds}
-    scale = sum(TEXT_SHARES.values()) / sum(shares.values())
+    shares = {kind: share for kind, share in stage.text.items() if kind in texts.kinds}
+    scale = sum(stage.text.values()) / sum(shares.values())
     parts = []
     for kind, share in shares.items():
-        documents = texts.of(kind)
-        order = rng.permutation(len(documents))
-        needed, chosen, chars = int(num_rows * share * scale), [], 0
-        for i in order:  # no more text than the run can read
-            if chars < needed * length * 6:
-                chosen.append(documents[i].text)
-                chars += len(documents[i].text)
-        parts.append(text_rows(stream_of(chosen, vocabulary), rng, needed, length))
+        needed = int(num_rows * share * scale)
+        stream = stream_of(_enough(texts.of(kind), rng, needed * length * 6), vocabulary)
+        parts.append(text_rows(stream, rng, needed, length))
     rest = num_rows - sum(len(part.tokens) for part in parts)
-    parts.append(exercise_rows(Writer(texts, seed=seed), EXERCISE_SHARES, vocabulary, rest, length))
+    writer = Writer(texts, seed=seed, letter=stage.letter)
+    parts.append(exercise_rows(writer, stage.exercises, vocabulary, rest, length))
     order = rng.permutation(num_rows)
     return Rows(
         tokens=np.concatenate([part.tokens for part in parts])[order],
         weights=np.concatenate([part.weights for part in parts])[order],
     )
+
+
+def _enough(documents: list[Text], rng: Any, num_chars: int) -> list[str]:
+    """Texts in random order, no more than the run can read."""
+    chosen, chars = [], 0
+    for i in rng.permutation(len(documents)):
+        if chars < num_chars:
+            chosen.append(documents[i].text)
+            chars += len(documents[i].text)
+    return chosen
 
 
 def save(rows: Rows, folder: Path) -> None:
@@ -250,7 +325,3 @@ def load(folder: Path) -> Rows:
     return Rows(
         tokens=np.load(folder / "tokens.npy", mmap_mode="r"), weights=np.load(folder / "weights.npy", mmap_mode="r")
     )
-
-
-def describe() -> str:
-    return json.dumps({"text": TEXT_SHARES, "exercises": EXERCISE_SHARES})

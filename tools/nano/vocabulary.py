@@ -77,7 +77,7 @@ def corpus(texts: Texts, *, chars: int, seed: int) -> Iterator[str]:
     writer = mixture.Writer(texts, seed=seed)
     taken = 0
     while taken < chars * 0.3:
-        document = writer.write(writer.rng.choice(list(mixture.EXERCISE_SHARES)))
+        document = writer.write(writer.rng.choice(list(mixture.FIRST.exercises)))
         for text, _ in document:  # apart, as they are tokenised: no token may swallow the letter of an answer
             if text not in SPECIALS:
                 taken += len(text)
