@@ -229,6 +229,7 @@ def exercise_rows(
     """Rows that begin with a document. What does not fit begins the next row; something cuttable fills this one."""
     tokens = np.zeros((num_rows, length + 1), dtype=np.uint16)
     weights = np.zeros((num_rows, length + 1), dtype=np.uint8)
+    fillers = [kind for kind in CUTTABLE if kind in kinds]
     made = dict.fromkeys(kinds, 1)  # tokens so far: documents differ in length, shares are of tokens
     waiting: tuple[list[int], list[int]] | None = None
 
@@ -245,7 +246,7 @@ def exercise_rows(
         ids, marks = waiting or document(list(kinds))[1:]
         waiting = None
         while len(ids) <= length:
-            kind, more, more_marks = document(list(kinds) if waiting is None else CUTTABLE)
+            kind, more, more_marks = document(list(kinds) if waiting is None else fillers)
             if len(ids) + len(more) <= length + 1 or kind in CUTTABLE:
                 ids, marks = ids + more, marks + more_marks
             else:
