@@ -31,6 +31,19 @@ CITIES = _words(
     "Delhi Seoul Hanoi Ankara Tehran Boston Chicago Denver Dallas Sydney Geneva Milan Venice Naples Kyoto"
 )
 CITIES_ZH = _words("北京 上海 南京 西安 成都 杭州 广州 长沙 天津 重庆 苏州 武汉 昆明 大连 青岛 厦门")
+NAMES_ZH = _words("小明 小红 小刚 小丽 小华 小芳 小军 小美")
+STATED = {  # what a question states, what it then asks, and the words that can stand there
+    "en": (
+        ("{name} lives in {answer}.", "Where does {name} live?", CITIES),
+        ("{name} went to {answer}.", "Where did {name} go?", CITIES),
+        ("{name} has {answer}.", "What does {name} have?", tuple(thing.replace("_", " ") for thing in THINGS)),
+        ("{name} bought {answer}.", "What did {name} buy?", ITEMS),
+    ),
+    "zh": (
+        ("{name}住在{answer}。", "{name}住在哪里？", CITIES_ZH),
+        ("{name}去了{answer}。", "{name}去了哪里？", CITIES_ZH),
+    ),
+}
 HELDOUT_SHARE = 0.1
 
 
@@ -106,6 +119,22 @@ class Source:
         return Exercise(
             kind="choice", topic=relation["topic"], language=language, key=f"choice|{relation['topic']}|{question}",
             question=question, options=tuple(options), answer=LETTERS[options.index(right)],
+        )  # fmt: skip
+
+    def choice_stated(self, language: str = "en") -> Exercise:
+        """The fact is stated in the question, and no other option is named there."""
+        return self._until(lambda: self._choice_stated(language))
+
+    def _choice_stated(self, language: str) -> Exercise:
+        statement, asked, words = self.rng.choice(STATED[language])
+        name = self.rng.choice(NAMES if language == "en" else NAMES_ZH)
+        options = self.rng.sample(words, 4)
+        right = self.rng.choice(options)
+        told, gap = statement.format(name=name, answer=right), " " if language == "en" else ""
+        return Exercise(
+            kind="choice", topic="what was said" if language == "en" else "说过的话", language=language,
+            key=f"stated|{told}", question=told + gap + asked.format(name=name), options=tuple(options),
+            answer=LETTERS[options.index(right)],
         )  # fmt: skip
 
     def choice_in_context(self) -> Exercise:

@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from nano import mixture, texts, vocabulary  # noqa: E402
 from nano.model import Qwen, Shape  # noqa: E402
 from nano.optimizer import optimizers  # noqa: E402
+from nano.structure import structured  # noqa: E402
 
 LOG_EVERY, SAVE_EVERY = 20, 250
 COLUMNS = ("step", "tokens", "loss", "text_nll", "answer_nll", "lr_scale", "seconds")
@@ -38,13 +39,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--texts", type=Path, help="folder of *.jsonl.gz texts; without it only Python's own library is read")
     add("--out", type=Path, required=True)
-    add("--tokens", type=float, default=14e6, help="length of the run")
-    add("--pool", type=float, default=24e6, help="tokens of prepared data a stage; part of what decides the numbers")
-    add("--first", type=float, default=4.096e6, help="tokens of the first stage of the mixture")
+    add("--tokens", type=float, default=9e6, help="length of the run")
+    add(
+        "--pool",
+        type=float,
+        default=9e6,
+        help="tokens of prepared data of the second stage; part of what decides the numbers",
+    )
+    add("--first", type=float, default=1.8e6, help="tokens of the first stage of the mixture")
     add("--seed", type=int, default=0)
-    add("--batch", type=int, default=16, help="rows of one step")
-    add("--lr", type=float, default=4e-3, help="of AdamW: embedding, head, norms, biases")
-    add("--muon-lr", type=float, default=0.02, help="of Muon: the matrices; 0: AdamW for all")
+    add("--batch", type=int, default=8, help="rows of one step")
+    add("--lr", type=float, default=1.5e-3, help="of AdamW")
+    add("--muon-lr", type=float, default=0.0, help="matrices by Muon with this rate; 0: AdamW for all")
     add("--warmup", type=int, default=40, help="steps")
     add("--decay", type=float, default=0.4, help="share of the run in which the learning rate falls to zero")
     add("--threads", type=int, default=1)
@@ -53,8 +59,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--smoke", action="store_true", help="a few steps of a toy model")
     options = parser.parse_args(argv)
     if options.smoke:
-        options.tokens, options.pool, options.first = 40 * 4 * 64, 40 * 4 * 64, 20 * 4 * 64
-        options.batch, options.no_compile = 4, True
+        options.tokens, options.pool, options.first = 40 * 4 * 64, 40 * 4 * 64, 40 * 4 * 64
+        options.batch, options.no_compile, options.warmup, options.lr = 4, True, 5, 4e-3
     return options
 
 
@@ -143,6 +149,7 @@ class Run:
         self.options, self.shape = options, shape_of(options)
         self.rows = prepare(options, self.shape)
         self.model = Qwen(self.shape)
+        structured(self.model, options.seed)
         self.optims = optimizers(self.model, lr=options.lr, muon_lr=options.muon_lr)
         self.peaks = [[group["lr"] for group in optim.param_groups] for optim in self.optims]
         self.num_steps = int(options.tokens) // (options.batch * self.shape.seq_length)

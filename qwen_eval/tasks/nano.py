@@ -42,7 +42,11 @@ FIELDS = {field.name for field in fields(ex.Exercise)}
 
 @dataclass(kw_only=True)
 class Spec(TaskSpec):
-    """`shots` are those of the base form, at most the five (choices) or two (arithmetic) that come with a row."""
+    """`shots` are those of the base form, at most the five (choices) or two (arithmetic) that come with a row.
+
+    Metrics are the accuracy of each kind and of each group of rows: `choice/stated` (the question states the fact),
+    `choice/known` (training did), `choice/told` (the question tells four).
+    """
 
     name: str = "nano"
     split: str = "test"
@@ -52,7 +56,7 @@ class Spec(TaskSpec):
 
 class Nano(GenerativeTask[Spec]):
     Spec = Spec
-    version = 1
+    version = 2
 
     def rows(self, source: Source) -> list[Sample]:
         samples = []
@@ -61,7 +65,8 @@ class Nano(GenerativeTask[Spec]):
                 raise DataError(
                     f"{source.origin}: {row.get('id')}: a row has id, question, answer and a kind of {KINDS}"
                 )
-            samples.append(Sample(id=row["id"], group=row["kind"], data=row, target=row["answer"]))
+            group = row.get("group") or row["kind"]
+            samples.append(Sample(id=row["id"], group=group, data=row, target=row["answer"]))
         return samples
 
     def prompt(self, sample: Sample) -> Prompt:
@@ -74,10 +79,11 @@ class Nano(GenerativeTask[Spec]):
         if turns:
             return None
         prompt = self.prompt(sample)
-        if sample.group == "choice" and not self.is_chat:
+        kind = sample.data["kind"]
+        if kind == "choice" and not self.is_chat:
             space = "" if sample.data["language"] == "zh" else " "
             return Choose(prompt=prompt, choices=tuple(space + letter for letter in ex.LETTERS))
-        stop = () if self.is_chat else STOPS[sample.group]
+        stop = () if self.is_chat else STOPS[kind]
         return Generate(prompt=prompt, max_new_tokens=self.spec.max_new_tokens, stop=stop)
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
@@ -86,7 +92,7 @@ class Nano(GenerativeTask[Spec]):
             letter = ex.LETTERS[answer.best]
             return Grade(score=float(letter == sample.target), extracted=letter)
         completion = completions_of(turns[0])[0]
-        found = read(sample.group, completion.text)
+        found = read(sample.data["kind"], completion.text)
         return Grade(
             score=float(found == sample.target), extracted=found, flags=flags(completion, has_answer=found is not None)
         )
@@ -94,9 +100,10 @@ class Nano(GenerativeTask[Spec]):
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
         records = list(records)
         metrics = {"accuracy": share([record.grade.score for record in records])}
-        for kind in KINDS:
-            if scores := [record.grade.score for record in records if record.group == kind]:
-                metrics[f"accuracy/{kind}"] = share(scores)
+        groups = dict.fromkeys(record.group for record in records)
+        for name in (*KINDS, *(group for group in groups if group not in KINDS)):
+            if scores := [r.grade.score for r in records if r.group == name or r.group.startswith(f"{name}/")]:
+                metrics[f"accuracy/{name}"] = share(scores)
         return metrics
 
 

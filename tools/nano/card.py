@@ -117,7 +117,7 @@ def _interval(metric: Metric) -> str:
 
 
 def tables(out: dict[str, Any]) -> Iterator[str]:
-    yield "### Exercises (`task=nano`, 520 held-out items, % and 95 % interval)\n"
+    yield "### Exercises (`task=nano`, 580 held-out items, % and 95 % interval)\n"
     yield "| kind | n | raw text | ChatML |\n|---|---|---|---|"
     base, chat = out["exercises"]["base"], out["exercises"]["chat"]
     for name in base:
@@ -149,7 +149,9 @@ def main() -> None:
     settings = json.loads((run / "settings.json").read_text())
     filled = template.replace("{tables}", "\n".join(tables(out)))
     filled = filled.replace("{tokens}", f"{out['tokens'] / 1e6:.1f}").replace("{minutes}", f"{out['seconds'] / 60:.0f}")
-    filled = filled.replace("{arguments}", f"--tokens {settings['tokens']:.10g}")
+    threads = "one thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
+    arguments = f"--tokens {settings['tokens']:.10g} --threads {settings['threads']}"
+    filled = filled.replace("{threads}", threads).replace("{arguments}", arguments)
     (ASSET / "MODEL_CARD.md").write_text(filled, encoding="utf-8")
     shutil.copyfile(run / "loss.csv", ASSET / "loss.csv")
     print(filled)

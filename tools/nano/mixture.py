@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,22 @@ class Stage:
     letter: int = ANSWER
 
 
+# First almost only exercises, dense in what is asked for: the circuits of copying, looking up and naming a letter form
+# here or not at all. Then everything.
 FIRST = Stage(
-    text={"books": 0.27, "poetry": 0.07, "prose": 0.05, "latex": 0.03, "python": 0.04},
+    text={"books": 0.04, "poetry": 0.01, "python": 0.01},
     exercises={
-        "choice": 0.13, "choice_zh": 0.09, "choice_in_context": 0.03, "arithmetic": 0.11, "drill": 0.02,
-        "recall": 0.07, "recall_zh": 0.03, "pairs": 0.02, "chat": 0.06, "tool": 0.02, "function": 0.02,
+        "letters": 0.10, "echo": 0.18, "choice_stated": 0.18, "choice": 0.12, "choice_zh": 0.06, "fact": 0.14,
+        "recall": 0.08, "recall_zh": 0.03, "pairs": 0.03, "arithmetic": 0.06, "drill": 0.02,
     },
+    letter=LETTER,
 )  # fmt: skip
-# After 4 million tokens of the first stage sums were learnt and choices were not: here the two halves of a choice, the
-# fact and the way from an option to its letter, are also asked apart, and a letter weighs more.
 SECOND = Stage(
-    text={"books": 0.21, "poetry": 0.055, "prose": 0.035, "latex": 0.015, "python": 0.035},
+    text={"books": 0.27, "poetry": 0.06, "prose": 0.035, "latex": 0.015, "python": 0.03},
     exercises={
-        "choice": 0.14, "choice_zh": 0.09, "choice_in_context": 0.03, "letters": 0.08, "fact": 0.04,
-        "arithmetic": 0.06, "drill": 0.01, "recall": 0.08, "recall_zh": 0.04, "pairs": 0.02, "chat": 0.04,
-        "tool": 0.01, "function": 0.01,
+        "letters": 0.03, "echo": 0.05, "choice_stated": 0.08, "choice": 0.16, "choice_zh": 0.08,
+        "choice_in_context": 0.05, "fact": 0.10, "arithmetic": 0.16, "drill": 0.05, "recall": 0.09, "recall_zh": 0.05,
+        "pairs": 0.01, "chat": 0.06, "tool": 0.01, "function": 0.02,
     },
     letter=LETTER,
 )  # fmt: skip
@@ -82,19 +83,37 @@ class Writer:
         if language == "en" and self.rng.random() < 0.8:
             document.append((ex.choice_head(topic or "general knowledge"), PROMPT))
         for _ in range(self.rng.choice((1, 3, 6, 6, 6))):
-            exercise = self.source.choice(language, topic)
-            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), self.letter), ("\n\n", PROMPT)]
+            document += self._solved(self.source.choice(language, topic))
         return document
 
     def _choice_zh(self) -> Document:
         return self._choice("zh")
 
+    def _choice_stated(self) -> Document:
+        language = self.rng.choice(("en", "en", "zh"))
+        head = language == "en" and self.rng.random() < 0.8
+        document: Document = [(ex.choice_head("what was said"), PROMPT)] if head else []
+        exercises = (self.source.choice_stated(language) for _ in range(self.rng.choice((1, 3, 6, 6))))
+        return document + [segment for exercise in exercises for segment in self._solved(exercise)]
+
     def _choice_in_context(self) -> Document:
         document: Document = [(ex.choice_head("who has what"), PROMPT)]
         for _ in range(self.rng.choice((1, 4))):
-            exercise = self.source.choice_in_context()
-            document += [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), self.letter), ("\n\n", PROMPT)]
+            document += self._solved(self.source.choice_in_context())
         return document
+
+    def _echo(self) -> Document:
+        """The question is the right option itself: a choice without the knowledge."""
+        language = self.rng.choice(("en", "en", "zh"))
+        document: Document = []
+        for _ in range(self.rng.choice((3, 5, 6))):
+            exercise, letter = self.source.choice(language), self.rng.choice(ex.LETTERS)
+            named = exercise.options[ex.LETTERS.index(letter)] + ("?" if language == "en" else "？")
+            document += self._solved(replace(exercise, question=named, answer=letter))
+        return document
+
+    def _solved(self, exercise: ex.Exercise) -> Document:
+        return [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), self.letter), ("\n\n", PROMPT)]
 
     def _letters(self) -> Document:
         """Options, then the letter of each asked in turn, in the words of a choice."""
@@ -220,7 +239,7 @@ def _joined(document: Document) -> Iterator[Segment]:
     yield from (segment for segment in document if segment[0])
 
 
-CUTTABLE = ("choice", "choice_zh", "drill")  # of use even when the end of the row cuts them
+CUTTABLE = ("choice", "choice_zh", "choice_stated", "drill")  # of use even when the end of the row cuts them
 
 
 def exercise_rows(
@@ -276,7 +295,7 @@ def build(
     texts: Texts, vocabulary: tiktoken.Encoding, *, num_tokens: int, first_tokens: int, length: int, seed: int
 ) -> Rows:
     """The whole training run, in reading order: the beginning of a first stage of `num_tokens`, then a second stage."""
-    first = build_stage(FIRST, texts, vocabulary, num_tokens=num_tokens, length=length, seed=seed)
+    first = build_stage(FIRST, texts, vocabulary, num_tokens=first_tokens, length=length, seed=seed)
     second = build_stage(SECOND, texts, vocabulary, num_tokens=num_tokens, length=length, seed=seed + 1)
     num_first = first_tokens // length
     return Rows(

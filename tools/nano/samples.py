@@ -99,18 +99,20 @@ def exercise_rows(vocabulary_file: Path) -> list[dict[str, object]]:
     test = ex.Source(rng=random.Random(SEED), heldout=True, passage=passages)
     dev = ex.Source(rng=random.Random(SEED + 1), heldout=False, passage=passages)
     plan = (
-        (140, lambda: test.choice("en")),
-        (80, lambda: test.choice("zh")),
-        (40, test.choice_in_context),
-        (80, lambda: test.arithmetic(1)),
-        (60, lambda: test.arithmetic(2)),
-        (50, lambda: test.recall("en", chars=test.rng.choice((200, 350, 500)))),
-        (30, lambda: test.recall("en", chars=250, needles=3)),
-        (40, lambda: test.recall("zh", chars=test.rng.choice((150, 300, 450)))),
+        ("choice/stated", 90, lambda: test.choice_stated("en")),
+        ("choice/stated", 50, lambda: test.choice_stated("zh")),
+        ("choice/known", 90, lambda: test.choice("en")),
+        ("choice/known", 50, lambda: test.choice("zh")),
+        ("choice/told", 40, test.choice_in_context),
+        ("arithmetic/one", 80, lambda: test.arithmetic(1)),
+        ("arithmetic/two", 60, lambda: test.arithmetic(2)),
+        ("recall/one", 50, lambda: test.recall("en", chars=test.rng.choice((200, 350, 500)))),
+        ("recall/several", 30, lambda: test.recall("en", chars=250, needles=3)),
+        ("recall/one", 40, lambda: test.recall("zh", chars=test.rng.choice((150, 300, 450)))),
     )
     rows: list[dict[str, object]] = []
     seen: set[str] = set()
-    for number, make in plan:
+    for group, number, make in plan:
         wanted = len(rows) + number
         while len(rows) < wanted:
             exercise = make()
@@ -119,7 +121,14 @@ def exercise_rows(vocabulary_file: Path) -> list[dict[str, object]]:
             if text in seen or len(encoding.encode_ordinary(text)) > MAX_TOKENS:
                 continue
             seen.add(text)
-            rows.append({"id": f"{exercise.kind}/{len(rows)}", **_row(exercise), "shots": [_shot(s) for s in shots]})
+            rows.append(
+                {
+                    "id": f"{exercise.kind}/{len(rows)}",
+                    "group": group,
+                    **_row(exercise),
+                    "shots": [_shot(s) for s in shots],
+                }
+            )
     return rows
 
 
@@ -128,8 +137,10 @@ def shots_for(dev: ex.Source, exercise: ex.Exercise) -> list[ex.Exercise]:
         return [dev.arithmetic() for _ in range(2)]
     if exercise.kind == "recall":
         return []
-    if exercise.topic == "who has what":
+    if exercise.key.startswith("context|"):
         return [dev.choice_in_context() for _ in range(2)]
+    if exercise.key.startswith("stated|"):
+        return [dev.choice_stated(exercise.language) for _ in range(5)]
     return ex.other_facts(dev, exercise, 5)
 
 

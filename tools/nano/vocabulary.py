@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from nano import mixture
 from nano.texts import Texts
+from qwen_eval import exercises as ex
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -82,3 +83,15 @@ def corpus(texts: Texts, *, chars: int, seed: int) -> Iterator[str]:
             if text not in SPECIALS:
                 taken += len(text)
                 yield text
+    for word in exercise_words():
+        yield "\n".join([word] * (chars // 15_000))
+
+
+def exercise_words() -> list[str]:
+    """The words exercises turn on, each to be one token: what is compared and copied is then one place, not three."""
+    words: list[str] = []
+    for language, relations in ex.facts().items():
+        for subject, answer in (pair for relation in relations for pair in relation["pairs"]):
+            words += [f" {answer}", f" {subject}"] + ([answer, subject] if language == "zh" else [])
+    english = [*ex.NAMES, *ex.ITEMS, *ex.CITIES, *(thing.removeprefix("a_") for thing in ex.THINGS)]
+    return words + [f" {word}" for word in english] + list(ex.CITIES_ZH)
