@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check gate reports clean
 
 demo: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/python -m qwen_eval
@@ -17,6 +17,14 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The embedded miniature against reports/baselines: a minute. After a change that is meant: make reports, look, commit.
+gate: $(STAMP)
+	$(BIN)/python tools/make_reports.py --gate
+
+# reports/ and its baselines anew, from conf/reports.yaml.
+reports: $(STAMP)
+	$(BIN)/python tools/make_reports.py
 
 # torch first and pinned: without the pin pip takes a build with gigabytes of CUDA packages on a machine that has no GPU.
 $(STAMP): pyproject.toml constraints.txt

@@ -96,27 +96,36 @@ def measure_speed(engine: Engine) -> Metric:
         ((_, answer),) = engine.run([request])
         rates.append(answer.completions[0].num_tokens / (time.perf_counter() - start))  # type: ignore[union-attr]
     low, middle, high = sorted(rates)
-    return Metric(value=middle, low=low, high=high, n=3, kind="mean", unit="tokens/s")
+    return Metric(value=middle, low=low, high=high, n=3, kind="mean", unit="tok/s")
 
 
 def show(suite: Suite, lines: Sequence[Line], runs: str, facts: Mapping[str, Any], seconds: float) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from qwen_eval.table import cells
-
     console = Console()
     parameters = f"{facts['num_parameters'] / 1e6:.1f} M" if "num_parameters" in facts else "few"
-    table = Table(title=suite.title.format(parameters=parameters), title_justify="left")
+    console.print(suite.title.format(parameters=parameters), highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "what", "value", "95 % interval", "n"):
-        table.add_column(column, justify="right" if column in ("value", "95 % interval", "n") else "left")
+        is_number = column in ("value", "95 % interval", "n")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     rows = list(lines)
     if "speed" in facts:
-        rows.append(Line(cell="generation speed", what="one sequence; range of 3", metric=facts["speed"]))
+        rows.append(Line(cell="generation speed", what="one sequence", metric=facts["speed"]))
     shown = ""
     for line in rows:
-        table.add_row("" if line.cell == shown else line.cell, line.what, *cells(line.metric))
+        table.add_row("" if line.cell == shown else line.cell, line.what, *_numbers(line.metric))
         shown = line.cell
     console.print(table)
     console.print(f"{seconds:.0f} s, {facts.get('dtype', '')} on {facts.get('device', '')}", highlight=False)
     console.print(suite.next.format(runs=runs), markup=False, highlight=False, soft_wrap=True)
+
+
+def _numbers(metric: Metric) -> tuple[str, str, str]:
+    """Value, interval and n, narrow enough for a terminal of 80 columns."""
+    from qwen_eval.table import cells
+
+    value, interval, _ = cells(metric)
+    return value, interval.replace(" % to ", " to "), f"{metric.n:,}"

@@ -3,147 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from report_runs import answered, chose, documents, record, said, scored, write_profile, write_run
+from reruns import FAMILIES, false_alarms, found_regressions
 
-from qwen_eval.metrics import perplexity, share
 from qwen_eval.report.__main__ import main
-from qwen_eval.report.compare import Comparison, Margins, Side, compare_sides
-from qwen_eval.report.items import Item
+from qwen_eval.report.compare import Comparison, Side
 from qwen_eval.report.runs import LoadedRun
-from qwen_eval.report.verdict import Judgement, judge
-from qwen_eval.store import metric_to_json
+from qwen_eval.report.verdict import judge
 
-Array = NDArray[np.float64]
-RERUNS, REGRESSIONS = 1000, 250
-
-
-def side(values: Array, *, tokens: NDArray[np.int64] | None = None, documents: int = 0) -> Side:
-    """A run in memory: scores, or with `tokens` sums of NLL; `documents` clusters of equal size."""
-    items = {
-        f"q{i}": Item(
-            id=f"q{i}", answer_sha256=f"{x!r}", extracted=None, score=None if tokens is not None else float(x),
-            nll=float(x) if tokens is not None else None, num_tokens=0 if tokens is None else int(tokens[i]),
-            cluster=f"d{i * documents // len(values)}" if documents else "",
-        )
-        for i, x in enumerate(values)
-    }  # fmt: skip
-    metric = share(list(values)) if tokens is None else perplexity(list(values), [int(t) for t in tokens])
-    config = {"task": {"name": "t"}, "model": {"name": "m"}}
-    run = LoadedRun(path=Path("x"), spec={"config": config}, result={"metrics": {"m": metric_to_json(metric)}})
-    return Side(run=run, given=items)
-
-
-def verdict(first: Side, second: Side) -> Judgement:
-    return judge(compare_sides(first, second, Margins()))
-
-
-# Per family: one baseline, and reruns of it that are `effect` worse (0: unchanged) with the family's own noise.
-Family = tuple[
-    Callable[[np.random.Generator], Any], Callable[[np.random.Generator, Any, float], Side], Callable[[Any], Side]
-]
-
-
-def choice_base(rng: np.random.Generator) -> Array:
-    return (rng.random(150) < 0.6).astype(float)
-
-
-def choice_rerun(rng: np.random.Generator, base: Array, effect: float) -> Side:
-    """Close calls fall the other way in 2 % of the items; a regression turns right ones wrong."""
-    flipped = np.where(rng.random(150) < 0.02, 1 - base, base)
-    return side(np.where((flipped > 0) & (rng.random(150) < effect / base.mean()), 0.0, flipped))
-
-
-def sampled_base(rng: np.random.Generator) -> tuple[Array, Array]:
-    chances = rng.beta(0.8, 0.8, 120)
-    return chances, (rng.random(120) < chances).astype(float)
-
-
-def sampled_rerun(rng: np.random.Generator, base: tuple[Array, Array], effect: float) -> Side:
-    drawn = (rng.random(120) < base[0]).astype(float)
-    return side(np.where((drawn > 0) & (rng.random(120) < effect / base[0].mean()), 0.0, drawn))
-
-
-def passed_base(rng: np.random.Generator) -> tuple[Array, Array]:
-    chances = rng.beta(0.5, 0.7, 60)
-    return chances, rng.binomial(10, chances) / 10
-
-
-def passed_rerun(rng: np.random.Generator, base: tuple[Array, Array], effect: float) -> Side:
-    chances = base[0] * (1 - effect / base[0].mean())
-    return side(rng.binomial(10, chances) / 10)
-
-
-def document_base(rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
-    tokens = rng.integers(200, 2000, 50)  # 25 documents in two blocks each
-    return np.repeat(rng.normal(2.3, 0.4, 25), 2) * tokens, tokens
-
-
-def document_rerun(rng: np.random.Generator, base: tuple[Array, NDArray[np.int64]], effect: float) -> Side:
-    nll, tokens = base
-    shift = math.log1p(effect / math.exp(nll.sum() / tokens.sum()))
-    noise = np.repeat(rng.normal(0, 0.02, 25), 2) + rng.normal(0, 0.01, 50)
-    return side(nll + (shift + noise) * tokens, tokens=tokens, documents=25)
-
-
-FAMILIES: dict[str, Family] = {
-    "choice accuracy": (choice_base, choice_rerun, side),
-    "generative share": (sampled_base, sampled_rerun, lambda base: side(base[1])),
-    "pass@1 of ten draws": (passed_base, passed_rerun, lambda base: side(base[1])),
-    "perplexity by document": (
-        document_base, document_rerun, lambda base: side(base[0], tokens=base[1], documents=25),
-    ),
-}  # fmt: skip
+# `python tests/reruns.py 1000` is the long version; docs/statistics.md holds its figures.
+RERUNS, REGRESSIONS = 300, 100
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unchanged_reruns_cry_wolf_at_most_one_time_in_twenty(family: str) -> None:
-    make, rerun, first = FAMILIES[family]
-    rng, alarms, done = np.random.default_rng(21), 0, 0
-    while done < RERUNS:
-        base = make(rng)
-        # a baseline drawn itself: reruns are compared with it, each with a fresh one, as in CI over the years
-        alarms += verdict(first(base), rerun(rng, base, 0.0)).verdict in ("worse", "better")
-        done += 1
-    assert alarms / RERUNS <= 0.05
+    assert false_alarms(FAMILIES[family], RERUNS, seed=21) / RERUNS <= 0.05
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_regression_of_the_stated_size_is_found_four_times_of_five(family: str) -> None:
-    make, rerun, first = FAMILIES[family]
-    rng, found = np.random.default_rng(22), 0
-    for _ in range(REGRESSIONS):
-        base = make(rng)
-        stated = verdict(first(base), rerun(rng, base, 0.0)).mde
-        assert stated is not None
-        found += verdict(first(base), rerun(rng, base, stated)).verdict == "worse"
-    assert found / REGRESSIONS >= 0.76  # 0.80 less 1.6 standard errors of 250 draws
-
-
-def speeds(rng: np.random.Generator, tmp: dict[str, Any], factor: float = 1.0) -> Side:
-    """Seven repeats with 1.5 % spread, on a machine that is 2 % faster or slower from day to day."""
-    day = rng.normal(0, 0.02)
-    raw = 40.0 * factor * np.exp(day + rng.normal(0, 0.015, 7))
-    spec = {"kind": "profile", "config": {"task": {"name": "decode"}, "model": {"name": "m"}}}
-    cells = [{"name": "decode", "tok_per_s": raw.tolist()}]
-    return Side(run=LoadedRun(path=Path("x"), spec=spec, result={"cells": cells, "device": {"name": "d"}, **tmp}))
-
-
-def test_speed_knows_that_days_differ() -> None:
-    rng = np.random.default_rng(23)
-    verdicts = [verdict(speeds(rng, {}), speeds(rng, {})).verdict for _ in range(RERUNS)]
-    assert sum(v in ("worse", "better") for v in verdicts) / RERUNS <= 0.05
-    stated = [verdict(speeds(rng, {}), speeds(rng, {})).mde or 0.0 for _ in range(50)]
-    slower = math.exp(-float(np.median(stated)) - 0.84 * math.sqrt(2) * 0.02)  # and a day may hide that much
-    found = [verdict(speeds(rng, {}), speeds(rng, {}, slower)).verdict == "worse" for _ in range(REGRESSIONS)]
-    assert sum(found) / REGRESSIONS >= 0.76
+    found = found_regressions(FAMILIES[family], REGRESSIONS, seed=22)
+    assert found / REGRESSIONS >= 0.74  # 0.80 less 1.5 standard errors of 100 draws
 
 
 # --- planted regressions ---------------------------------------------------------------------------------------------

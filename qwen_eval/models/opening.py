@@ -50,7 +50,9 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     model, digest = _weights(spec, directory, config, placement)
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if spec.kv_cache == "int8" else PlainCodec(dtype)
     forward = Forward(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
-    return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=_facts(spec, model, digest, device))
+    quant = f"gptq-int{packed_config.bits}" if packed_config else spec.quant
+    facts = {**_facts(spec, model, digest, device), "quant": quant}
+    return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=facts)
 
 
 def read_config(directory: Path, spec: ModelSpec) -> dict[str, Any]:

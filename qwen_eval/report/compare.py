@@ -26,6 +26,7 @@ Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not
 
 HIDDEN = "hidden"  # where a run with keep_hidden=true keeps its final hidden states
 MAX_GROUPS = 40
+TIE = 1e-3  # nats between two choices; fingerprints of answers keep four decimals
 SAYS_WHERE = ("origin", "source", "path", "data_origin")  # where rows lay is no difference, their sha256 would be
 
 
@@ -34,7 +35,7 @@ class Margins:
     """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them."""
 
     share: float = 0.01
-    ppl: float = 0.005
+    ppl: float = 0.001
     mean: float = 0.01
     speed: float = 0.10
 
@@ -56,9 +57,17 @@ class Flip:
 
     @property
     def is_reread(self) -> bool:
-        """The model said the same, the extractor read something else: no chance is in that (a sandbox may time out)."""
+        """The model said the same, the extractor read something else: no chance is in that (a sandbox may time out).
+
+        Two choices as good as equal are no such case: the last digits of another CPU decide between them.
+        """
         same_answer = self.first.answer_sha256 == self.second.answer_sha256
-        return same_answer and self.first.extracted != self.second.extracted
+        return same_answer and self.first.extracted != self.second.extracted and not self._is_tie
+
+    @property
+    def _is_tie(self) -> bool:
+        best = sorted(self.first.choices)[-2:]
+        return len(best) == 2 and best[1] - best[0] < TIE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,7 +205,7 @@ def variant_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
 def precision_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
     names = {"gptq-int4": "Int4", "gptq-int8": "Int8", "nf4": "NF4", "int8": "LLM.int8"}
     dtypes = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
-    quant = str(model.get("quant") or "none")
+    quant = str(info.get("quant") or model.get("quant") or "none")  # a packed checkpoint need not be announced
     dtype = str(info.get("dtype") or model.get("dtype") or "auto").removeprefix("torch.")
     name = names.get(quant, quant) if quant != "none" else dtypes.get(dtype, dtype.upper())
     return f"{name}, KV int8" if model.get("kv_cache") == "int8" else name
@@ -214,7 +214,7 @@ def precision_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
 def base_name(model: str) -> str:
     """`"qwen-14b-chat-int4"` -> `"qwen-14b-chat"`: the row that its variants share."""
     lowered = model.lower()
-    for ending in ("-int4", "-int8", "-nf4", "-bf16", "-fp16", "-fp32", "-kv8", "-kvint8"):
+    for ending in ("-llm-int8", "-int4", "-int8", "-nf4", "-bf16", "-fp16", "-fp32", "-kv8", "-kvint8"):
         if lowered.endswith(ending):
             return model[: -len(ending)]
     return model

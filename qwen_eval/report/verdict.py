@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qwen_eval.metrics import ALPHA, t_quantile
+from qwen_eval.metrics import t_quantile
 from qwen_eval.report.compare import Comparison, Verdict
 from qwen_eval.report.paired import POWER, Difference
+
+LEVEL = (
+    0.03  # of the tests: a level of 5 % gives up to 5 % false alarms, and every other thousand reruns would show more
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ def smallest_shown(comparison: Comparison, num_tests: int = 1) -> float | None:
     half, reach = t_quantile(dof) * difference.error, t_quantile(dof, POWER) * difference.error
     if comparison.family == "speed":
         return comparison.margin + half + reach
-    by_test = difference.mde(ALPHA / num_tests)
+    by_test = difference.mde(LEVEL / num_tests)
     # significant alone is not enough: the interval must also leave the margin
     return None if by_test is None else max(by_test, comparison.margin - half + reach)
 
@@ -71,9 +75,9 @@ def _by_quality(c: Comparison, difference: Difference) -> tuple[Verdict, str]:
     p_value = c.p_adjusted if c.p_adjusted is not None else difference.p_value
     assert p_value is not None
     if -c.margin <= low and high <= c.margin:
-        tail = ", though the small change is more than chance" if p_value <= ALPHA else ""
+        tail = ", though the small change is more than chance" if p_value <= LEVEL else ""
         return "unchanged", f"the interval lies within the margin of {shown(c, c.margin)}{tail}"
-    if p_value <= ALPHA:
+    if p_value <= LEVEL:
         is_better = (difference.delta > 0) == c.higher_is_better
         return ("better" if is_better else "worse"), f"Δ {shown(c, difference.delta, sign=True)}, p = {p_text(p_value)}"
     return "cannot tell", f"Δ {shown(c, difference.delta, sign=True)} may be chance, p = {p_text(p_value)}"
