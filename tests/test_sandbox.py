@@ -68,7 +68,7 @@ def test_verdicts_come_in_the_order_of_the_programs(mode: str) -> None:
     ],
 )
 def test_the_reason_says_what_went_wrong(mode: str, solution: str, reason: str) -> None:
-    verdict = judge(solution, "assert f() == 1\n", mode, timeout_s=1.0 if reason == "timed out" else 20.0)
+    verdict = judge(solution, "assert f() == 1\n", mode, timeout_s=0.3 if reason == "timed out" else 20.0)
     assert not verdict.passed
     assert verdict.reason.startswith(reason)
 
@@ -77,8 +77,8 @@ def test_the_reason_says_what_went_wrong(mode: str, solution: str, reason: str) 
 def test_the_wall_limit_is_kept(mode: str) -> None:
     run_programs([Program("warm", "", "", "f")], mode=mode)
     start = time.perf_counter()
-    assert judge("def f():\n    while True: pass", "f()\n", mode, timeout_s=1.0).reason == "timed out"
-    assert 1.0 <= time.perf_counter() - start < 1.6
+    assert judge("def f():\n    while True: pass", "f()\n", mode, timeout_s=0.5).reason == "timed out"
+    assert 0.5 <= time.perf_counter() - start < 1.1
 
 
 @pytest.mark.slow
