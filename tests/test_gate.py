@@ -19,7 +19,7 @@ from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import judge
 
 # `python tests/reruns.py 1000` is the long version; docs/statistics.md holds its figures.
-RERUNS, REGRESSIONS = 300, 100
+RERUNS, REGRESSIONS = 200, 60
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +30,7 @@ def test_unchanged_reruns_cry_wolf_at_most_one_time_in_twenty(family: str) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_regression_of_the_stated_size_is_found_four_times_of_five(family: str) -> None:
     found = found_regressions(FAMILIES[family], REGRESSIONS, seed=22)
-    assert found / REGRESSIONS >= 0.74  # 0.80 less 1.5 standard errors of 100 draws
+    assert found / REGRESSIONS >= 0.72  # 0.80 less 1.5 standard errors of 60 draws
 
 
 # --- planted regressions ---------------------------------------------------------------------------------------------

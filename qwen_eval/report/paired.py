@@ -92,20 +92,24 @@ def paired_perplexity(
     num_tokens: Sequence[int],
     clusters: Sequence[Hashable] | None = None,
 ) -> Difference:
-    """ΔPPL of two models over the same tokens, jointly linearised; the draws are documents (or `clusters` of rows)."""
+    """ΔPPL of two models over the same tokens; the draws are documents (or `clusters` of rows).
+
+    Tested is the mean difference of NLL per token, the log of the ratio of the perplexities: documents differ far more
+    in their perplexity than in what a change does to it. Its interval, times the first perplexity, is that of Δ.
+    """
     assert len(first_nll) == len(second_nll) == len(num_tokens)
     total = float(sum(num_tokens))
     if total <= 0:
         return Difference(delta=math.nan, n=0, num_clusters=0)
     groups = _real_clusters(clusters, len(num_tokens))
-    log_a, log_b = math.fsum(first_nll) / total, math.fsum(second_nll) / total
-    ppl_a, ppl_b = math.exp(log_a), math.exp(log_b)
-    influence = [
-        ppl_b * (b - log_b * t) - ppl_a * (a - log_a * t) for a, b, t in zip(first_nll, second_nll, num_tokens)
-    ]
-    variance, dof = ratio_variance(influence, [float(t) for t in num_tokens], groups)
-    found = _interval(ppl_b - ppl_a, variance, dof, [], None, n=int(total), test="t over documents")
-    return replace(found, has_own_spread=True)
+    diffs = [b - a for a, b in zip(first_nll, second_nll)]
+    variance, dof = ratio_variance(diffs, [float(t) for t in num_tokens], groups)
+    log = _interval(math.fsum(diffs) / total, variance, dof, [], None, n=int(total), test="t over documents")
+    reference = math.exp(math.fsum(first_nll) / total)
+    low, high = (None if x is None else reference * math.expm1(x) for x in (log.low, log.high))
+    error = None if log.error is None else log.error * reference * math.exp(log.delta)
+    delta = reference * math.expm1(log.delta)
+    return replace(log, delta=delta, low=low, high=high, error=error, has_own_spread=True)
 
 
 def speed_ratio(first: Sequence[float], second: Sequence[float]) -> Difference:
