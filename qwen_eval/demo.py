@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ def load_suite(path: Path) -> Suite:
 
 def main(runs: str = "runs/demo") -> int:
     """Run `conf/demo.yaml` anew and print its table; the exit code is not 0 when a cell failed or was interrupted."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread gains little here, and waits long for a busy core
     start = time.perf_counter()
     suite = load_suite(cli.conf_dir() / "demo.yaml")
     lines: list[Line] = []
@@ -107,7 +109,7 @@ def show(suite: Suite, lines: Sequence[Line], runs: str, facts: Mapping[str, Any
     console = Console()
     parameters = f"{facts['num_parameters'] / 1e6:.1f} M" if "num_parameters" in facts else "few"
     console.print(suite.title.format(parameters=parameters), highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("", "what", "value", "95 % interval", "n"):
         is_number = column in ("value", "95 % interval", "n")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)

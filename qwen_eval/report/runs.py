@@ -15,7 +15,10 @@ from qwen_eval.core import JSON, ConfigError, Metric, Record
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
 # What must be equal for two scores to be of the same kind, in the order in which a difference is told.
-FACETS = ("task", "task_version", "protocol", "mode", "split", "shots", "limit", "subjects", "seed", "max_new_tokens")
+FACETS = (
+    "task", "task_version", "protocol", "mode", "split", "shots", "limit", "subjects", "seed", "max_new_tokens",
+    "preset", "lengths", "max_chunks", "stride", "depths", "languages", "per_cell", "num_needles",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,13 @@ class LoadedRun:
         """The status with what is known of it, for a table: "partial (limit 100)"."""
         if self.status == "partial":
             parts = _mapping(self.result.get("partial"))
-            return "partial (" + ", ".join(f"{key} {_plain(value)}" for key, value in parts.items()) + ")"
+            return (
+                "partial ("
+                + ", ".join(
+                    _plain(value) if key == "data" else f"{key} {_plain(value)}" for key, value in parts.items()
+                )
+                + ")"
+            )
         if self.status == "unfinished":
             return f"unfinished ({len(self.records)} of {self.num_samples or '?'} samples)"
         return self.status
