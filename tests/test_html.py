@@ -14,7 +14,7 @@ from report_runs import answered, chose, documents, record, said, write_profile,
 
 from qwen_eval.core import Metric
 from qwen_eval.report.__main__ import main
-from qwen_eval.report.samples import elided, embeddable
+from qwen_eval.report.samples import _share, elided, embeddable
 
 HOSTILE = "<script>window.hacked = 1</script></textarea></script><img src=x onerror='window.hacked=2'><!-- &amp; ]]>"
 CHINESE = "设 $\\frac{a}{b} \\neq \\sqrt{2}$，求 \\(x\\) 的值。𠮷"
@@ -186,6 +186,14 @@ def test_no_address_is_in_the_page(report: Path) -> None:
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
     assert "url(" not in text
     assert "@import" not in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "share"), [([10, 100, 100], 110, 50), ([10, 20], 1000, 20), ([50, 50], 10, 5), ([], 5, 5)]
+)
+def test_what_short_runs_leave_is_for_the_long_ones(sizes: list[int], room: int, share: int) -> None:
+    assert _share(sizes, room) == share
+    assert sum(min(size, share) for size in sizes) <= room
 
 
 def test_samples_beyond_the_limit_are_counted(tmp_path: Path) -> None:

@@ -156,8 +156,8 @@ def _svg(height: float, body: Sequence[str], label: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(label)}">{inner}</svg>'
 
 
-def _label(x: float, y: float, text: str, kind: str = "") -> str:
-    shown = text if len(text) <= 30 else text[:29] + "…"
+def _label(x: float, y: float, text: str, kind: str = "", width: int = 30) -> str:
+    shown = text if len(text) <= width else text[: width - 1] + "…"
     tip = f"<title>{escape(text)}</title>" if shown != text else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(shown)}{tip}</text>'
 
@@ -199,7 +199,7 @@ def _legend(names: Sequence[str], top: float) -> list[str]:
     rows = []
     for i, name in enumerate(names):
         rows.append(f'<circle class="c{i % NUM_COLOURS}" cx="68" cy="{top + 20 * i - 4:.1f}" r="5"/>')
-        rows.append(_label(80, top + 20 * i, name))
+        rows.append(_label(80, top + 20 * i, name, width=90))
     return rows
 
 

@@ -17,9 +17,21 @@ ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", 
 def sample_data(runs: Sequence[LoadedRun], *, max_samples: int) -> dict[str, JSON]:
     """`{"runs": [...], "left_out": n}`; every run keeps its first samples when there are more than `max_samples`."""
     kept = [run for run in runs if run.kind == "eval" and run.records]
-    share = max(1, max_samples // max(1, len(kept)))
+    share = _share([len(run.records) for run in kept], max_samples)
     left_out = sum(max(0, len(run.records) - share) for run in kept)
     return {"runs": [_run(run, share) for run in kept], "left_out": left_out}
+
+
+def _share(sizes: Sequence[int], room: int) -> int:
+    """The most samples of one run so that all fit: what short runs leave is the long ones' to use. At least 1."""
+    share = room
+    for i, size in enumerate(sorted(sizes)):
+        share = room // (len(sizes) - i)
+        if size > share:
+            break
+        room -= size
+        share = size
+    return max(1, share)
 
 
 def embeddable(value: JSON) -> str:
