@@ -13,8 +13,10 @@ import pytest
 from report_runs import answered, chose, documents, record, said, scored, write_profile, write_run
 from reruns import FAMILIES, false_alarms, found_regressions
 
+from qwen_eval.core import ChoiceLogprobs
 from qwen_eval.report.__main__ import main
-from qwen_eval.report.compare import Comparison, Side
+from qwen_eval.report.compare import Comparison, Margins, Side
+from qwen_eval.report.gate import gate as run_gate
 from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import judge
 
@@ -51,6 +53,31 @@ def test_an_extractor_bug_is_worse_however_small_the_run(tmp_path: Path) -> None
     found = judge(compared(write_run(tmp_path / "a", before), write_run(tmp_path / "b", after)))
     assert found.verdict == "worse"
     assert "extraction changed: 3 lost" in found.why
+
+
+def test_another_cpu_deciding_a_tie_is_not_an_extractor_bug(tmp_path: Path) -> None:
+    """Fingerprints keep four decimals, so two choices nearer than that may change places under one fingerprint."""
+    tie = ChoiceLogprobs(logprobs=(-1.000004, -1.000001, -3.0, -3.0), num_tokens=(1, 1, 1, 1))
+    before = [record(f"q{i}", chose(0), 1.0, extracted="A") for i in range(20)]
+    before[0] = record("q0", tie, 1.0, extracted="A")
+    after = [*before]
+    after[0] = record("q0", tie, 0.0, extracted="B")
+    assert judge(compared(write_run(tmp_path / "a", before), write_run(tmp_path / "b", after))).verdict == "cannot tell"
+
+
+def test_a_few_flips_and_the_last_digits_of_another_cpu_are_unchanged_to_make_gate(tmp_path: Path) -> None:
+    rng = np.random.default_rng(25)
+    scores = (rng.random(150) < 0.5).astype(float)
+    other = scores.copy()
+    for i in (int(np.flatnonzero(scores)[0]), int(np.flatnonzero(scores)[1]), int(np.flatnonzero(scores == 0)[0])):
+        other[i] = 1 - other[i]
+    nll = rng.normal(2.3, 0.3, 8)
+    for name, right, noise in (("old", scores, 0.0), ("new", other, 1e-5)):
+        write_run(tmp_path / name, answered(right.tolist()), limit=150)
+        write_run(tmp_path / name, documents(nll * (1 + rng.normal(0, noise, 8)), 1500), task="long_ppl")
+    assert main([f"accept={tmp_path / 'old'}", f"gate={tmp_path / 'base'}"]) == 0
+    found = run_gate(tmp_path / "base", [str(tmp_path / "new")], Margins(share=0.05))
+    assert [judgement.verdict for judgement in found.judgements] == ["unchanged", "unchanged"]
 
 
 def test_a_timeout_of_the_sandbox_is_not_an_extractor_bug(tmp_path: Path) -> None:
