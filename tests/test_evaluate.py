@@ -176,7 +176,7 @@ def test_sigkill_at_random_moments_changes_no_byte_of_the_metrics(tmp_path: Path
 
 
 def test_ctrl_c_is_one_line_and_keeps_the_records(tmp_path: Path) -> None:
-    command = [*TOY, "task=toy", "model=toy", "engine=fake", "run_dir=r", "engine.fake_delay_s=0.05"]
+    command = [*TOY, "task=toy", "model=toy", "engine=fake", "run_dir=r", "engine.fake_delay_s=0.4"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "r" / "records.jsonl").exists():
         time.sleep(0.01)
