@@ -40,8 +40,13 @@ def heat_map(cells: Mapping[tuple[int, float], Metric], form: str) -> bytes:
 
 
 def length_curves(rows: Mapping[str, Mapping[int, Metric]], form: str) -> bytes:
-    """Perplexity over length, both logarithmic, one line a row with its 95 % intervals; svg or png."""
+    """Perplexity over length, both logarithmic, one line a row; svg or png.
+
+    A single row shows its 95 % intervals. Those of several rows say how documents differ, which all rows share, and
+    would hide how the rows differ: that is in the table of changes, pair by pair.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -50,9 +55,16 @@ def length_curves(rows: Mapping[str, Mapping[int, Metric]], form: str) -> bytes:
         found = [metrics[n] for n in lengths]
         below = [m.value - (m.value if m.low is None else m.low) for m in found]
         above = [(m.value if m.high is None else m.high) - m.value for m in found]
-        axes.errorbar(lengths, [m.value for m in found], yerr=[below, above], marker="o", capsize=3, label=name)
+        bars = [below, above] if len(rows) == 1 else None
+        axes.errorbar(lengths, [m.value for m in found], yerr=bars, marker="o", capsize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 2 * low:  # within one octave the decades' ticks say nothing
+        axes.set_yscale("linear")
+    else:
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter() if high > 20 * low else StrMethodFormatter("{x:g}"))
     every = sorted({length for metrics in rows.values() for length in metrics})
     axes.set_xticks(every, [f"{n:,}" for n in every])
     axes.set_xlabel("tokens of context")
