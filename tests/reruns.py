@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_eval.metrics import perplexity, share
-from qwen_eval.report.compare import Margins, Side, compare_sides
+from qwen_eval.report.compare import compare_sides
+from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.items import Item
 from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import Judgement, judge

@@ -15,7 +15,7 @@ from reruns import FAMILIES, false_alarms, found_regressions
 
 from qwen_eval.core import ChoiceLogprobs
 from qwen_eval.report.__main__ import main
-from qwen_eval.report.compare import Comparison, Margins, Side
+from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.gate import gate as run_gate
 from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import judge

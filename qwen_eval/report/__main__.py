@@ -15,7 +15,7 @@ from qwen_eval.report.config import FORMATS, LAYOUTS, ReportSpec
 from qwen_eval.report.render import Table
 
 if TYPE_CHECKING:
-    from qwen_eval.report.compare import Margins
+    from qwen_eval.report.comparison import Margins
 
 ENDINGS = {
     ".md": "md",
@@ -134,7 +134,7 @@ def _accept(spec: ReportSpec) -> int:
 
 
 def _margins(spec: ReportSpec) -> Margins:
-    from qwen_eval.report.compare import Margins
+    from qwen_eval.report.comparison import Margins
 
     margins = Margins(**vars(spec.margins))
     for name, value in vars(margins).items():

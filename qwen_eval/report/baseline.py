@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen_eval.core import JSON, ConfigError, StoreError
-from qwen_eval.report.compare import Side
+from qwen_eval.report.comparison import Side
 from qwen_eval.report.items import items_from_rows, items_of, items_to_rows
 from qwen_eval.report.runs import LoadedRun, find_runs
 

@@ -8,116 +8,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Literal, TypeAlias
+from dataclasses import fields, replace
 
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import ConfigError, Metric, QwenEvalError
 from qwen_eval.metrics import mean
-from qwen_eval.report.items import Item, choice_kl, items_of
+from qwen_eval.report.comparison import Comparison, Family, Flip, Margins, Side
+from qwen_eval.report.items import Item, choice_kl
 from qwen_eval.report.kld import Divergence
+from qwen_eval.report.obstacles import obstacles
 from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share, speed_ratio
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, differing_facets, find_runs, profile_cells, speeds_of
-
-Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
-Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
+from qwen_eval.report.runs import LoadedRun, RunSet, device_name, find_runs, profile_cells, speeds_of
 
 HIDDEN = "hidden"  # where a run with keep_hidden=true keeps its final hidden states
 MAX_GROUPS = 40
-TIE = 1e-3  # nats between two choices; fingerprints of answers keep four decimals
-SAYS_WHERE = ("origin", "source", "path", "data_origin")  # where rows lay is no difference, their sha256 would be
-
-
-@dataclass(frozen=True, kw_only=True)
-class Margins:
-    """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them."""
-
-    share: float = 0.01
-    ppl: float = 0.001
-    mean: float = 0.01
-    speed: float = 0.10
-
-    def of(self, family: Family) -> float:
-        return float(getattr(self, family))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flip:
-    """A sample whose score changed."""
-
-    id: str
-    first: Item
-    second: Item
-
-    @property
-    def is_gain(self) -> bool:
-        return (self.second.score or 0.0) > (self.first.score or 0.0)
-
-    @property
-    def is_reread(self) -> bool:
-        """The model said the same, the extractor read something else: no chance is in that (a sandbox may time out).
-
-        Two choices as good as equal are no such case: the last digits of another CPU decide between them.
-        """
-        same_answer = self.first.answer_sha256 == self.second.answer_sha256
-        return same_answer and self.first.extracted != self.second.extracted and not self._is_tie
-
-    @property
-    def _is_tie(self) -> bool:
-        best = sorted(self.first.choices)[-2:]
-        return len(best) == 2 and best[1] - best[0] < TIE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """One side of a comparison: a run directory, or a baseline made of one."""
-
-    run: LoadedRun
-    given: Mapping[str, Item] | None = None
-
-    @cached_property
-    def items(self) -> Mapping[str, Item]:
-        return items_of(self.run.records) if self.given is None else self.given
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
-
-    `difference.delta` is absolute for shares and means, ΔPPL for perplexity and log(ratio) for speed; `margin` is on
-    the same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
-    `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
-    """
-
-    task: str
-    label: str
-    family: Family
-    first: Metric | None
-    second: Metric | None
-    metric: str = ""
-    higher_is_better: bool = True
-    obstacles: tuple[str, ...] = ()
-    difference: Difference | None = None
-    by_group: tuple[tuple[str, Difference], ...] = ()
-    p_adjusted: float | None = None
-    margin: float = 0.0
-    flips: tuple[Flip, ...] = ()
-    regraded: tuple[int, int] = (0, 0)
-    is_identical: bool = False
-    choice_kl: Metric | None = None
-    kld: Divergence | None = None
-    notes: tuple[str, ...] = ()
-    paths: tuple[Path, ...] = field(default=())
-
-    @property
-    def gains(self) -> int:
-        return sum(flip.is_gain for flip in self.flips)
-
-    @property
-    def losses(self) -> int:
-        return len(self.flips) - self.gains
 
 
 # --- pairing ---------------------------------------------------------------------------------------------------------
@@ -185,63 +89,6 @@ def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
     if found:
         return replace(base, obstacles=tuple(found))
     return _compare_answers(base, first, second, margins)
-
-
-def obstacles(first: Side, second: Side, family: Family) -> list[str]:
-    """Why two runs are not comparable, the plainest reason first; empty when they are."""
-    found = [
-        f"{side.run.path} is {side.run.status_note}"
-        for side in (first, second)
-        if side.run.status not in ("complete", "partial")
-    ]
-    if found:
-        return found
-    found = differing_facets(first.run, second.run)
-    found += _benchmark_differences(first.run, second.run)
-    found += _sample_differences(first.items, second.items, family)
-    return found
-
-
-def first_difference(first: str, second: str, width: int = 24) -> str:
-    """`at character 7: "…B. two" against "…B) two"`; positions count from 1."""
-    at = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-    shown = [_excerpt(text, at, width) for text in (first, second)]
-    return f"at character {at + 1}: {shown[0]} against {shown[1]}"
-
-
-def _excerpt(text: str, at: int, width: int) -> str:
-    start = max(0, at - width)
-    piece = text[start : at + width].replace("\n", "⏎")
-    return (
-        f'"{"…" * (start > 0)}{piece}{"…" * (at + width < len(text))}"' if at < len(text) else f'"…{piece}" (its end)'
-    )
-
-
-def _benchmark_differences(first: LoadedRun, second: LoadedRun) -> list[str]:
-    from qwen_eval.store import differences
-
-    known = set(first.facets) | set(SAYS_WHERE)
-    a, b = ({k: v for k, v in run.benchmark.items() if k not in known} for run in (first, second))
-    return [change.replace(" → ", " against ") for change in differences(a, b)]
-
-
-def _sample_differences(first: Mapping[str, Item], second: Mapping[str, Item], family: Family) -> list[str]:
-    only = [[key for key in a if key not in b] for a, b in ((first, second), (second, first))]
-    if only[0] or only[1]:
-        name = (only[0] or only[1])[0]
-        return [f"other samples: {len(only[0])} only in the first, {len(only[1])} only in the second, such as {name}"]
-    texts = [key for key in first if first[key].prompt != second[key].prompt]
-    if texts:
-        where = first_difference(first[texts[0]].prompt, second[texts[0]].prompt)
-        return [f"{len(texts)} of {len(first)} prompts differ, the first is {texts[0]} {where}"]
-    tokens = [key for key in first if first[key].num_tokens != second[key].num_tokens]
-    if family == "ppl" and tokens:
-        a, b = first[tokens[0]].num_tokens, second[tokens[0]].num_tokens
-        return [f"the text {tokens[0]} is {a} tokens in the first and {b} in the second: other tokenizers"]
-    targets = [key for key in first if first[key].target != second[key].target]
-    if targets:
-        return [f"{len(targets)} gold answers differ, the first is {targets[0]}"]
-    return []
 
 
 def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margins) -> Comparison:

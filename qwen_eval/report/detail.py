@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from qwen_eval.core import JSON
-from qwen_eval.report.compare import Comparison
+from qwen_eval.report.comparison import Comparison
 from qwen_eval.report.gate import delta_cell, judgement_table
 from qwen_eval.report.render import Cell, Table, number_cell, text_cell
 from qwen_eval.report.verdict import judge_all

@@ -13,7 +13,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from qwen_eval.report.baseline import key_of, load_baselines
-from qwen_eval.report.compare import Comparison, Margins, Side, adjusted, compare_sides
+from qwen_eval.report.compare import adjusted, compare_sides
+from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.paired import Difference
 from qwen_eval.report.render import Cell, Table, metric_cell, text_cell
 from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs

@@ -51,7 +51,8 @@ def tables(runs: Sequence[LoadedRun]) -> list[Table]:
 
 def changes(runs: Sequence[LoadedRun]) -> list[Table]:
     """ΔPPL between any two rows of one model that differ in tricks, length by length, paired over documents."""
-    from qwen_eval.report.compare import Margins, Side, compare_sides
+    from qwen_eval.report.compare import compare_sides
+    from qwen_eval.report.comparison import Margins, Side
     from qwen_eval.report.gate import delta_cell
 
     families: dict[tuple[str, str], list[LoadedRun]] = defaultdict(list)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qwen_eval.metrics import t_quantile
-from qwen_eval.report.compare import Comparison, Verdict
+from qwen_eval.report.comparison import Comparison, Verdict
 from qwen_eval.report.paired import POWER, Difference
 
 LEVEL = (

@@ -1,0 +1,110 @@
+"""What is known of two runs of one benchmark, held against each other. The first is the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from qwen_eval.core import Metric
+from qwen_eval.report.items import Item, items_of
+from qwen_eval.report.kld import Divergence
+from qwen_eval.report.paired import Difference
+from qwen_eval.report.runs import LoadedRun
+
+Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
+Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
+
+TIE = 1e-3  # nats between two choices; fingerprints of answers keep four decimals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margins:
+    """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them."""
+
+    share: float = 0.01
+    ppl: float = 0.001
+    mean: float = 0.01
+    speed: float = 0.10
+
+    def of(self, family: Family) -> float:
+        return float(getattr(self, family))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """A sample whose score changed."""
+
+    id: str
+    first: Item
+    second: Item
+
+    @property
+    def is_gain(self) -> bool:
+        return (self.second.score or 0.0) > (self.first.score or 0.0)
+
+    @property
+    def is_reread(self) -> bool:
+        """The model said the same, the extractor read something else: no chance is in that (a sandbox may time out).
+
+        Two choices as good as equal are no such case: the last digits of another CPU decide between them.
+        """
+        same_answer = self.first.answer_sha256 == self.second.answer_sha256
+        return same_answer and self.first.extracted != self.second.extracted and not self._is_tie
+
+    @property
+    def _is_tie(self) -> bool:
+        best = sorted(self.first.choices)[-2:]
+        return len(best) == 2 and best[1] - best[0] < TIE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a comparison: a run directory, or a baseline made of one."""
+
+    run: LoadedRun
+    given: Mapping[str, Item] | None = None
+
+    @cached_property
+    def items(self) -> Mapping[str, Item]:
+        return items_of(self.run.records) if self.given is None else self.given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
+
+    `difference.delta` is absolute for shares and means, ΔPPL for perplexity and log(ratio) for speed; `margin` is on
+    the same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
+    `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
+    """
+
+    task: str
+    label: str
+    family: Family
+    first: Metric | None
+    second: Metric | None
+    metric: str = ""
+    higher_is_better: bool = True
+    obstacles: tuple[str, ...] = ()
+    difference: Difference | None = None
+    by_group: tuple[tuple[str, Difference], ...] = ()
+    p_adjusted: float | None = None
+    margin: float = 0.0
+    flips: tuple[Flip, ...] = ()
+    regraded: tuple[int, int] = (0, 0)
+    is_identical: bool = False
+    choice_kl: Metric | None = None
+    kld: Divergence | None = None
+    notes: tuple[str, ...] = ()
+    paths: tuple[Path, ...] = field(default=())
+
+    @property
+    def gains(self) -> int:
+        return sum(flip.is_gain for flip in self.flips)
+
+    @property
+    def losses(self) -> int:
+        return len(self.flips) - self.gains

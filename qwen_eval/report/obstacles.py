@@ -1,0 +1,68 @@
+"""Why two runs may not be compared: another benchmark, other samples, other prompts, other gold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen_eval.report.comparison import Family, Side
+from qwen_eval.report.items import Item
+from qwen_eval.report.runs import LoadedRun, differing_facets
+
+SAYS_WHERE = ("origin", "source", "path", "data_origin")  # where rows lay is no difference, their sha256 would be
+
+
+def obstacles(first: Side, second: Side, family: Family) -> list[str]:
+    """Why two runs are not comparable, the plainest reason first; empty when they are."""
+    found = [
+        f"{side.run.path} is {side.run.status_note}"
+        for side in (first, second)
+        if side.run.status not in ("complete", "partial")
+    ]
+    if found:
+        return found
+    found = differing_facets(first.run, second.run)
+    found += _benchmark_differences(first.run, second.run)
+    found += _sample_differences(first.items, second.items, family)
+    return found
+
+
+def first_difference(first: str, second: str, width: int = 24) -> str:
+    """`at character 7: "…B. two" against "…B) two"`; positions count from 1."""
+    at = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    shown = [_excerpt(text, at, width) for text in (first, second)]
+    return f"at character {at + 1}: {shown[0]} against {shown[1]}"
+
+
+def _excerpt(text: str, at: int, width: int) -> str:
+    start = max(0, at - width)
+    piece = text[start : at + width].replace("\n", "⏎")
+    return (
+        f'"{"…" * (start > 0)}{piece}{"…" * (at + width < len(text))}"' if at < len(text) else f'"…{piece}" (its end)'
+    )
+
+
+def _benchmark_differences(first: LoadedRun, second: LoadedRun) -> list[str]:
+    from qwen_eval.store import differences
+
+    known = set(first.facets) | set(SAYS_WHERE)
+    a, b = ({k: v for k, v in run.benchmark.items() if k not in known} for run in (first, second))
+    return [change.replace(" → ", " against ") for change in differences(a, b)]
+
+
+def _sample_differences(first: Mapping[str, Item], second: Mapping[str, Item], family: Family) -> list[str]:
+    only = [[key for key in a if key not in b] for a, b in ((first, second), (second, first))]
+    if only[0] or only[1]:
+        name = (only[0] or only[1])[0]
+        return [f"other samples: {len(only[0])} only in the first, {len(only[1])} only in the second, such as {name}"]
+    texts = [key for key in first if first[key].prompt != second[key].prompt]
+    if texts:
+        where = first_difference(first[texts[0]].prompt, second[texts[0]].prompt)
+        return [f"{len(texts)} of {len(first)} prompts differ, the first is {texts[0]} {where}"]
+    tokens = [key for key in first if first[key].num_tokens != second[key].num_tokens]
+    if family == "ppl" and tokens:
+        a, b = first[tokens[0]].num_tokens, second[tokens[0]].num_tokens
+        return [f"the text {tokens[0]} is {a} tokens in the first and {b} in the second: other tokenizers"]
+    targets = [key for key in first if first[key].target != second[key].target]
+    if targets:
+        return [f"{len(targets)} gold answers differ, the first is {targets[0]}"]
+    return []
