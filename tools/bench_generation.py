@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peers import ROOT, read_bandwidth, run_worker, write_checkpoint
+from peers import LM_EVAL_HEAD, ROOT, in_turns, read_bandwidth, write_checkpoint
 
 STOP = "Question:"
 
@@ -46,16 +46,9 @@ json.dump({{"seconds": seconds, "texts": [c.text for c in found], "tokens": sum(
           open(request["result"], "w"))
 """
 
-LM_EVAL = """
-import json, os, sys, time
-os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-request = json.load(open(sys.argv[1]))
-import torch
-torch.set_num_threads(request["threads"])
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-lm = HFLM(pretrained=request["checkpoint"], dtype={"bf16": "bfloat16", "fp32": "float32"}[request["dtype"]],
-          device="cpu", batch_size=request["batch_size"])
+LM_EVAL = (
+    LM_EVAL_HEAD
+    + """
 options = {"until": [request["stop"]], "max_gen_toks": request["new_tokens"], "do_sample": False}
 asks = [Instance("generate_until", {}, (p, dict(options)), i, (None, None, 1))
         for i, p in enumerate(request["prompts"])]
@@ -65,6 +58,7 @@ texts = lm.generate_until(asks, disable_tqdm=True)
 seconds = time.perf_counter() - start
 json.dump({"seconds": seconds, "texts": texts}, open(request["result"], "w"))
 """
+)
 
 
 def prompts(file: str, count: int) -> list[str]:
@@ -110,11 +104,7 @@ def main() -> None:
         workers = {"ours": (sys.executable, OURS.format(root=str(ROOT)))}
         if arguments.peer:
             workers["lm-eval"] = (arguments.peer, LM_EVAL)
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-        for _ in range(arguments.rounds):
-            for name, (python, source) in workers.items():
-                results[name].append(run_worker(python, source, payload))
-                print(f"{name}: {results[name][-1]['seconds']:.2f} s", flush=True)
+        results = in_turns(workers, payload, rounds=arguments.rounds)
     report(results, len(payload["prompts"]), arguments.dtype)
 
 

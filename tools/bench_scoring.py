@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peers import ROOT, gemm_peak, run_worker, write_checkpoint
+from peers import LM_EVAL_HEAD, ROOT, gemm_peak, in_turns, write_checkpoint
 
 SUBJECTS = ("anatomy", "astronomy", "marketing", "world_religions")
 
@@ -42,16 +42,9 @@ json.dump({{"seconds": seconds, "logprobs": [found[i].logprobs for i in range(le
            "computed": engine.scorer.computed_tokens, "params": params}}, open(request["result"], "w"))
 """
 
-LM_EVAL = """
-import json, os, sys, time
-os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-request = json.load(open(sys.argv[1]))
-import torch
-torch.set_num_threads(request["threads"])
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-lm = HFLM(pretrained=request["checkpoint"], dtype={"bf16": "bfloat16", "fp32": "float32"}[request["dtype"]],
-          device="cpu", batch_size=request["batch_size"])
+LM_EVAL = (
+    LM_EVAL_HEAD
+    + """
 asks = [Instance("loglikelihood", {}, (q["prompt"], c), i, (None, None, 1))
         for i, q in enumerate(request["questions"]) for c in (" A", " B", " C", " D")]
 lm.loglikelihood(asks[:8], disable_tqdm=True)
@@ -61,6 +54,7 @@ seconds = time.perf_counter() - start
 json.dump({"seconds": seconds, "logprobs": [found[i:i + 4] for i in range(0, len(found), 4)]},
           open(request["result"], "w"))
 """
+)
 
 VLLM = """
 import json, os, sys, time
@@ -138,11 +132,7 @@ def main() -> None:
             workers["lm-eval"] = (arguments.peer, LM_EVAL)
         if arguments.vllm:
             workers["vllm"] = (arguments.vllm, VLLM)
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-        for _ in range(arguments.rounds):
-            for name, (python, source) in workers.items():
-                results[name].append(run_worker(python, source, payload))
-                print(f"{name}: {results[name][-1]['seconds']:.2f} s", flush=True)
+        results = in_turns(workers, payload, rounds=arguments.rounds)
         report(results, rows, gemm_peak(arguments.dtype), arguments.dtype)
 
 

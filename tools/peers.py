@@ -17,6 +17,18 @@ PRETOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+LM_EVAL_HEAD = """
+import json, os, sys, time
+os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+request = json.load(open(sys.argv[1]))
+import torch
+torch.set_num_threads(request["threads"])
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+lm = HFLM(pretrained=request["checkpoint"], dtype={"bf16": "bfloat16", "fp32": "float32"}[request["dtype"]],
+          device="cpu", batch_size=request["batch_size"])
+"""  # of a worker in lm-evaluation-harness's environment: `lm` is the model, `Instance` one request
+
 
 def write_checkpoint(folder: Path, *, vocab_size: int = 151936, hidden: int = 512, layers: int = 8) -> Path:
     """A random Qwen2 (hidden 512, 8 layers, grouped heads) with Qwen's tokenizer, loadable by every harness."""
@@ -62,6 +74,18 @@ def run_worker(python: str, source: str, payload: dict[str, Any], *, timeout_s: 
             sys.exit(f"worker failed ({done.returncode}):\n{done.stderr[-3000:]}")
         answer: dict[str, Any] = json.loads(result.read_text())
         return answer
+
+
+def in_turns(
+    workers: dict[str, tuple[str, str]], payload: dict[str, Any], *, rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Each worker (interpreter, source) once a round, so that a busy machine slows all. Returns results by name."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, (python, source) in workers.items():
+            results[name].append(run_worker(python, source, payload))
+            print(f"{name}: {results[name][-1]['seconds']:.2f} s", flush=True)
+    return results
 
 
 def gemm_peak(dtype_name: str) -> float:

@@ -64,11 +64,9 @@ class LongPpl:
     version = 1
 
     def __init__(self, spec: LongPplSpec, context: TaskContext):
-        if context.tokenizer is None:
-            raise ConfigError(f"{spec.name}: the engine has no tokenizer and gives no log-probabilities of given text")
+        self.tokenizer = context.required_tokenizer(spec.name, " and gives no log-probabilities of given text")
         _check(spec)
         self.spec, self.context, self.name = spec, context, spec.name
-        self.tokenizer = context.tokenizer
         self.preset = PRESETS[spec.preset]
         self.prefix = end_of_text(self.tokenizer)
         if self.preset.needs_prefix and self.prefix is None:

@@ -85,11 +85,9 @@ class Needle:
     version = 1
 
     def __init__(self, spec: NeedleSpec, context: TaskContext):
-        if context.tokenizer is None:
-            raise ConfigError(f"{spec.name}: the engine has no tokenizer, so no prompt of an exact length can be made")
+        self.tokenizer = context.required_tokenizer(spec.name, ", so no prompt of an exact length can be made")
         _check(spec)
         self.spec, self.context, self.name = spec, context, spec.name
-        self.tokenizer = context.tokenizer
         train_length = context.model_facts.get("train_length") or TRAIN_LENGTH
         auto = [n for n in (int(train_length * factor) for factor in AUTO_FACTORS) if n <= AUTO_LONGEST]
         self.lengths = sorted(set(spec.lengths)) or auto or [AUTO_LONGEST]

@@ -39,6 +39,12 @@ class TaskContext:
     sandbox: str = "auto"
     model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
 
+    def required_tokenizer(self, task: str, why: str) -> Tokenizer:
+        """The tokenizer, for tasks that count in tokens. Raises ConfigError where the engine has none."""
+        if self.tokenizer is None:
+            raise ConfigError(f"{task}: the engine has no tokenizer{why}")
+        return self.tokenizer
+
 
 def task_class(name: str) -> Any:
     """The class of a registered task; it is built as `cls(spec, context)` and names its schema in `cls.Spec`."""
