@@ -18,9 +18,9 @@ sys.path.insert(0, str(TOOLS))
 
 import train_nano  # noqa: E402
 from nano import export, mixture, texts, vocabulary  # noqa: E402
+from nano.counting import Trigram  # noqa: E402
 from nano.model import Qwen, Shape, ntk_alpha  # noqa: E402
 from nano.optimizer import orthogonalise  # noqa: E402
-from nano.score import Trigram  # noqa: E402
 
 from qwen_eval.config import ModelSpec  # noqa: E402
 from qwen_eval.core import ModelError, Prompt, Score, TokenLogprobs  # noqa: E402

@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 from nano import mixture  # noqa: E402
-from nano.score import Trigram  # noqa: E402
+from nano.counting import Trigram  # noqa: E402
 from qwen_eval.config import ModelSpec, RopeSpec  # noqa: E402
 from qwen_eval.core import Metric, Prompt, Record, Score, TokenLogprobs, Turn  # noqa: E402
 from qwen_eval.engines.native import NativeEngine  # noqa: E402
@@ -117,7 +117,8 @@ def _interval(metric: Metric) -> str:
 
 
 def tables(out: dict[str, Any]) -> Iterator[str]:
-    yield "### Exercises (`task=nano`, 580 held-out items, % and 95 % interval)\n"
+    n = out["exercises"]["base"]["accuracy"].n
+    yield f"### Exercises (`task=nano`, {n} held-out items, % and 95 % interval)\n"
     yield "| kind | n | raw text | ChatML |\n|---|---|---|---|"
     base, chat = out["exercises"]["base"], out["exercises"]["chat"]
     for name in base:
