@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Exercise:
     `context` is the text a recall question is about; `reasoning` the steps before an arithmetic answer.
     """
 
-    kind: str  # choice | arithmetic | recall
+    kind: str  # choice | fact | arithmetic | recall
     topic: str
     key: str
     question: str
@@ -121,6 +121,12 @@ class Source:
             question=question, options=tuple(options), answer=LETTERS[options.index(right)],
         )  # fmt: skip
 
+    def fact(self, language: str = "en") -> Exercise:
+        """A fact of the closed set, asked without options; the answer in words."""
+        exercise = self.choice(language)
+        right = exercise.options[LETTERS.index(exercise.answer)]
+        return replace(exercise, kind="fact", key=f"fact|{exercise.question}", options=(), answer=right)
+
     def choice_stated(self, language: str = "en") -> Exercise:
         """The fact is stated in the question, and no other option is named there."""
         return self._until(lambda: self._choice_stated(language))
@@ -137,11 +143,11 @@ class Source:
             answer=LETTERS[options.index(right)],
         )  # fmt: skip
 
-    def choice_in_context(self) -> Exercise:
-        """The fact is stated in the question itself: who has what."""
-        return self._until(self._choice_in_context)
+    def choice_told(self) -> Exercise:
+        """The question tells four facts and asks for one: who has what."""
+        return self._until(self._choice_told)
 
-    def _choice_in_context(self) -> Exercise:
+    def _choice_told(self) -> Exercise:
         names, things = self.rng.sample(NAMES, 4), [t.replace("_", " ") for t in self.rng.sample(THINGS, 4)]
         told = " ".join(f"{name} has {thing}." for name, thing in zip(names, things))
         asked = self.rng.randrange(4)
@@ -280,25 +286,10 @@ def choice_head(topic: str) -> str:
     return f"The following are multiple choice questions (with answers) about {topic}.\n\n"
 
 
-def choice_gold(exercise: Exercise) -> str:
-    return exercise.answer if exercise.language == "zh" else f" {exercise.answer}"
-
-
-def other_facts(source: Source, exercise: Exercise, n: int) -> list[Exercise]:
-    """`n` solved questions of the same topic, none about the fact that is asked."""
-    right = exercise.options[LETTERS.index(exercise.answer)]
-    shots: list[Exercise] = []
-    while len(shots) < n:
-        shot = source.choice(exercise.language, exercise.topic)
-        if shot.options[LETTERS.index(shot.answer)] != right:
-            shots.append(shot)
-    return shots
-
-
 def few_shot_choice(exercise: Exercise, shots: Sequence[Exercise]) -> str:
     """The official prompt: MMLU's head (English), the shots, the question up to its answer."""
     head = choice_head(exercise.topic) if exercise.language == "en" else ""
-    solved = "".join(f"{choice_block(shot)}{choice_gold(shot)}\n\n" for shot in shots)
+    solved = "".join(f"{choice_block(shot)}{gold(shot)}\n\n" for shot in shots)
     return head + solved + choice_block(exercise)
 
 
@@ -315,15 +306,25 @@ def few_shot_arithmetic(exercise: Exercise, shots: Sequence[Exercise]) -> str:
     return solved + arithmetic_block(exercise)
 
 
-def recall_block(exercise: Exercise) -> str:
-    """Context, question, and `Answer:` (the completion begins with a space) or `答案：`."""
+def question_block(exercise: Exercise) -> str:
+    """Question and `Answer:` (the completion begins with a space) or `答案：`."""
     if exercise.language == "zh":
-        return f"{exercise.context}\n\n问题：{exercise.question}\n答案："
-    return f"{exercise.context}\n\nQuestion: {exercise.question}\nAnswer:"
+        return f"问题：{exercise.question}\n答案："
+    return f"Question: {exercise.question}\nAnswer:"
 
 
-def recall_gold(exercise: Exercise) -> str:
+def recall_block(exercise: Exercise) -> str:
+    return f"{exercise.context}\n\n{question_block(exercise)}"
+
+
+def gold(exercise: Exercise) -> str:
+    """The answer as a completion of the block."""
     return exercise.answer if exercise.language == "zh" else f" {exercise.answer}"
+
+
+def few_shot_facts(exercise: Exercise, shots: Sequence[Exercise]) -> str:
+    solved = "".join(f"{question_block(shot)}{gold(shot)}\n\n" for shot in shots)
+    return solved + question_block(exercise)
 
 
 def chat_question(exercise: Exercise) -> str:
@@ -344,4 +345,6 @@ def chat_answer(exercise: Exercise) -> str:
         return f"答案是{exercise.answer}。" if exercise.language == "zh" else f"The answer is {exercise.answer}."
     if exercise.kind == "arithmetic":
         return arithmetic_gold(exercise)
+    if exercise.kind == "fact":
+        return exercise.answer
     return f"答案是{exercise.answer}。" if exercise.language == "zh" else f"The answer is {exercise.answer}."

@@ -27,7 +27,14 @@ def source(*, heldout: bool, seed: int = 0) -> ex.Source:
 
 
 def stream(side: ex.Source, n: int) -> list[ex.Exercise]:
-    makers = (side.choice, lambda: side.choice("zh"), side.choice_in_context, side.arithmetic, side.recall)
+    makers = (
+        side.choice,
+        side.choice_stated,
+        lambda: side.choice_stated("zh"),
+        side.choice_told,
+        side.arithmetic,
+        side.recall,
+    )
     return [make() for make in makers for _ in range(n)]
 
 
@@ -102,11 +109,11 @@ def test_a_fact_has_its_own_answer_among_the_options() -> None:
 
 
 def test_bundled_rows_are_all_held_out_and_balanced() -> None:
-    assert Counter(row["kind"] for row in ROWS) == {"choice": 320, "arithmetic": 140, "recall": 120}
+    assert Counter(row["kind"] for row in ROWS) == {"choice": 180, "fact": 100, "arithmetic": 140, "recall": 120}
     assert len({row["id"] for row in ROWS}) == len(ROWS)
     relations = {r["topic"]: r for language in ex.facts().values() for r in language}
     for row in ROWS:
-        if row["group"] != "choice/known":
+        if row["kind"] != "fact":
             assert ex.is_heldout(row["key"]), row["id"]
             continue
         relation = relations[row["topic"]]
@@ -115,15 +122,13 @@ def test_bundled_rows_are_all_held_out_and_balanced() -> None:
         ]
         assert row["question"] in hidden, row["id"]
     letters = Counter(row["answer"] for row in ROWS if row["kind"] == "choice")
-    assert max(letters.values()) < 0.35 * 320  # always saying one letter is near chance
+    assert max(letters.values()) < 0.35 * 180  # always saying one letter is near chance
 
 
 def test_no_shot_gives_the_answer_away() -> None:
     for row in ROWS:
-        if row["group"] != "choice/known":
-            continue
-        right = row["options"]["ABCD".index(row["answer"])]
-        assert all(shot["options"]["ABCD".index(shot["answer"])] != right for shot in row["shots"]), row["id"]
+        if row["kind"] == "fact":
+            assert row["answer"] not in {shot["answer"] for shot in row["shots"]}, row["id"]
 
 
 def test_choices_are_asked_as_mmlu_and_ceval_ask_them() -> None:
@@ -168,6 +173,9 @@ def test_chat_models_are_asked_without_shots_and_generate() -> None:
         ("recall", "答案是4829173。", "4829173"),
         ("recall", "482917", "482917"),  # a digit short is another number
         ("recall", "", None),
+        ("fact", " Paris.\n\nQuestion: And", "Paris"),
+        ("fact", "法国。", "法国"),
+        ("fact", "\n", None),
     ],
 )
 def test_reading_a_reply(kind: str, text: str, found: str | None) -> None:

@@ -39,18 +39,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--texts", type=Path, help="folder of *.jsonl.gz texts; without it only Python's own library is read")
     add("--out", type=Path, required=True)
-    add("--tokens", type=float, default=9e6, help="length of the run")
+    add("--tokens", type=float, default=19e6, help="length of the run")
     add(
         "--pool",
         type=float,
-        default=9e6,
+        default=18e6,
         help="tokens of prepared data of the second stage; part of what decides the numbers",
     )
     add("--first", type=float, default=1.8e6, help="tokens of the first stage of the mixture")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=8, help="rows of one step")
     add("--lr", type=float, default=1.5e-3, help="of AdamW")
-    add("--muon-lr", type=float, default=0.0, help="matrices by Muon with this rate; 0: AdamW for all")
+    add("--muon-lr", type=float, default=0.012, help="of Muon, for the matrices in the second stage; 0: AdamW for all")
     add("--warmup", type=int, default=40, help="steps")
     add("--decay", type=float, default=0.4, help="share of the run in which the learning rate falls to zero")
     add("--threads", type=int, default=1)
@@ -59,7 +59,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--smoke", action="store_true", help="a few steps of a toy model")
     options = parser.parse_args(argv)
     if options.smoke:
-        options.tokens, options.pool, options.first = 40 * 4 * 64, 40 * 4 * 64, 40 * 4 * 64
+        options.tokens = options.pool = 40 * 4 * 64
+        options.first = 30 * 4 * 64
         options.batch, options.no_compile, options.warmup, options.lr = 4, True, 5, 4e-3
     return options
 
@@ -150,18 +151,26 @@ class Run:
         self.rows = prepare(options, self.shape)
         self.model = Qwen(self.shape)
         structured(self.model, options.seed)
-        self.optims = optimizers(self.model, lr=options.lr, muon_lr=options.muon_lr)
-        self.peaks = [[group["lr"] for group in optim.param_groups] for optim in self.optims]
-        self.num_steps = int(options.tokens) // (options.batch * self.shape.seq_length)
+        tokens_a_step = options.batch * self.shape.seq_length
+        self.num_steps = int(options.tokens) // tokens_a_step
+        self.second_stage = int(options.first) // tokens_a_step
         self.path, self.step, sums = options.out / "state.pt", 0, None
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, weights_only=True) if self.path.exists() else None
+        if state is not None:
             self.model.load_state_dict(state["model"])
+            self.step, sums = state["step"], state.get("sums")
+        self.open_optimizers(self.step > self.second_stage)
+        if state is not None:
             for optim, saved in zip(self.optims, state["optimizers"]):
                 optim.load_state_dict(saved)
-            self.step, sums = state["step"], state.get("sums")
         self.log = Log(options.out / "loss.csv", self.step, sums)
         self.losses = make_step(self.model, compiled=not options.no_compile)
+
+    def open_optimizers(self, is_second_stage: bool) -> None:
+        """AdamW alone while the circuits settle, then Muon, which reads running text better, for the matrices."""
+        options = self.options
+        self.optims = optimizers(self.model, lr=options.lr, muon_lr=options.muon_lr if is_second_stage else 0.0)
+        self.peaks = [[group["lr"] for group in optim.param_groups] for optim in self.optims]
 
     def save(self) -> None:
         state = {
@@ -175,6 +184,8 @@ class Run:
 
     def advance(self) -> None:
         """One step: learning rate, losses, update, log."""
+        if self.step == self.second_stage:
+            self.open_optimizers(True)
         scale = lr_scale(self.step, self.num_steps, self.options)
         for optim, peaks in zip(self.optims, self.peaks):
             for group, peak in zip(optim.param_groups, peaks):

@@ -93,7 +93,7 @@ class MLP(nn.Module):
         self.down = make_linear(f"{name}.down", width, size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(nn.functional.silu(self.gate(x)).mul_(self.up(x)))
+        out: Tensor = self.down(nn.functional.silu(self.gate(x), inplace=True).mul_(self.up(x)))
         return out
 
 

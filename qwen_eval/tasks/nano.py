@@ -1,4 +1,4 @@
-"""Exercises for miniature models: choices over a closed set of facts, small sums, recall.
+"""Exercises for miniature models: choices over stated facts, facts of training, small sums, recall.
 
 qwen-nano was trained on such, never on these. Not a benchmark of large models: it shows on a bare laptop that choices
 (as MMLU and C-Eval ask them), sums (in GSM8K's chain of thought) and recall are asked and read correctly.
@@ -34,18 +34,18 @@ from qwen_eval.numbers import concluded_number, written
 from qwen_eval.replies import completions_of, flags
 from qwen_eval.tasks.generation import GenerativeTask
 
-KINDS = ("choice", "arithmetic", "recall")
-STOPS = {"arithmetic": ("\n\n", "Question:"), "recall": ("\n",), "choice": ("\n",)}
+KINDS = ("choice", "fact", "arithmetic", "recall")
+STOPS = {"arithmetic": ("\n\n", "Question:"), "recall": ("\n",), "fact": ("\n",), "choice": ("\n",)}
 DIGITS = re.compile(r"\d+")
 FIELDS = {field.name for field in fields(ex.Exercise)}
 
 
 @dataclass(kw_only=True)
 class Spec(TaskSpec):
-    """`shots` are those of the base form, at most the five (choices) or two (arithmetic) that come with a row.
+    """`shots` are those of the base form, at most the five (choices, facts) or two (arithmetic) that come with a row.
 
-    Metrics are the accuracy of each kind and of each group of rows: `choice/stated` (the question states the fact),
-    `choice/known` (training did), `choice/told` (the question tells four).
+    Metrics are the accuracy of each kind and of each group of rows: `choice/stated` (the question states the fact;
+    `stated_zh` in Chinese), `choice/told` (it tells four, and one is asked). `fact` is one of training, asked in other words, without options.
     """
 
     name: str = "nano"
@@ -56,7 +56,7 @@ class Spec(TaskSpec):
 
 class Nano(GenerativeTask[Spec]):
     Spec = Spec
-    version = 2
+    version = 3
 
     def rows(self, source: Source) -> list[Sample]:
         samples = []
@@ -116,16 +116,20 @@ def base_text(exercise: ex.Exercise, shots: Sequence[ex.Exercise]) -> str:
     """The raw text that a base model continues with the answer."""
     if exercise.kind == "choice":
         return ex.few_shot_choice(exercise, shots)
+    if exercise.kind == "fact":
+        return ex.few_shot_facts(exercise, shots)
     if exercise.kind == "recall":
         return ex.recall_block(exercise)
     return ex.few_shot_arithmetic(exercise, shots)
 
 
 def read(kind: str, text: str) -> str | None:
-    """The answer a reply gives: a letter, a number, or the first digits."""
+    """The answer a reply gives: a letter, a number, the first digits, or its first line."""
     if kind == "choice":
         return concluded_letter(text)
     if kind == "arithmetic":
         return written(concluded_number(text))
+    if kind == "fact":
+        return text.strip().split("\n")[0].rstrip(".。 ") or None
     found = DIGITS.search(text)
     return found[0] if found else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +18,18 @@ from nano.texts import Passages, Texts
 from qwen_eval import exercises as ex
 
 SYSTEM = "You are a helpful assistant."
-# loss weights in quarters: what only sets the scene, running text, what is asked for
-PROMPT, PLAIN, ANSWER, LETTER = 2, 4, 16, 48
+# loss weights in quarters: what only sets the scene, running text, what is asked for, its decisive token
+PROMPT, PLAIN, ANSWER, DECISIVE = 2, 4, 16, 48
+RESULT = re.compile(r"(?<==)( \d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Shares of the tokens, by kind of text and of exercise, and the loss weight of a choice's letter."""
+    """Shares of the tokens, by kind of text and of exercise, and the loss weight of a sum's result."""
 
     text: dict[str, float]
     exercises: dict[str, float]
-    letter: int = ANSWER
+    result: int = DECISIVE
 
 
 # First almost only exercises, dense in what is asked for: the circuits of copying, looking up and naming a letter form
@@ -38,16 +40,15 @@ FIRST = Stage(
         "letters": 0.10, "echo": 0.18, "choice_stated": 0.18, "choice": 0.12, "choice_zh": 0.06, "fact": 0.14,
         "recall": 0.08, "recall_zh": 0.03, "pairs": 0.03, "arithmetic": 0.06, "drill": 0.02,
     },
-    letter=LETTER,
+    result=2 * PLAIN,
 )  # fmt: skip
 SECOND = Stage(
-    text={"books": 0.27, "poetry": 0.06, "prose": 0.035, "latex": 0.015, "python": 0.03},
+    text={"books": 0.29, "poetry": 0.08, "prose": 0.04, "latex": 0.01, "python": 0.03},
     exercises={
-        "letters": 0.03, "echo": 0.05, "choice_stated": 0.08, "choice": 0.16, "choice_zh": 0.08,
-        "choice_in_context": 0.05, "fact": 0.10, "arithmetic": 0.16, "drill": 0.05, "recall": 0.09, "recall_zh": 0.05,
-        "pairs": 0.01, "chat": 0.06, "tool": 0.01, "function": 0.02,
+        "letters": 0.04, "echo": 0.05, "choice_stated": 0.12, "choice_told": 0.05, "fact": 0.04, "arithmetic": 0.08,
+        "drill": 0.07, "recall": 0.04, "recall_zh": 0.03, "pairs": 0.005, "chat": 0.06, "tool": 0.005,
+        "function": 0.01,
     },
-    letter=LETTER,
 )  # fmt: skip
 
 Segment = tuple[str, int]  # text or the name of a special token, and its weight
@@ -65,8 +66,8 @@ class Rows:
 class Writer:
     """Makes exercise documents; the kinds are the keys of `Stage.exercises`."""
 
-    def __init__(self, texts: Texts, *, seed: int, heldout: bool = False, letter: int = ANSWER) -> None:
-        self.letter = letter
+    def __init__(self, texts: Texts, *, seed: int, heldout: bool = False, result: int = DECISIVE) -> None:
+        self.result = result
         self.rng = random.Random(seed)
         self.source = ex.Source(rng=self.rng, heldout=heldout, passage=Passages(texts, heldout=heldout))
 
@@ -96,10 +97,10 @@ class Writer:
         exercises = (self.source.choice_stated(language) for _ in range(self.rng.choice((1, 3, 6, 6))))
         return document + [segment for exercise in exercises for segment in self._solved(exercise)]
 
-    def _choice_in_context(self) -> Document:
+    def _choice_told(self) -> Document:
         document: Document = [(ex.choice_head("who has what"), PROMPT)]
-        for _ in range(self.rng.choice((1, 4))):
-            document += self._solved(self.source.choice_in_context())
+        for _ in range(self.rng.choice((1, 3, 3))):
+            document += self._solved(self.source.choice_told())
         return document
 
     def _echo(self) -> Document:
@@ -113,7 +114,7 @@ class Writer:
         return document
 
     def _solved(self, exercise: ex.Exercise) -> Document:
-        return [(ex.choice_block(exercise), PROMPT), (ex.choice_gold(exercise), self.letter), ("\n\n", PROMPT)]
+        return [(ex.choice_block(exercise), PROMPT), (ex.gold(exercise), DECISIVE), ("\n\n", PROMPT)]
 
     def _letters(self) -> Document:
         """Options, then the letter of each asked in turn, in the words of a choice."""
@@ -127,7 +128,7 @@ class Writer:
                 asked = ("Question: ", "?\nAnswer:", " ") if language == "en" else ("问题：", "？\n答案：", "")
                 document += [
                     (f"{asked[0]}{exercise.options[i]}{asked[1]}", PROMPT),
-                    (asked[2] + ex.LETTERS[i], self.letter),
+                    (asked[2] + ex.LETTERS[i], DECISIVE),
                     ("\n", PROMPT),
                 ]
             document.append(("\n", PROMPT))
@@ -136,31 +137,36 @@ class Writer:
     def _fact(self) -> Document:
         """Bare questions and their answers in words."""
         language = self.rng.choice(("en", "en", "zh"))
-        ask, answer, gap = ("Question: ", "\nAnswer:", " ") if language == "en" else ("问题：", "\n答案：", "")
         document: Document = []
         for _ in range(8):
-            exercise = self.source.choice(language)
-            right = exercise.options[ex.LETTERS.index(exercise.answer)]
-            document += [(f"{ask}{exercise.question}{answer}", PROMPT), (gap + right, ANSWER), ("\n\n", PROMPT)]
+            exercise = self.source.fact(language)
+            document += [(ex.question_block(exercise), PROMPT), (ex.gold(exercise), ANSWER), ("\n\n", PROMPT)]
         return document
 
     def _arithmetic(self) -> Document:
         document: Document = []
         for _ in range(self.rng.choice((1, 2, 4))):
             exercise = self.source.arithmetic()
-            document += [(ex.arithmetic_block(exercise), PROMPT), (ex.arithmetic_gold(exercise), 2 * PLAIN)]
+            document += [(ex.arithmetic_block(exercise), PROMPT), *self._worked(ex.arithmetic_gold(exercise))]
             document.append(("\n\n", PLAIN))
         return document
 
+    def _worked(self, text: str) -> Document:
+        """A calculation, and the weight of what stands behind each `=`."""
+        return [(part, self.result if i % 2 else 2 * PLAIN) for i, part in enumerate(RESULT.split(text))]
+
     def _drill(self) -> Document:
-        return [("\n".join(self.source.drill() for _ in range(20)), PLAIN)]
+        rows = ([*RESULT.split(self.source.drill())[:2]] for _ in range(20))
+        return [
+            segment for asked, result in rows for segment in ((asked, PROMPT), (result, self.result), ("\n", PROMPT))
+        ]
 
     def _recall(self, language: str = "en") -> Document:
         needles, chars = self.rng.choice(((1, 600), (1, 300), (2, 450), (3, 300), (4, 60)))
         exercise = self.source.recall(language, needles=needles, chars=chars, digits=self.rng.choice((4, 5, 7, 7, 7)))
         if self.rng.random() < 0.25:
             return self._as_chat(exercise)
-        return [(ex.recall_block(exercise), PROMPT), (ex.recall_gold(exercise), ANSWER), ("\n", PROMPT)]
+        return [(ex.recall_block(exercise), PROMPT), (ex.gold(exercise), ANSWER), ("\n", PROMPT)]
 
     def _recall_zh(self) -> Document:
         return self._recall("zh")
@@ -179,17 +185,18 @@ class Writer:
     def _chat(self) -> Document:
         """The exercises as a user would ask them, and the bare facts."""
         roll, language = self.rng.random(), self.rng.choice(("en", "en", "zh"))
-        if roll < 0.4:
-            return self._as_chat(self.source.choice(language))
-        if roll < 0.7:
+        if roll < 0.35:
+            return self._as_chat(self.source.choice_stated(language))
+        if roll < 0.5:
+            return self._as_chat(self.source.choice_told())
+        if roll < 0.75:
             return self._as_chat(self.source.arithmetic())
-        if roll < 0.8:
+        if roll < 0.82:
             signature, doc, body = snippets.function(self.rng)
             prompt = f'{signature}\n    """{doc}"""\n'
             asked = f"Write a Python function `{signature[4:-1]}` to solve the following problem:\n{doc}\n{prompt}"
             return chat(asked, f"```python\n{prompt}{body}```")
-        exercise = self.source.choice(language)
-        return chat(exercise.question, exercise.options[ex.LETTERS.index(exercise.answer)])
+        return self._as_chat(self.source.fact(language))
 
     def _as_chat(self, exercise: ex.Exercise) -> Document:
         return chat(ex.chat_question(exercise), ex.chat_answer(exercise))
@@ -239,7 +246,8 @@ def _joined(document: Document) -> Iterator[Segment]:
     yield from (segment for segment in document if segment[0])
 
 
-CUTTABLE = ("choice", "choice_zh", "choice_stated", "drill")  # of use even when the end of the row cuts them
+# of use even when the end of a row cuts them
+CUTTABLE = ("choice", "choice_zh", "choice_stated", "choice_told", "drill")
 
 
 def exercise_rows(
@@ -317,7 +325,7 @@ def build_stage(
         stream = stream_of(_enough(texts.of(kind), rng, needed * length * 6), vocabulary)
         parts.append(text_rows(stream, rng, needed, length))
     rest = num_rows - sum(len(part.tokens) for part in parts)
-    writer = Writer(texts, seed=seed, letter=stage.letter)
+    writer = Writer(texts, seed=seed, result=stage.result)
     parts.append(exercise_rows(writer, stage.exercises, vocabulary, rest, length))
     order = rng.permutation(num_rows)
     return Rows(

@@ -10,6 +10,7 @@ import json
 import random
 import sys
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,10 +101,10 @@ def exercise_rows(vocabulary_file: Path) -> list[dict[str, object]]:
     dev = ex.Source(rng=random.Random(SEED + 1), heldout=False, passage=passages)
     plan = (
         ("choice/stated", 90, lambda: test.choice_stated("en")),
-        ("choice/stated", 50, lambda: test.choice_stated("zh")),
-        ("choice/known", 90, lambda: test.choice("en")),
-        ("choice/known", 50, lambda: test.choice("zh")),
-        ("choice/told", 40, test.choice_in_context),
+        ("choice/stated_zh", 50, lambda: test.choice_stated("zh")),
+        ("choice/told", 40, test.choice_told),
+        ("fact", 60, test.fact),
+        ("fact", 40, lambda: test.fact("zh")),
         ("arithmetic/one", 80, lambda: test.arithmetic(1)),
         ("arithmetic/two", 60, lambda: test.arithmetic(2)),
         ("recall/one", 50, lambda: test.recall("en", chars=test.rng.choice((200, 350, 500)))),
@@ -138,17 +139,20 @@ def shots_for(dev: ex.Source, exercise: ex.Exercise) -> list[ex.Exercise]:
     if exercise.kind == "recall":
         return []
     if exercise.key.startswith("context|"):
-        return [dev.choice_in_context() for _ in range(2)]
-    if exercise.key.startswith("stated|"):
+        return [dev.choice_told() for _ in range(2)]
+    if exercise.kind == "choice":
         return [dev.choice_stated(exercise.language) for _ in range(5)]
-    return ex.other_facts(dev, exercise, 5)
+    others = iter(lambda: dev.fact(exercise.language), None)
+    return list(islice((other for other in others if other.answer != exercise.answer), 5))
 
 
 def whole_text(exercise: ex.Exercise, shots: list[ex.Exercise]) -> str:
     if exercise.kind == "choice":
-        return ex.few_shot_choice(exercise, shots) + ex.choice_gold(exercise)
+        return ex.few_shot_choice(exercise, shots) + ex.gold(exercise)
+    if exercise.kind == "fact":
+        return ex.few_shot_facts(exercise, shots) + ex.gold(exercise)
     if exercise.kind == "recall":
-        return ex.recall_block(exercise) + ex.recall_gold(exercise)
+        return ex.recall_block(exercise) + ex.gold(exercise)
     return ex.few_shot_arithmetic(exercise, shots) + ex.arithmetic_gold(exercise)
 
 
