@@ -139,7 +139,7 @@ def test_choices_are_asked_as_mmlu_and_ceval_ask_them() -> None:
     assert text.endswith("\nAnswer:")
     assert text.count("\nAnswer: ") == 1
     assert request.choices == (" A", " B", " C", " D")
-    chinese = next(s for s in task().samples() if s.data.get("language") == "zh" and s.data["kind"] == "choice")
+    chinese = next(s for s in task().samples() if s.group == "choice/stated_zh")
     request = task(shots=0).request(chinese, [])
     assert isinstance(request, Choose)
     assert (request.prompt.text or "").startswith("问题：")

@@ -45,7 +45,8 @@ class Spec(TaskSpec):
     """`shots` are those of the base form, at most the five (choices, facts) or two (arithmetic) that come with a row.
 
     Metrics are the accuracy of each kind and of each group of rows: `choice/stated` (the question states the fact;
-    `stated_zh` in Chinese), `choice/told` (it tells four, and one is asked). `fact` is one of training, asked in other words, without options.
+    `stated_zh` in Chinese), `choice/told` (it tells four, and one is asked). `fact`
+    is one of training, asked in other words and without options.
     """
 
     name: str = "nano"

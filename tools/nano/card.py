@@ -112,8 +112,9 @@ def figures(run: Path) -> dict[str, Any]:
 
 def _interval(metric: Metric) -> str:
     scale = 100 if metric.kind == "share" else 1
-    low, high = (scale * (edge if edge is not None else float("nan")) for edge in (metric.low, metric.high))
-    return f"{scale * metric.value:.1f} [{low:.1f}, {high:.1f}]"
+    if metric.low is None or metric.high is None or metric.high > 10 * metric.value > 0:
+        return f"{scale * metric.value:.1f} (too few documents for an interval)"
+    return f"{scale * metric.value:.1f} [{scale * metric.low:.1f}, {scale * metric.high:.1f}]"
 
 
 def tables(out: dict[str, Any]) -> Iterator[str]:
