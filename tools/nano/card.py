@@ -112,7 +112,7 @@ def figures(run: Path) -> dict[str, Any]:
 
 def _interval(metric: Metric) -> str:
     scale = 100 if metric.kind == "share" else 1
-    if metric.low is None or metric.high is None or metric.high > 10 * metric.value > 0:
+    if metric.low is None or metric.high is None or (metric.kind == "ppl" and metric.high > 10 * metric.value):
         return f"{scale * metric.value:.1f} (too few documents for an interval)"
     return f"{scale * metric.value:.1f} [{scale * metric.low:.1f}, {scale * metric.high:.1f}]"
 
