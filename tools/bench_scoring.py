@@ -56,6 +56,7 @@ json.dump({"seconds": seconds, "logprobs": [found[i:i + 4] for i in range(0, len
 """
 )
 
+MISSING = -99.0  # see VLLM
 VLLM = """
 import json, os, sys, time
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_LOGGING_LEVEL="ERROR")
@@ -99,9 +100,12 @@ def questions(folder: str, per_subject: int) -> list[dict[str, Any]]:
 
 
 def agreement(a: list[list[float]], b: list[list[float]]) -> tuple[int, float]:
-    """Questions with the same best letter, and the largest difference of a log-probability (centred per question)."""
+    """Questions with the same best letter, and the largest difference of a log-probability (centred per question).
+
+    A letter that a peer does not report is MISSING and not compared.
+    """
     same = sum(max(range(4), key=x.__getitem__) == max(range(4), key=y.__getitem__) for x, y in zip(a, b))
-    worst = max(abs((p - max(x)) - (q - max(y))) for x, y in zip(a, b) for p, q in zip(x, y))
+    worst = max(abs((p - max(x)) - (q - max(y))) for x, y in zip(a, b) for p, q in zip(x, y) if q != MISSING)
     return same, worst
 
 
