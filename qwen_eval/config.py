@@ -73,7 +73,7 @@ class EngineSpec:
     prefix_sharing: bool = True
     max_batch_tokens: int | None = None  # tokens of one scoring forward; None: from the cost model
     max_batch_size: int | None = None  # sequences of one batch or generation slots; None: from the cost model
-    prefill_chunk: int = 2048  # tokens of one chunk of a long prefill
+    prefill_chunk: int = 1024  # tokens of one chunk of a long prefill
     memory_fraction: float = 0.85  # of the free memory that weights, cache and activations may take
     num_threads: int | None = None
     base_url: str | None = None  # openai engine

@@ -1,6 +1,6 @@
 """Memory and time of scoring one long text: ours in chunks, and transformers' plain forward with all logits.
 
-    python tools/bench_long_prefill.py [--tokens 32768] [--peer-tokens 4096] [--layers 24] [--chunk 2048]
+    python tools/bench_long_prefill.py [--tokens 32768] [--peer-tokens 4096] [--layers 24] [--chunk 1024]
                                          [--vocab 151936] [--hidden 896] [--threads 1] [--dtype fp32]
 
 The shape is Qwen2.5-0.5B's with the vocabulary of 151,936, weights are random. Each side runs in a process of its own,
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--peer-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--threads", type=int, default=1)

@@ -24,7 +24,7 @@ class Forward:
     """A model with its positions, cache format and attention kernel."""
 
     def __init__(
-        self, model: Transformer, *, codec: KvCodec | None = None, attention: str = "auto", prefill_chunk: int = 2048
+        self, model: Transformer, *, codec: KvCodec | None = None, attention: str = "auto", prefill_chunk: int = 1024
     ) -> None:
         self.model, self.config = model, model.config
         self.codec: KvCodec = codec or PlainCodec(model.dtype)

@@ -32,7 +32,7 @@ class Opened:
     facts: Mapping[str, JSON]  # what was really used: goes into the result
 
 
-def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: int = 2048) -> Opened:
+def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: int = 1024) -> Opened:
     """Load `spec`; ModelError or ConfigError names what is wrong. Quantised layers name the kernel they got."""
     directory = checkpoint_dir(spec)
     fields = read_config(directory, spec)

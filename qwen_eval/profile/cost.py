@@ -203,7 +203,7 @@ class Cost:
     dtype: str = "bf16"
     kv_cache: str = "auto"
     is_packed: bool = True
-    prefill_chunk: int = 2048
+    prefill_chunk: int = 1024
     max_batch_tokens: int = 4096  # tokens of one packed prefill
 
     @property
