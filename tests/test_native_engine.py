@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwen_eval.core import Choose, Generate, Prompt, Sampling, Score
 from qwen_eval.engines.native import NativeEngine
+from qwen_eval.engines.scoring import Scorer
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.forward import Forward
@@ -166,6 +167,23 @@ def test_int8_cache_answers_do_not_depend_on_sharing_or_chunks() -> None:
     shared = engine_of(codec=Int8Codec(upstream=False), chunk=50)
     for a, b in zip(answers(alone, exam(12)), answers(shared, exam(12))):
         assert a.logprobs == pytest.approx(b.logprobs, abs=5e-3)  # a flipped code is 1/255 of a head's range
+
+
+def test_a_batch_size_bounds_scoring_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    run_batch = Scorer._run_batch
+
+    def counted(self: Scorer, jobs: object, chosen: list, *rest: object) -> object:
+        sizes.append(len(chosen))
+        return run_batch(self, jobs, chosen, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Scorer, "_run_batch", counted)
+    alone = answers(engine_of(max_batch_size=1, max_batch_tokens=4096), exam())
+    assert set(sizes) == {1}
+    sizes.clear()
+    together = answers(engine_of(max_batch_size=7, max_batch_tokens=4096), exam())
+    assert max(sizes) == 7
+    assert [a.best for a in alone] == [b.best for b in together]
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing() -> None:

@@ -50,7 +50,7 @@ class NativeEngine:
         facts: Mapping[str, JSON] | None = None,
         prefix_sharing: bool = True,
         max_batch_tokens: int = 4096,
-        max_batch_size: int = 64,
+        max_batch_size: int | None = None,
         max_cached_tokens: int | None = None,
         protocol: str = "robust",
     ) -> None:
@@ -61,13 +61,14 @@ class NativeEngine:
             forward,
             share=prefix_sharing,
             max_batch_tokens=max_batch_tokens,
+            max_batch_size=max_batch_size,
             model_dtype_logits=protocol == "upstream",
         )
         self.generator = Generator(
             forward,
             tokenizer,
             share=prefix_sharing,
-            max_slots=max_batch_size,
+            max_slots=max_batch_size or (256 if forward.device.type == "cuda" else 64),
             prefill_tokens=max_batch_tokens,
             max_cached_tokens=max_cached_tokens,
         )
@@ -220,7 +221,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         facts=opened.facts,
         prefix_sharing=spec.prefix_sharing,
         max_batch_tokens=spec.max_batch_tokens or limits.packed_tokens,
-        max_batch_size=spec.max_batch_size or (256 if opened.forward.device.type == "cuda" else 64),
+        max_batch_size=spec.max_batch_size,
         max_cached_tokens=None if spec.max_batch_size else limits.cached_tokens,
         protocol=protocol,
     )

@@ -66,11 +66,17 @@ class Scorer:
     """Runs jobs over a `Forward`. `max_batch_tokens` halves when memory runs out, and stays so."""
 
     def __init__(
-        self, forward: Forward, *, share: bool = True, max_batch_tokens: int = 4096, model_dtype_logits: bool = False
+        self,
+        forward: Forward,
+        *,
+        share: bool = True,
+        max_batch_tokens: int = 4096,
+        max_batch_size: int | None = None,
+        model_dtype_logits: bool = False,
     ) -> None:
         self.forward = forward
         self.share = share and not forward.codec.is_chunked
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         self.model_dtype_logits = model_dtype_logits  # the original's: choice logits rounded to the model's dtype
         self.computed_tokens = 0
         self.prompt_tokens = 0
@@ -121,8 +127,8 @@ class Scorer:
 
     def _next_batch(self, lengths: Sequence[int]) -> int:
         """How many of the longest sequences (at the end) fit the token budget, padding counted; at least one."""
-        longest = lengths[-1]
-        return max(1, min(len(lengths), self.max_batch_tokens // max(longest, 1)))
+        most = len(lengths) if self.max_batch_size is None else min(len(lengths), self.max_batch_size)
+        return max(1, min(most, self.max_batch_tokens // max(lengths[-1], 1)))
 
     def _shrink(self, error: RuntimeError, batch: int) -> None:
         if not is_out_of_memory(error):
