@@ -156,7 +156,7 @@ class Writer:
         return [(part, self.result if i % 2 else 2 * PLAIN) for i, part in enumerate(RESULT.split(text))]
 
     def _drill(self) -> Document:
-        rows = ([*RESULT.split(self.source.drill())[:2]] for _ in range(20))
+        rows = (RESULT.split(self.source.drill())[:2] for _ in range(20))
         return [
             segment for asked, result in rows for segment in ((asked, PROMPT), (result, self.result), ("\n", PROMPT))
         ]
