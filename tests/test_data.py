@@ -95,7 +95,7 @@ def test_jsonl_plain_and_packed_are_the_same_rows(tmp_path: Path) -> None:
         (b"", "a.jsonl: empty"),
         (b'{"a": 1}\n{"a": \n', "a.jsonl line 2: not JSON"),
         (b"[1]\n", "a.jsonl line 1: list, an object expected"),
-        (gzip.compress(b'{"a": 1}')[:-6], "a.jsonl: cannot be read"),
+        (gzip.compress(b'{"a": 1}', mtime=0)[:-6], "a.jsonl: cannot be read"),
     ],
 )
 def test_damaged_jsonl_is_refused_with_file_and_line(tmp_path: Path, content: bytes, says: str) -> None:
