@@ -169,6 +169,25 @@ def test_int8_cache_answers_do_not_depend_on_sharing_or_chunks() -> None:
         assert a.logprobs == pytest.approx(b.logprobs, abs=5e-3)  # a flipped code is 1/255 of a head's range
 
 
+@pytest.mark.parametrize("codec", [None, Int8Codec(upstream=False)])
+def test_forks_of_a_cache_grow_apart_and_leave_it_as_it_was(codec: Int8Codec | None) -> None:
+    forward = Forward(model_of(replace(CONFIG, windows=(None, 8, None))), codec=codec, prefill_chunk=5)
+    draw = random.Random(0)
+    stem, first, second = (draw.choices(range(256), k=k) for k in (12, 13, 7))
+    parent = forward.grown(None, stem, 40)
+    forks = [forward.grown(parent, ids, 40) for ids in (first, second)]
+    forks.append(forward.grown(forks[0], second, 40))
+    alone = [forward.grown(None, ids, 40) for ids in (stem, stem + first, stem + second, stem + first + second)]
+    for grown, wanted in zip((parent, *forks), alone, strict=True):
+        assert grown.length == wanted.length
+        for layer in range(3):
+            kept, same = grown.read(layer), wanted.read(layer)
+            assert kept is not None and same is not None and kept[2] == same[2]
+            for mine, other in zip(kept[:2], same[:2]):
+                step = 1e-5 if codec is None else 1 / 100  # of eight bits, a value may round the other way
+                assert (mine - other).abs().max() <= step * other.abs().max()
+
+
 def test_a_batch_size_bounds_scoring_too(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     run_batch = Scorer._run_batch

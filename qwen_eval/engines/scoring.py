@@ -163,23 +163,23 @@ class Scorer:
     def _run_long(self, index: int, job: Job, depth: int, prefix: Prefix | None) -> Scores:
         """A sequence beyond one chunk: prefilled chunk by chunk, scored as it goes, nothing kept but the cache."""
         grown = self.forward.empty_prefix() if prefix is None else prefix.fork()
-        suffix, parts, position = job.inputs[depth:], [], depth
+        suffix, position, num_greedy = job.inputs[depth:], depth, 0
         self.computed_tokens += len(suffix)
         if job.choices:
             for _ in self.forward.extend(grown, suffix[:-1], job.length):
                 pass
             hidden = self.forward.packed([suffix[-1:]], [job.length], prefix=grown, last_only=True)
             return self._choice_scores([job], hidden)[0]
+        logits, logsumexp = torch.empty(len(job.inputs) - job.first_row), torch.empty(len(job.inputs) - job.first_row)
         for hidden in self.forward.extend(grown, suffix, job.length, want_hidden=True):
             rows = hidden[max(0, job.first_row - position) :]
-            first_target = position + len(hidden) - len(rows) + 1
-            parts.append(self._token_scores(index, rows, job.ids[first_target : first_target + len(rows)]))
+            first = position + len(hidden) - len(rows)
+            part = self._token_scores(index, rows, job.ids[first + 1 : first + 1 + len(rows)])
+            place = slice(first - job.first_row, first - job.first_row + len(rows))
+            logits[place], logsumexp[place] = part.logits, part.logsumexp
+            num_greedy += part.num_greedy
             position += len(hidden)
-        return Scores(
-            logits=torch.cat([p.logits for p in parts]),
-            logsumexp=torch.cat([p.logsumexp for p in parts]),
-            num_greedy=sum(p.num_greedy for p in parts),
-        )
+        return Scores(logits=logits, logsumexp=logsumexp, num_greedy=num_greedy)
 
     def _rows_at_a_time(self) -> int:
         vocab = self.forward.config.vocab_size

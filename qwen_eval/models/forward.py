@@ -55,6 +55,7 @@ class Forward:
 
         `total_length`: prefill tokens of the whole sequence this belongs to; it decides the NTK alpha.
         """
+        prefix.reserve(prefix.length + len(ids))
         for start in range(0, len(ids), self.chunk):
             part = ids[start : start + self.chunk]
             attend = PackedAttend(

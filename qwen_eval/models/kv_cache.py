@@ -78,18 +78,30 @@ class LayerKv:
 
 
 class Prefix:
-    """The cache of one sequence of `length` tokens. Immutable to its readers; `extended` makes a longer one."""
+    """The cache of one sequence of `length` tokens, immutable to its readers; `Forward.extend` makes it longer.
+
+    A layer without a window lies in buffers that `reserve` sized: tokens are added in place, behind what readers see.
+    """
 
     def __init__(self, config: ModelConfig, codec: KvCodec, dtype: torch.dtype) -> None:
         self.config, self.codec, self.dtype = config, codec, dtype
         self.length = 0
+        self._reserved = 0
         self._layers: list[LayerKv | None] = [None] * config.num_layers
+        unlimited = (layer for layer in range(config.num_layers) if config.window(layer) is None)
+        self._row = {layer: row for row, layer in enumerate(unlimited)}
+        self._buffers: Stored = ()  # of this prefix alone
+        self._room = 0  # tokens that fit in them
 
     def fork(self) -> Prefix:
-        """A prefix that starts with this one's tokens and can be grown by itself (the tensors are shared)."""
+        """A prefix that starts with this one's tokens and can be grown by itself (the tokens are shared until then)."""
         twin = Prefix(self.config, self.codec, self.dtype)
         twin.length, twin._layers = self.length, list(self._layers)
         return twin
+
+    def reserve(self, num_tokens: int) -> None:
+        """Let the next `append` find room for `num_tokens` in all: one allocation instead of one a chunk."""
+        self._reserved = num_tokens
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, int] | None:
         """Keys and values [1,K,S,D] in the compute dtype and the position of the first; None while empty."""
@@ -100,18 +112,50 @@ class Prefix:
 
     def append(self, layer: int, k: Stored, v: Stored) -> None:
         """Add tokens to one layer; `advance` once all layers have them. A window forgets what no later token sees."""
-        kept = self._layers[layer]
+        if layer in self._row:
+            self._layers[layer] = self._write_behind(layer, k, v)
+        else:
+            self._layers[layer] = self._roll(layer, k, v)
+
+    def _write_behind(self, layer: int, k: Stored, v: Stored) -> LayerKv:
+        end = self.length + k[0].shape[2]
+        if self._room < end:
+            self._make_room(k, max(end, self._reserved))
+        buffers = tuple(whole[self._row[layer]] for whole in self._buffers)
+        for buffer, part in zip(buffers, (*k, *v)):
+            buffer[:, :, self.length : end] = part
+        seen = tuple(buffer[:, :, :end] for buffer in buffers)
+        return LayerKv(k=seen[: len(k)], v=seen[len(k) :], start=0)
+
+    def _make_room(self, like: Stored, num_tokens: int) -> None:
+        """New buffers [L,1,K,num_tokens,*] of the layers without a window, holding their tokens so far.
+
+        One block, not one a layer: blocks that stay among those that come and go tear the C heap apart.
+        """
+        self._buffers = tuple(
+            torch.empty((len(self._row), *t.shape[:2], num_tokens, t.shape[3]), dtype=t.dtype, device=t.device)
+            for t in (*like, *like)
+        )
+        self._room = num_tokens
+        for layer, row in self._row.items():
+            kept = self._layers[layer]
+            if kept is not None:
+                for whole, old in zip(self._buffers, (*kept.k, *kept.v)):
+                    whole[row, :, :, : self.length] = old
+
+    def _roll(self, layer: int, k: Stored, v: Stored) -> LayerKv:
+        kept, window = self._layers[layer], self.config.window(layer)
+        assert window is not None
         start = self.length if kept is None else kept.start
         if kept is not None:
             k = tuple(torch.cat(pair, dim=2) for pair in zip(kept.k, k))
             v = tuple(torch.cat(pair, dim=2) for pair in zip(kept.v, v))
-        window = self.config.window(layer)
-        excess = 0 if window is None else k[0].shape[2] - (window - 1)
+        excess = k[0].shape[2] - (window - 1)
         if excess > 0:
             k = tuple(t[:, :, excess:].clone() for t in k)
             v = tuple(t[:, :, excess:].clone() for t in v)
             start += excess
-        self._layers[layer] = LayerKv(k=k, v=v, start=start)
+        return LayerKv(k=k, v=v, start=start)
 
     def advance(self, num_tokens: int) -> None:
         self.length += num_tokens

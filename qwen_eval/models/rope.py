@@ -108,7 +108,7 @@ class Rope:
     def _rotation(self, positions_N: Tensor, lengths_N: Tensor | int, window: int | None) -> Rotation:
         alphas = self._alphas(lengths_N, window)
         if isinstance(alphas, int):
-            cos, sin = self._lookup(alphas, positions_N)
+            cos, sin = self._lookup(alphas, positions_N, lengths_N if isinstance(lengths_N, int) else 0)
         else:
             cos = torch.empty(len(positions_N), self.config.rotary_dim // 2, device=self.device)
             sin = torch.empty_like(cos)
@@ -132,8 +132,9 @@ class Rope:
             return None
         return logn_factors(positions_N, self.config.train_length, window)
 
-    def _lookup(self, alpha: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        needed = int(positions.max()) + 1
+    def _lookup(self, alpha: int, positions: Tensor, length: int = 0) -> tuple[Tensor, Tensor]:
+        """Rows of the table of `alpha`, built at once for the whole `length` where that is known."""
+        needed = max(int(positions.max()) + 1, length)
         if alpha not in self._tables or len(self._tables[alpha][0]) < needed:
             self._tables[alpha] = self._build(alpha, max(64, 2 ** math.ceil(math.log2(needed))))
         cos, sin = self._tables[alpha]
@@ -146,4 +147,4 @@ class Rope:
         else:
             frequencies = inverse_frequencies(c.rotary_dim, c.rope_base, alpha)
         angles = torch.outer(torch.arange(length).float(), frequencies)
-        return (angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device)
+        return angles.cos().mul_(factor).to(self.device), angles.sin_().mul_(factor).to(self.device)
