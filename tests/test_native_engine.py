@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qwen_eval.core import Choose, Generate, Prompt, Sampling, Score
 from qwen_eval.engines.native import NativeEngine
 from qwen_eval.engines.scoring import Scorer
+from qwen_eval.models import transformer
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.forward import Forward
@@ -182,7 +183,8 @@ def test_forks_of_a_cache_grow_apart_and_leave_it_as_it_was(codec: Int8Codec | N
         assert grown.length == wanted.length
         for layer in range(3):
             kept, same = grown.read(layer), wanted.read(layer)
-            assert kept is not None and same is not None and kept[2] == same[2]
+            assert kept is not None and same is not None
+            assert kept[2] == same[2]
             for mine, other in zip(kept[:2], same[:2]):
                 step = 1e-5 if codec is None else 1 / 100  # of eight bits, a value may round the other way
                 assert (mine - other).abs().max() <= step * other.abs().max()
@@ -222,6 +224,21 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing() -> None:
     assert refused
     assert engine.info["num_oom"] == len(refused)
     assert [a.best for a in found] == [a.best for a in plain]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_bf16_row_is_the_same_product_whatever_the_processor(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = transformer.Linear(96, 200, bias=bias).bfloat16()
+    row = torch.randn(1, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for has_units in (True, False):
+        monkeypatch.setattr(transformer, "has_bf16_units", lambda answer=has_units: answer)
+        with torch.profiler.profile() as profile, torch.inference_mode():
+            found.append(linear(row))
+        kernels = {event.key for event in profile.key_averages()}
+        assert ("aten::linear" in kernels) is has_units
+    assert found[0].shape == found[1].shape == (1, 200)
+    assert (found[0] - found[1]).float().abs().max() <= 2**-8 * found[0].float().abs().max()
 
 
 def test_the_eager_twin_agrees_with_the_fused_kernel() -> None:
