@@ -183,7 +183,8 @@ def test_forks_of_a_cache_grow_apart_and_leave_it_as_it_was(codec: Int8Codec | N
         assert grown.length == wanted.length
         for layer in range(3):
             kept, same = grown.read(layer), wanted.read(layer)
-            assert kept is not None and same is not None
+            assert kept is not None
+            assert same is not None
             assert kept[2] == same[2]
             for mine, other in zip(kept[:2], same[:2]):
                 step = 1e-5 if codec is None else 1 / 100  # of eight bits, a value may round the other way
