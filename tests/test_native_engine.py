@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qwen_eval.core import Choose, Generate, Prompt, Sampling, Score
 from qwen_eval.engines.native import NativeEngine
 from qwen_eval.engines.scoring import Scorer
-from qwen_eval.models import transformer
+from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.forward import Forward
@@ -229,13 +229,13 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_bf16_row_is_the_same_product_whatever_the_processor(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = transformer.Linear(96, 200, bias=bias).bfloat16()
-    row = torch.randn(1, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    row, weight, added = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((1, 96), (200, 96), (200,)))
     found = []
     for has_units in (True, False):
-        monkeypatch.setattr(transformer, "has_bf16_units", lambda answer=has_units: answer)
+        monkeypatch.setattr(dense, "has_bf16_units", lambda answer=has_units: answer)
         with torch.profiler.profile() as profile, torch.inference_mode():
-            found.append(linear(row))
+            found.append(dense.product(row, weight, added if bias else None))
         kernels = {event.key for event in profile.key_averages()}
         assert ("aten::linear" in kernels) is has_units
     assert found[0].shape == found[1].shape == (1, 200)

@@ -5,8 +5,7 @@
 
 The shape is Qwen2.5-0.5B's with the vocabulary of 151,936, weights are random. Each side runs in a process of its own,
 on one thread unless --threads says more. Prints wall seconds, the peak of resident memory beyond weights and KV cache
-(Linux's VmHWM, reset before the clock starts), and the ratio of times at --peer-tokens (0: no peer). Fewer --layers
-take less time and somewhat less memory: 131 MiB with 12 where 24 took 180, at 4,096 tokens.
+(Linux's VmHWM, reset before the clock starts), and the ratio of times at --peer-tokens (0: no peer).
 """
 
 from __future__ import annotations
