@@ -150,7 +150,7 @@ class Run:
         self.options, self.shape = options, shape_of(options)
         self.rows = prepare(options, self.shape)
         self.model = Qwen(self.shape)
-        structured(self.model, options.seed, vocabulary.twins(vocabulary.read(options.out / "qwen.tiktoken")))
+        structured(self.model, options.seed)
         tokens_a_step = options.batch * self.shape.seq_length
         self.num_steps = int(options.tokens) // tokens_a_step
         self.second_stage = int(options.first) // tokens_a_step

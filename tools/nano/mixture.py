@@ -37,16 +37,17 @@ class Stage:
 FIRST = Stage(
     text={"books": 0.04, "poetry": 0.01, "python": 0.01},
     exercises={
-        "letters": 0.10, "echo": 0.18, "choice_stated": 0.16, "choice_told": 0.05, "choice": 0.11, "choice_zh": 0.06,
-        "fact": 0.14, "recall": 0.07, "recall_zh": 0.02, "pairs": 0.03, "arithmetic": 0.06, "drill": 0.02,
+        "letters": 0.10, "echo": 0.18, "choice_stated": 0.18, "choice": 0.12, "choice_zh": 0.06, "fact": 0.14,
+        "recall": 0.08, "recall_zh": 0.03, "pairs": 0.03, "arithmetic": 0.06, "drill": 0.02,
     },
     result=2 * PLAIN,
 )  # fmt: skip
 SECOND = Stage(
-    text={"books": 0.26, "poetry": 0.13, "prose": 0.05, "latex": 0.01, "python": 0.03},
+    text={"books": 0.29, "poetry": 0.08, "prose": 0.04, "latex": 0.01, "python": 0.03},
     exercises={
-        "letters": 0.03, "echo": 0.04, "choice_stated": 0.12, "choice_told": 0.05, "fact": 0.04, "arithmetic": 0.07,
-        "drill": 0.06, "recall": 0.03, "recall_zh": 0.02, "pairs": 0.005, "chat": 0.04, "tool": 0.005, "function": 0.01,
+        "letters": 0.04, "echo": 0.05, "choice_stated": 0.12, "choice_told": 0.05, "fact": 0.04, "arithmetic": 0.08,
+        "drill": 0.07, "recall": 0.04, "recall_zh": 0.03, "pairs": 0.005, "chat": 0.06, "tool": 0.005,
+        "function": 0.01,
     },
 )  # fmt: skip
 
@@ -90,7 +91,7 @@ class Writer:
         return self._choice("zh")
 
     def _choice_stated(self) -> Document:
-        language = self.rng.choice(("en", "en", "en", "zh", "zh"))
+        language = self.rng.choice(("en", "en", "zh"))
         head = language == "en" and self.rng.random() < 0.8
         document: Document = [(ex.choice_head("what was said"), PROMPT)] if head else []
         exercises = (self.source.choice_stated(language) for _ in range(self.rng.choice((1, 3, 6, 6))))
