@@ -182,8 +182,9 @@ def test_ctrl_c_is_one_line_and_keeps_the_records(tmp_path: Path) -> None:
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    while process.poll() is None and not (tmp_path / "r" / "records.jsonl").exists():
-        time.sleep(0.01)
+    records = tmp_path / "r" / "records.jsonl"
+    while process.poll() is None and not (records.exists() and b"\n" in records.read_bytes()):
+        time.sleep(0.01)  # the file is there before its first record is
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
