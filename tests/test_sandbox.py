@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
 from datetime import date, datetime, timedelta
@@ -127,6 +128,31 @@ def test_every_canonical_humaneval_solution_passes_and_none_with_its_answers_spo
 )  # fmt: skip
 def test_what_real_tests_do_with_a_solution_works_across_the_divide(solution: str, test: str) -> None:
     assert judge(solution, test, timeout_s=10.0).reason == "passed"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no way to choose a core here")
+def test_each_worker_keeps_to_a_core_of_its_own() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    workers = [pool.Worker("unsafe") for _ in cores]
+    program = Program(
+        "it", "import os\ndef f():\n    return list(os.sched_getaffinity(0))", "raise ValueError(f())", "f"
+    )
+    try:
+        used = {worker.run(program, 20.0, 1 << 30).reason for worker in workers}
+        assert used == {f"failed: ValueError: [{core}]" for core in cores}
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+@pytest.mark.parametrize("mode", CONFINED)
+def test_a_program_that_draws_lots_draws_the_same_each_time(mode: str) -> None:
+    draw = Program(
+        "it", "import random\ndef f():\n    return [random.random() for _ in range(3)]", "raise ValueError(f())", "f"
+    )
+    first, *others = [verdict.reason for verdict in run_programs([draw] * 4, mode=mode)]
+    assert first.startswith("failed: ValueError: [0.")
+    assert set(others) == {first}
 
 
 def test_a_helper_of_the_prompt_comes_from_the_prompt() -> None:

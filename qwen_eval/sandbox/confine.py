@@ -199,6 +199,8 @@ class Cell:
         _prctl(_SET_NO_NEW_PRIVS, 1)
         set_fixed_limits()
         self._mount_tmp()
+        for name in ("capset", "prctl"):  # looked up here, not by each candidate
+            getattr(_libc, name)
 
     def _mount_tmp(self) -> None:
         """An empty /tmp as working directory, not to be told from one made for the next candidate alone."""

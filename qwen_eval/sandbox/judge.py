@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import math
+import os
 import resource
 import signal
 import socket
@@ -33,7 +34,9 @@ class TimedOut(BaseException):
     """Not an Exception: a test's own `except Exception` must not swallow it."""
 
 
-def main(harness_fd: int, control_fd: int) -> None:
+def main(harness_fd: int, control_fd: int, core: int) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
     resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     control = socket.socket(fileno=control_fd)
     signal.signal(signal.SIGALRM, _bell.ring)

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -49,10 +51,27 @@ sys.modules["qwen_eval.sandbox.zygote"].main(control, **boot["arguments"])
 
 _BOOT_JUDGE = """
 import sys
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[4])
 from qwen_eval.sandbox.judge import main
-main(int(sys.argv[1]), int(sys.argv[2]))
+main(*map(int, sys.argv[1:4]))
 """
+
+_workers_on: Counter[int] = Counter()  # this process's open workers by core
+_cores_lock = threading.Lock()
+
+
+def _claim_core() -> int:
+    """The core with the fewest workers; of equals another one in each process.
+
+    Judge and candidate take turns, a message each: on one core a turn takes a third of the time that waking another
+    core takes.
+    """
+    with _cores_lock:
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+        first = os.getpid() % len(cores)
+        core = min([*cores[first:], *cores[:first]], key=_workers_on.__getitem__)
+        _workers_on[core] += 1
+        return core
 
 
 class WorkerLost(Exception):
@@ -65,6 +84,7 @@ class Worker:
     def __init__(self, mode: RealMode) -> None:
         """Raises SandboxError where the confinement of `mode` cannot be had."""
         self.mode = mode
+        self.core = _claim_core()
         self.zygote_log = tempfile.TemporaryFile()  # noqa: SIM115
         self.harness, judge_end = socket.socketpair()
         self.harness_fd = self.harness.fileno()
@@ -73,7 +93,7 @@ class Worker:
         try:
             self.zygote = self._start_zygote(zygote_end.fileno(), proc_fd)
             self.judge = self._start_judge(judge_end.fileno(), control.fileno())
-            send_frame(control.fileno(), _boot_message(mode, proc_fd))
+            send_frame(control.fileno(), _boot_message(mode, proc_fd, self.core))
         except Hangup:
             pass  # the wait below tells why
         finally:
@@ -98,7 +118,8 @@ class Worker:
 
     def _start_judge(self, harness_fd: int, control_fd: int) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).resolve().parents[2])
-        command = [sys.executable, "-I", "-B", "-c", _BOOT_JUDGE, str(harness_fd), str(control_fd), root]
+        numbers = map(str, (harness_fd, control_fd, self.core))
+        command = [sys.executable, "-I", "-B", "-c", _BOOT_JUDGE, *numbers, root]
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=(harness_fd, control_fd), start_new_session=True
         )
@@ -152,6 +173,9 @@ class Worker:
 
     def close(self) -> None:
         """Hang up, upon which an idle judge ends and the zygote after it; what does not is killed."""
+        if self.is_open:
+            with _cores_lock:
+                _workers_on[self.core] -= 1
         self.harness.close()
         for process in (getattr(self, "judge", None), getattr(self, "zygote", None)):
             if process is not None:
@@ -161,12 +185,13 @@ class Worker:
                 process.wait()
 
 
-def _boot_message(mode: RealMode, proc_fd: int) -> dict[str, Any]:
+def _boot_message(mode: RealMode, proc_fd: int, core: int) -> dict[str, Any]:
     folder = Path(__file__).parent
     return {
         "sources": [(name, (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _INSIDE],
         "arguments": {
             "proc_fd": proc_fd,
+            "core": core,
             "tree": _tree() if mode == "namespaces" else None,
             "is_confined": mode != "unsafe",
             "extra_path": ["/site"] if mode != "unsafe" else sys.path,
