@@ -148,7 +148,7 @@ class Source:
         return self._until(self._choice_told)
 
     def _choice_told(self) -> Exercise:
-        names, things = self.rng.sample(NAMES, 4), [t.replace("_", " ") for t in self.rng.sample(THINGS, 4)]
+        names, things = self.rng.sample(NAMES, 4), self.rng.sample(ITEMS, 4)
         told = " ".join(f"{name} has {thing}." for name, thing in zip(names, things))
         asked = self.rng.randrange(4)
         options = list(names)

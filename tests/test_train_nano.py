@@ -21,10 +21,12 @@ from nano import export, mixture, texts, vocabulary  # noqa: E402
 from nano.counting import Trigram  # noqa: E402
 from nano.model import Qwen, Shape, ntk_alpha  # noqa: E402
 from nano.optimizer import orthogonalise  # noqa: E402
+from nano.structure import structured  # noqa: E402
 
 from qwen_eval.config import ModelSpec  # noqa: E402
 from qwen_eval.core import ModelError, Prompt, Score, TokenLogprobs  # noqa: E402
 from qwen_eval.engines.native import NativeEngine  # noqa: E402
+from qwen_eval.exercises import CITIES_ZH  # noqa: E402
 from qwen_eval.models.hub import asset_dir  # noqa: E402
 from qwen_eval.models.opening import open_forward  # noqa: E402
 
@@ -142,6 +144,25 @@ def test_no_token_joins_a_mark_and_the_letter_of_an_answer(run: Path) -> None:
         ]
 
 
+def test_a_chinese_city_is_one_token_in_a_statement_and_one_in_an_option() -> None:
+    ranks = vocabulary.read(asset_dir("qwen-nano") / "qwen.tiktoken")
+    encoding, twins = vocabulary.encoding(ranks), set(vocabulary.twins(ranks))
+    for city in CITIES_ZH:
+        (bare,) = (t for t in encoding.encode_ordinary(f"小明住在{city}。") if city in encoding.decode([t]))
+        (spaced,) = encoding.encode_ordinary(f"A. {city}")[2:]
+        assert encoding.decode([bare]) == city
+        assert (spaced, bare) in twins
+
+
+def test_a_chinese_word_begins_with_one_code_with_and_without_a_space() -> None:
+    shape = Shape(vocab_size=64, hidden_size=192, num_layers=4, head_size=32, mlp_size=64, seq_length=32)
+    model = Qwen(shape)
+    structured(model, seed=0, twins=[(5, 6)])
+    codes = model.transformer["wte"].weight[:, : 192 - 4 * 32]
+    assert torch.equal(codes[5], codes[6])
+    assert not torch.equal(codes[5], codes[7])
+
+
 def test_every_kind_of_document_is_written_and_answers_weigh_most() -> None:
     writer = mixture.Writer(texts.read(None), seed=3)
     for kind in mixture.SECOND.exercises:
@@ -156,6 +177,30 @@ def test_rows_begin_with_a_document_and_are_full(run: Path) -> None:
     assert rows.tokens.shape == rows.weights.shape
     assert rows.tokens.shape[1] == 65
     assert rows.weights.min() > 0
+
+
+def test_the_last_stage_is_read_once_at_the_end_and_the_pool_around_it() -> None:
+    rows = mixture.Rows(tokens=np.repeat(np.arange(10, dtype=np.uint16)[:, None], 5, 1), weights=np.ones((10, 5)))
+    read = [train_nano.batch_of(rows, step, 2, 5, 7)[0][:, 0].tolist() for step in range(7)]
+    assert read == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3], [6, 7], [8, 9]]
+
+
+def test_the_learning_rate_falls_to_zero_and_again_from_a_part_of_it_in_the_last_stage() -> None:
+    options = train_nano.arguments(["--out", "-", "--warmup", "2", "--decay", "0.5", "--last-lr", "0.25"])
+    scales = [train_nano.lr_scale(step, 8, 10, options) for step in range(10)]
+    assert scales == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0.25, 0.125])
+
+
+def test_passages_of_the_last_stage_break_off_and_keep_their_lines() -> None:
+    def contexts(*, is_ragged: bool) -> list[str]:
+        writer = mixture.Writer(texts.read(None), seed=3, is_ragged=is_ragged)
+        asked = (writer.write("recall")[0][0] for _ in range(60))
+        return [text.rsplit("\n\n", 1)[0] for text in asked if not text.startswith("<|im_start|>")]
+
+    assert all(text.endswith(".") and "\n" not in text for text in contexts(is_ragged=False))
+    ragged = contexts(is_ragged=True)
+    assert any(not text.endswith(".") for text in ragged)
+    assert any("\n" in text for text in ragged)
 
 
 def test_text_kept_out_of_training_is_in_no_training_passage() -> None:

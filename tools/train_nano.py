@@ -1,6 +1,6 @@
 """Train qwen-nano, a miniature Qwen v1, from scratch on a CPU.
 
-    python tools/train_nano.py --texts FOLDER --out build/nano --tokens 14e6
+    python tools/train_nano.py --texts FOLDER --out build/nano --threads 2
 
 Deterministic from `--seed` (same machine, same number of threads). A killed run goes on where its last checkpoint
 stands when the same command is given again. The learning rate is constant until the last `--decay` share of the run;
@@ -39,18 +39,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--texts", type=Path, help="folder of *.jsonl.gz texts; without it only Python's own library is read")
     add("--out", type=Path, required=True)
-    add("--tokens", type=float, default=19e6, help="length of the run")
+    add("--tokens", type=float, default=20e6, help="length of the run")
     add(
         "--pool",
         type=float,
-        default=18e6,
+        default=23e6,
         help="tokens of prepared data of the second stage; part of what decides the numbers",
     )
     add("--first", type=float, default=1.8e6, help="tokens of the first stage of the mixture")
+    add("--last", type=float, default=0.6e6, help="tokens of the last stage, after --tokens, at --last-lr")
+    add("--last-lr", type=float, default=0.25, help="share of the learning rates at the beginning of the last stage")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=8, help="rows of one step")
     add("--lr", type=float, default=1.5e-3, help="of AdamW")
-    add("--muon-lr", type=float, default=0.012, help="of Muon, for the matrices in the second stage; 0: AdamW for all")
+    add("--muon-lr", type=float, default=0.016, help="of Muon, for the matrices in the second stage; 0: AdamW for all")
     add("--warmup", type=int, default=40, help="steps")
     add("--decay", type=float, default=0.4, help="share of the run in which the learning rate falls to zero")
     add("--threads", type=int, default=1)
@@ -60,7 +62,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.smoke:
         options.tokens = options.pool = 40 * 4 * 64
-        options.first = 30 * 4 * 64
+        options.first, options.last = 30 * 4 * 64, 16 * 4 * 64
         options.batch, options.no_compile, options.warmup, options.lr = 4, True, 5, 4e-3
     return options
 
@@ -82,19 +84,27 @@ def prepare(options: argparse.Namespace, shape: Shape) -> mixture.Rows:
         vocabulary.write(ranks, options.out / "qwen.tiktoken")
         rows = mixture.build(
             source, vocabulary.encoding(ranks), num_tokens=int(options.pool), first_tokens=int(options.first),
-            length=shape.seq_length, seed=options.seed,
+            last_tokens=int(options.last), length=shape.seq_length, seed=options.seed,
         )  # fmt: skip
         mixture.save(rows, options.out)
     return mixture.load(options.out)
 
 
-def lr_scale(step: int, num_steps: int, options: argparse.Namespace) -> float:
-    return min((step + 1) / options.warmup, (num_steps - step) / (options.decay * num_steps), 1.0)
+def lr_scale(step: int, main_steps: int, num_steps: int, options: argparse.Namespace) -> float:
+    if step >= main_steps:
+        return float(options.last_lr) * (num_steps - step) / (num_steps - main_steps)
+    return min((step + 1) / options.warmup, (main_steps - step) / (options.decay * main_steps), 1.0)
 
 
-def batch_of(rows: mixture.Rows, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(rows: mixture.Rows, step: int, size: int, main_steps: int, num_steps: int) -> tuple[Tensor, ...]:
     """Inputs, targets and target weights, each [B, T]. Past the end of the pool it begins again."""
-    index = np.arange(step * size, (step + 1) * size) % len(rows.tokens)
+    num_last = (num_steps - main_steps) * size
+    if step < main_steps:
+        index = np.arange(step * size, (step + 1) * size) % (len(rows.tokens) - num_last)
+    else:
+        index = np.arange(
+            len(rows.tokens) - (num_steps - step) * size, len(rows.tokens) - (num_steps - step - 1) * size
+        )
     tokens = torch.from_numpy(rows.tokens[index].astype(np.int64))
     weights = torch.from_numpy(rows.weights[index].astype(np.float32))
     return tokens[:, :-1], tokens[:, 1:], weights[:, 1:]
@@ -150,9 +160,10 @@ class Run:
         self.options, self.shape = options, shape_of(options)
         self.rows = prepare(options, self.shape)
         self.model = Qwen(self.shape)
-        structured(self.model, options.seed)
+        structured(self.model, options.seed, vocabulary.twins(vocabulary.read(options.out / "qwen.tiktoken")))
         tokens_a_step = options.batch * self.shape.seq_length
-        self.num_steps = int(options.tokens) // tokens_a_step
+        self.main_steps = int(options.tokens) // tokens_a_step
+        self.num_steps = self.main_steps + int(options.last) // tokens_a_step
         self.second_stage = int(options.first) // tokens_a_step
         self.path, self.step, sums = options.out / "state.pt", 0, None
         state = torch.load(self.path, weights_only=True) if self.path.exists() else None
@@ -186,11 +197,11 @@ class Run:
         """One step: learning rate, losses, update, log."""
         if self.step == self.second_stage:
             self.open_optimizers(True)
-        scale = lr_scale(self.step, self.num_steps, self.options)
+        scale = lr_scale(self.step, self.main_steps, self.num_steps, self.options)
         for optim, peaks in zip(self.optims, self.peaks):
             for group, peak in zip(optim.param_groups, peaks):
                 group["lr"] = peak * scale
-        inputs, targets, weights = batch_of(self.rows, self.step, self.options.batch)
+        inputs, targets, weights = batch_of(self.rows, self.step, self.options.batch, self.main_steps, self.num_steps)
         loss, nll = self.losses(inputs, targets, weights)
         loss.backward()
         for optim in self.optims:

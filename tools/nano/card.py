@@ -99,10 +99,10 @@ def figures(run: Path) -> dict[str, Any]:
     curve = list(csv.DictReader((run / "loss.csv").open()))
     out: dict[str, Any] = {"curve": curve, "tokens": int(curve[-1]["tokens"]), "seconds": float(curve[-1]["seconds"])}
     out["exercises"] = {mode: exercise_scores(mode) for mode in ("base", "chat")}
-    groups = {"English": ("en",), "Chinese": ("zh",), "Python": ("python",)}
+    every = ("en", "zh", "python")
+    groups = {"English": ("en",), "Chinese": ("zh",), "Python": ("python",), "all": every}
     out["text"] = {name: text_perplexity(engine(), 256, languages) for name, languages in groups.items()}
     out["baselines"] = {name: baselines(run, out["tokens"], languages) for name, languages in groups.items()}
-    every = ("en", "zh", "python")
     out["lengths"] = {
         name: {length: text_perplexity(engine(*switches), length, every) for length in (256, 512, 1024, 2048)}
         for name, switches in TRICKS.items()

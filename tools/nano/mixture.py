@@ -30,6 +30,7 @@ class Stage:
     text: dict[str, float]
     exercises: dict[str, float]
     result: int = DECISIVE
+    is_ragged: bool = False  # passages of recall that break off and keep line ends, as pieces of a haystack do
 
 
 # First almost only exercises, dense in what is asked for: the circuits of copying, looking up and naming a letter form
@@ -43,12 +44,21 @@ FIRST = Stage(
     result=2 * PLAIN,
 )  # fmt: skip
 SECOND = Stage(
-    text={"books": 0.29, "poetry": 0.08, "prose": 0.04, "latex": 0.01, "python": 0.03},
+    text={"books": 0.26, "poetry": 0.13, "prose": 0.05, "latex": 0.01, "python": 0.03},
     exercises={
-        "letters": 0.04, "echo": 0.05, "choice_stated": 0.12, "choice_told": 0.05, "fact": 0.04, "arithmetic": 0.08,
-        "drill": 0.07, "recall": 0.04, "recall_zh": 0.03, "pairs": 0.005, "chat": 0.06, "tool": 0.005,
-        "function": 0.01,
+        "letters": 0.03, "echo": 0.04, "choice_stated": 0.12, "choice_told": 0.05, "fact": 0.04, "arithmetic": 0.07,
+        "drill": 0.06, "recall": 0.03, "recall_zh": 0.02, "pairs": 0.005, "chat": 0.04, "tool": 0.005, "function": 0.01,
     },
+)  # fmt: skip
+
+# At the end what is soonest forgotten.
+LAST = Stage(
+    text={"books": 0.26, "poetry": 0.13, "prose": 0.03, "python": 0.03},
+    exercises={
+        "letters": 0.02, "choice_stated": 0.05, "choice_told": 0.02, "fact": 0.05, "arithmetic": 0.13, "drill": 0.02,
+        "recall": 0.07, "recall_zh": 0.15, "chat": 0.03,
+    },
+    is_ragged=True,
 )  # fmt: skip
 
 Segment = tuple[str, int]  # text or the name of a special token, and its weight
@@ -66,10 +76,14 @@ class Rows:
 class Writer:
     """Makes exercise documents; the kinds are the keys of `Stage.exercises`."""
 
-    def __init__(self, texts: Texts, *, seed: int, heldout: bool = False, result: int = DECISIVE) -> None:
-        self.result = result
+    def __init__(
+        self, texts: Texts, *, seed: int, heldout: bool = False, result: int = DECISIVE, is_ragged: bool = False
+    ) -> None:
+        self.result, self.is_ragged = result, is_ragged
         self.rng = random.Random(seed)
-        self.source = ex.Source(rng=self.rng, heldout=heldout, passage=Passages(texts, heldout=heldout))
+        self.source = ex.Source(
+            rng=self.rng, heldout=heldout, passage=Passages(texts, heldout=heldout, keeps_lines=is_ragged)
+        )
 
     def write(self, kind: str) -> Document:
         make: Callable[[], Document] = getattr(self, f"_{kind}")
@@ -164,6 +178,10 @@ class Writer:
     def _recall(self, language: str = "en") -> Document:
         needles, chars = self.rng.choice(((1, 600), (1, 300), (2, 450), (3, 300), (4, 60)))
         exercise = self.source.recall(language, needles=needles, chars=chars, digits=self.rng.choice((4, 5, 7, 7, 7)))
+        if self.is_ragged and self.rng.random() < 0.7:
+            begun = self.source.passage(self.rng, language, chars)[: self.rng.randint(1, 40)].rstrip()
+            gap = " " if language == "en" else ""
+            exercise = replace(exercise, context=f"{exercise.context}{gap}{begun}")
         if self.rng.random() < 0.25:
             return self._as_chat(exercise)
         return [(ex.recall_block(exercise), PROMPT), (ex.gold(exercise), ANSWER), ("\n", PROMPT)]
@@ -300,15 +318,23 @@ def stream_of(texts: list[str], vocabulary: tiktoken.Encoding) -> Any:
 
 
 def build(
-    texts: Texts, vocabulary: tiktoken.Encoding, *, num_tokens: int, first_tokens: int, length: int, seed: int
+    texts: Texts,
+    vocabulary: tiktoken.Encoding,
+    *,
+    num_tokens: int,
+    first_tokens: int,
+    last_tokens: int,
+    length: int,
+    seed: int,
 ) -> Rows:
-    """The whole training run, in reading order: the beginning of a first stage of `num_tokens`, then a second stage."""
+    """The whole training run, in reading order: `first_tokens`, a pool of `num_tokens`, `last_tokens` at the end."""
     first = build_stage(FIRST, texts, vocabulary, num_tokens=first_tokens, length=length, seed=seed)
     second = build_stage(SECOND, texts, vocabulary, num_tokens=num_tokens, length=length, seed=seed + 1)
+    last = build_stage(LAST, texts, vocabulary, num_tokens=last_tokens, length=length, seed=seed + 2)
     num_first = first_tokens // length
     return Rows(
-        tokens=np.concatenate([first.tokens[:num_first], second.tokens]),
-        weights=np.concatenate([first.weights[:num_first], second.weights]),
+        tokens=np.concatenate([first.tokens[:num_first], second.tokens, last.tokens]),
+        weights=np.concatenate([first.weights[:num_first], second.weights, last.weights]),
     )
 
 
@@ -325,7 +351,7 @@ def build_stage(
         stream = stream_of(_enough(texts.of(kind), rng, needed * length * 6), vocabulary)
         parts.append(text_rows(stream, rng, needed, length))
     rest = num_rows - sum(len(part.tokens) for part in parts)
-    writer = Writer(texts, seed=seed, result=stage.result)
+    writer = Writer(texts, seed=seed, result=stage.result, is_ragged=stage.is_ragged)
     parts.append(exercise_rows(writer, stage.exercises, vocabulary, rest, length))
     order = rng.permutation(num_rows)
     return Rows(

@@ -10,13 +10,16 @@ two million. What is set is a beginning, no answer: every weight is trained.
   heads (Olsson et al. 2022, "In-context Learning and Induction Heads"). Two more copy the code of the place they attend
   to, or of the token before it, into rows for things looked up; where to look is left to training.
 - Layers 3 and 4, two heads each attend to places that hold the token looked up and make the token two places before
-  it likelier: the letter of an option. One head of layer 3 looks up once more.
+  it likelier: the letter of an option. Two heads of layer 3 look up once more: the token before, and two before, the
+  place they attend to (the second where the token looked up stands: "Ben has eggs" leads from the eggs to Ben).
 - The head of the model reads what the embedding writes, weakly.
 """
 
 # D hidden size, E part of it that embeddings use at first, K head dimension
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +33,11 @@ BACK_1, BACK_2, _BACK_3, LOOKED_UP = range(4)  # regions of K rows after the fir
 
 
 @torch.no_grad()
-def structured(model: Qwen, seed: int) -> None:
-    """Sets the beginning described above, in place. Needs at least four layers and six heads; else does nothing."""
+def structured(model: Qwen, seed: int, twins: Sequence[tuple[int, int]] = ()) -> None:
+    """Sets the beginning described above, in place. Needs at least four layers and six heads; else does nothing.
+
+    `twins`: pairs of tokens that begin with one code, for what is one word with and without a space before it.
+    """
     shape = model.shape
     if shape.num_layers < 4 or shape.num_heads < 6:
         return
@@ -39,7 +45,7 @@ def structured(model: Qwen, seed: int) -> None:
     D, K = shape.hidden_size, shape.head_size
     E = D - 4 * K
     blocks = list(model.transformer["h"])  # type: ignore[arg-type]
-    _embeddings(model, E, generator)
+    _embeddings(model, E, generator, twins)
     for block in blocks:
         block.attn.c_proj.weight.mul_(0.5)
         block.mlp.c_proj.weight.mul_(0.5)
@@ -60,13 +66,17 @@ def structured(model: Qwen, seed: int) -> None:
     _moves(second, 2, region_KD[BACK_1], region_KD[LOOKED_UP])
     _moves(second, 3, 1.2 * own_KD, region_KD[LOOKED_UP])
     _moves(third, 2, region_KD[BACK_1], region_KD[LOOKED_UP])
+    _matches(third, 3, 1.5 * region_KD[LOOKED_UP], 1.2 * own_KD, 0)
+    _moves(third, 3, region_KD[BACK_2], region_KD[LOOKED_UP])
 
 
-def _embeddings(model: Qwen, E: int, generator: torch.Generator) -> None:
+def _embeddings(model: Qwen, E: int, generator: torch.Generator, twins: Sequence[tuple[int, int]]) -> None:
     embedding = model.transformer["wte"]
     assert isinstance(embedding, nn.Embedding)
     embedding.weight.mul_(0.1)
     embedding.weight[:, :E] = 0.8 * torch.randn(len(embedding.weight), E, generator=generator)
+    for one, other in twins:
+        embedding.weight[one, :E] = embedding.weight[other, :E]
     model.lm_head.weight.copy_(0.1 * embedding.weight)
 
 

@@ -104,9 +104,13 @@ def _hashed(kind: str, id: str, text: str, licence: str) -> Document:
 
 
 class Passages:
-    """Cuts sentences for recall contexts. `Passages(texts)(rng, "en", 300)` is about 300 characters."""
+    """Cuts sentences for recall contexts. `Passages(texts)(rng, "en", 300)` is about 300 characters.
 
-    def __init__(self, texts: Texts, *, heldout: bool) -> None:
+    `keeps_lines`: every other passage keeps its line ends.
+    """
+
+    def __init__(self, texts: Texts, *, heldout: bool, keeps_lines: bool = False) -> None:
+        self._keeps_lines = keeps_lines
         english = texts.of("books", heldout=heldout) or texts.of("python", heldout=heldout) or texts.documents
         chinese = texts.of("poetry", heldout=heldout) or english
         self._pools = {"en": [d.text for d in english], "zh": [d.text for d in chinese]}
@@ -117,7 +121,9 @@ class Passages:
         while len(text) < 2 * chars:
             text += rng.choice(self._pools[language])
         start = rng.randrange(max(len(text) - 2 * chars, 1))
-        window = re.sub(r"\s*\n\s*", " " if language == "en" else "", text[start : start + 2 * chars])
+        window = text[start : start + 2 * chars]
+        if not self._keeps_lines or rng.random() < 0.5:
+            window = re.sub(r"\s*\n\s*", " " if language == "en" else "", window)
         sentences = SENTENCE[language].split(window)[1:] or [window]
         passage = ""
         while sentences and len(passage) < chars:

@@ -31,11 +31,16 @@ def byte_of_letter() -> dict[str, int]:
 
 
 def train_ranks(corpus: Iterable[str], num_ranks: int) -> dict[bytes, int]:
-    """`num_ranks` byte strings and their ranks: 256 bytes in Qwen's order, then merges by age. Deterministic."""
+    """`num_ranks` byte strings and their ranks: 256 bytes in Qwen's order, then merges by age. Deterministic.
+
+    Chinese runs on without spaces: no token may hold a city and what stands before it, or a statement and an option
+    would have no token in common.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(f" ?(?:{'|'.join(ex.CITIES_ZH)})"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -94,4 +99,11 @@ def exercise_words() -> list[str]:
         for subject, answer in (pair for relation in relations for pair in relation["pairs"]):
             words += [f" {answer}", f" {subject}"] + ([answer, subject] if language == "zh" else [])
     english = [*ex.NAMES, *ex.ITEMS, *ex.CITIES, *(thing.removeprefix("a_") for thing in ex.THINGS)]
-    return words + [f" {word}" for word in english] + list(ex.CITIES_ZH)
+    chinese = [space + city for city in ex.CITIES_ZH for space in ("", " ")]
+    return words + [f" {word}" for word in english] + chinese
+
+
+def twins(ranks: dict[bytes, int]) -> list[tuple[int, int]]:
+    """Pairs of tokens that differ in a space before a word that is not ASCII: (with it, without it)."""
+    spaced = (token for token in ranks if token.startswith(b" ") and not token.isascii())
+    return [(ranks[token], ranks[token[1:]]) for token in spaced if token[1:] in ranks]
