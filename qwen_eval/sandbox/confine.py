@@ -212,16 +212,15 @@ class Cell:
             time.sleep(0.001)  # a change within the tick of the making would not show
         self._ruleset = _landlock_ruleset()
 
-    def renew(self) -> bool:
-        """False where /tmp is as it was made; else it is replaced. Call it between candidates, when none is alive."""
+    def renew(self) -> None:
+        """Replace a /tmp that is not as it was made. Call it between candidates, when none is alive."""
         if _traces() == self._untouched:
-            return False
+            return
         os.chdir("/")
         _call("umount2", b"/tmp", _DETACH)
         if self._ruleset >= 0:
             os.close(self._ruleset)
         self._mount_tmp()
-        return True
 
     def fork(self) -> int:
         """Like os.fork; the child is process 1 of a PID namespace of its own, which dies with it.

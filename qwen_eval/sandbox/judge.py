@@ -24,7 +24,7 @@ from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame
-from qwen_eval.sandbox.orders import END, END_SOON, RUN, RUN_MORE
+from qwen_eval.sandbox.orders import END, END_SOON, RUN
 from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined, Untestable
 
 JUDGE_MEMORY_BYTES = 4 << 30
@@ -67,7 +67,7 @@ _bell = _Bell()
 
 def judge(request: dict[str, Any], control: socket.socket) -> str:
     """The reason of the verdict; "passed" is the only pass. Raises Hangup when the zygote is gone."""
-    with _candidate(control, request["has_more"]) as mine:
+    with _candidate(control) as mine:
         has_left = _bell.has_rung = False
         try:
             # again and again: a bare `except:` in a test may catch one
@@ -92,16 +92,16 @@ def judge(request: dict[str, Any], control: socket.socket) -> str:
     return reason or _describe_exit(status)
 
 
-def _candidate(control: socket.socket, has_more: bool) -> socket.socket:
-    """The channel to a new candidate."""
-    try:
-        control.sendall(RUN_MORE if has_more else RUN)
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-    except (BrokenPipeError, ConnectionResetError):
-        descriptors = []
-    if not descriptors:
-        raise Hangup
-    return socket.socket(fileno=descriptors[0])
+def _candidate(control: socket.socket) -> socket.socket:
+    """The channel to a new candidate, which is being made."""
+    mine, theirs = socket.socketpair()
+    with theirs:
+        try:
+            socket.send_fds(control, [RUN], [theirs.fileno()])
+        except (BrokenPipeError, ConnectionResetError):
+            mine.close()
+            raise Hangup from None
+    return mine
 
 
 def _reap(control: socket.socket, order: bytes) -> int:

@@ -141,11 +141,8 @@ class Worker:
         poll.register(self.harness_fd, select.POLLIN)
         return bool(poll.poll(max(0.0, timeout_s) * 1000))
 
-    def run(self, program: Program, timeout_s: float, memory_bytes: int, has_more: bool = False) -> Verdict:
-        """Raises WorkerLost when judge or zygote died; the program may be at fault or not.
-
-        `has_more`: another program follows at once, so that its process may be made while this one runs.
-        """
+    def run(self, program: Program, timeout_s: float, memory_bytes: int) -> Verdict:
+        """Raises WorkerLost when judge or zygote died; the program may be at fault or not."""
         request = {
             "solution": program.solution,
             "test": program.test,
@@ -153,7 +150,6 @@ class Worker:
             "entry_point": program.entry_point,
             "timeout_s": timeout_s,
             "memory_bytes": memory_bytes,
-            "has_more": has_more,
         }
         start = time.perf_counter()
         try:

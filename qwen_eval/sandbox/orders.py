@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-RUN = b"r"  # answered by the channel of a new candidate
-RUN_MORE = b"m"  # the same, and have the next one ready
+RUN = b"r"  # comes with a descriptor: the channel of a new candidate
 END = b"e"  # kill the candidate; answered by its exit status
 END_SOON = b"s"  # the same, but let it finish dying

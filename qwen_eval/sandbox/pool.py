@@ -63,7 +63,7 @@ def run_confined(
                     return
                 if not worker.is_open:
                     worker = _take(mode)
-                worker, verdicts[index] = _judge(worker, programs[index], timeout_s, memory_bytes, not pending.empty())
+                worker, verdicts[index] = _judge(worker, programs[index], timeout_s, memory_bytes)
         finally:
             _give_back(worker)
 
@@ -74,13 +74,11 @@ def run_confined(
     return [verdict for verdict in verdicts if verdict is not None]
 
 
-def _judge(
-    worker: Worker, program: Program, timeout_s: float, memory_bytes: int, has_more: bool
-) -> tuple[Worker, Verdict]:
+def _judge(worker: Worker, program: Program, timeout_s: float, memory_bytes: int) -> tuple[Worker, Verdict]:
     """A worker that was lost is replaced, and the program judged once more: it need not be the culprit."""
     for _ in range(2):
         try:
-            return worker, worker.run(program, timeout_s, memory_bytes, has_more)
+            return worker, worker.run(program, timeout_s, memory_bytes)
         except WorkerLost:
             worker = Worker(worker.mode)
     return worker, Verdict(False, "error: the sandbox worker died twice on this program", 0.0)

@@ -1,8 +1,8 @@
 """A warm Python that forks one confined candidate after another. Runs inside the sandbox: standard library alone.
 
-Obeys the judge over `control`, a byte an order: `RUN` and `RUN_MORE` are answered by a candidate's channel as
-descriptor, `END` and `END_SOON` (which lets one that hung up finish dying) by its exit status. It never sees a program:
-the source goes through the channel to the candidate alone.
+Obeys the judge over `control`, a byte an order: `RUN` brings the channel of the candidate to be forked as descriptor,
+`END` and `END_SOON` (which lets one that hung up finish dying) are answered by its exit status. It never sees a
+program: the source goes through the channel to the candidate alone.
 
 Each page that it or a candidate writes after a fork is copied, which is most of what a candidate costs: so this file
 imports little that candidates do not ask for, and does little between two forks.
@@ -32,11 +32,11 @@ import struct
 import sys
 import time
 import typing
-from _socket import AF_UNIX, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket, socketpair  # `socket` is 10 times the pages
+from _socket import CMSG_SPACE, socket  # `socket` is 10 times the pages
 from typing import Any
 
 from qwen_eval.sandbox import candidate, codec, confine
-from qwen_eval.sandbox.orders import END_SOON, RUN, RUN_MORE
+from qwen_eval.sandbox.orders import END_SOON, RUN
 
 GRACE_S = 0.1
 
@@ -72,13 +72,8 @@ class OpenField:
         shutil.rmtree(self._folders.pop(pid), ignore_errors=True)
         return os.waitpid(pid, 0)[1]
 
-    def renew(self) -> bool:
-        return False
-
-
-class Child(typing.NamedTuple):
-    pid: int
-    channel: socket  # the judge's end
+    def renew(self) -> None:
+        pass
 
 
 def main(
@@ -115,44 +110,31 @@ def _import_random() -> None:
 
 
 def _serve(control: socket, home: confine.Cell | OpenField) -> None:
-    current = spare = None
-    while order := control.recv(1):
-        if order in (RUN, RUN_MORE):
-            current = spare or _start(home)
-            _hand_over(control, current)
-            spare = _start(home) if order == RUN_MORE else None  # while the other runs
+    pid, room = 0, CMSG_SPACE(struct.calcsize("i"))
+    while True:
+        order, descriptors, _, _ = control.recvmsg(1, room)
+        if order == RUN:
+            [[_, _, packed]] = descriptors
+            pid = _start(home, *struct.unpack("i", packed))
             continue
-        assert current is not None, order
+        if not pid:
+            return
         if order == END_SOON:
-            _wait_briefly(current.pid)
-        status = home.end(current.pid)
-        if home.renew() and spare is not None:  # it stands in the /tmp that was replaced
-            _discard(spare, home)
-            spare = None
+            _wait_briefly(pid)
+        status = home.end(pid)
+        if not order:
+            return
+        home.renew()
         control.sendall(struct.pack("<i", os.waitstatus_to_exitcode(status)))
-        current = None
-    for child in (current, spare):
-        if child is not None:
-            home.end(child.pid)
+        pid = 0
 
 
-def _start(home: confine.Cell | OpenField) -> Child:
-    theirs, mine = socketpair(AF_UNIX, SOCK_STREAM)
+def _start(home: confine.Cell | OpenField, channel: int) -> int:
     pid = home.fork()
     if pid == 0:
-        _become_candidate(mine.fileno(), home)
-    mine.close()
-    return Child(pid, theirs)
-
-
-def _hand_over(control: socket, child: Child) -> None:
-    control.sendmsg([b"c"], [(SOL_SOCKET, SCM_RIGHTS, struct.pack("i", child.channel.fileno()))])
-    child.channel.close()
-
-
-def _discard(child: Child, home: confine.Cell | OpenField) -> None:
-    home.end(child.pid)
-    child.channel.close()
+        _become_candidate(channel, home)
+    os.close(channel)
+    return pid
 
 
 def _wait_briefly(pid: int) -> None:
