@@ -101,7 +101,7 @@ def main(
 
 def _import_random() -> None:
     """Without its fork hook, which seeds anew and takes longer than the fork: all candidates draw the same numbers."""
-    register, os.register_at_fork = os.register_at_fork, lambda **_: None  # type: ignore[assignment]
+    register, os.register_at_fork = os.register_at_fork, lambda **_: None
     import random
     import statistics  # noqa: F401
 
