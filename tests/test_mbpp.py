@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen_eval.core import Completion, Completions, Generate, Sample, Turn
+from qwen_eval.tasks.evalplus import plus_test
 from qwen_eval.tasks.mbpp import Mbpp, Spec, entry_point, program_between_marks, test_source, upstream_program
 from qwen_eval.tasks.registry import TaskContext
 
@@ -91,3 +92,10 @@ def test_plus_references_pass() -> None:
     task = mbpp("mbpp_plus")
     items = [(s, replied(task, s, s.data["canonical_solution"])) for s in task.samples()[:6]]
     assert [grade.score for grade in task.grade_many(items)] == [1.0] * len(items)
+
+
+def test_plus_leaves_out_what_no_candidate_may_send_back() -> None:
+    code = "def combinations_colors(l, n):\n    return [(l[0],) * n]\n"
+    row = {"entry_point": "combinations_colors", "canonical_solution": code, "assertion": ""}
+    test = plus_test({**row, "base_input": [[["a"], 2]], "plus_input": [[["a"], 77], [["b"], 50]]})
+    assert "inputs = [[['a'], 2], [['b'], 50]]" in test

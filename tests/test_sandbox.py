@@ -155,6 +155,13 @@ def test_a_program_that_draws_lots_draws_the_same_each_time(mode: str) -> None:
     assert set(others) == {first}
 
 
+def test_a_solution_may_have_the_name_of_the_function_that_tests_it() -> None:
+    right = "def check(n):\n    return n == 3\n"
+    test = "def check(candidate):\n    assert candidate(3) and not candidate(4)\n"
+    assert judge(right, test, entry_point="check").passed
+    assert not judge(right.replace("3", "4"), test, entry_point="check").passed
+
+
 def test_a_helper_of_the_prompt_comes_from_the_prompt() -> None:
     prelude = 'def double(x):\n    return 2 * x\n\ndef f(x):\n    """Undo double."""\n'
     test = "def check(candidate):\n    assert candidate(double(4)) == 4\n"
