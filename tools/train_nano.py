@@ -230,6 +230,7 @@ def train(options: argparse.Namespace) -> Path:
 def main() -> None:
     options = arguments()
     began = time.perf_counter()
+    torch.use_deterministic_algorithms(True)  # compiled threads add up the gradients of embeddings in any order else
     train(options)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("texts", "out")}
     (options.out / "settings.json").write_text(json.dumps(settings, indent=1))
