@@ -3,8 +3,9 @@
     python tools/train_nano.py --texts FOLDER --out build/nano --threads 2
 
 Deterministic from `--seed` (same machine, same number of threads). A killed run goes on where its last checkpoint
-stands when the same command is given again. The learning rate is constant until the last `--decay` share of the run;
-the data does not depend on `--tokens`, so runs of different lengths share their beginning.
+stands when the same command is given again. The learning rate is constant until the last `--decay` share of
+`--tokens`, falls to zero, and in the `--last` tokens once more from `--last-lr` of it. The data does not depend on
+`--tokens`, so runs of different lengths share their beginning.
 """
 
 from __future__ import annotations
@@ -97,14 +98,12 @@ def lr_scale(step: int, main_steps: int, num_steps: int, options: argparse.Names
 
 
 def batch_of(rows: mixture.Rows, step: int, size: int, main_steps: int, num_steps: int) -> tuple[Tensor, ...]:
-    """Inputs, targets and target weights, each [B, T]. Past the end of the pool it begins again."""
-    num_last = (num_steps - main_steps) * size
+    """Inputs, targets and target weights, each [B, T]. The pool is read round and round, the last stage once."""
     if step < main_steps:
+        num_last = (num_steps - main_steps) * size
         index = np.arange(step * size, (step + 1) * size) % (len(rows.tokens) - num_last)
     else:
-        index = np.arange(
-            len(rows.tokens) - (num_steps - step) * size, len(rows.tokens) - (num_steps - step - 1) * size
-        )
+        index = np.arange(size) - (num_steps - step) * size
     tokens = torch.from_numpy(rows.tokens[index].astype(np.int64))
     weights = torch.from_numpy(rows.weights[index].astype(np.float32))
     return tokens[:, :-1], tokens[:, 1:], weights[:, 1:]
