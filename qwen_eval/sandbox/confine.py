@@ -2,7 +2,7 @@
 
 Three steps, each one way:
   `build_root`    a mount namespace whose root holds only what Python needs, read-only; no network, no /proc, no /sys
-  `enter_cell`    an unprivileged user in a user namespace of its own, able to make one PID namespace per candidate
+  `enter_cell`    an unprivileged user in a user and a PID namespace of its own
   `Cell.lock_in`  in the candidate: no capability, limits, Landlock, seccomp
 What can be made once a worker is (`Cell`): the kernel takes longer over these than Python over a typical candidate.
 Every failure raises OSError: nothing runs half confined. Runs inside the sandbox: standard library alone.
@@ -36,8 +36,6 @@ _CAP_SYS_ADMIN = 1 << 21
 _CLOCK_REALTIME_COARSE = 5
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_python = ctypes.PyDLL(None, use_errno=True)  # the same with the interpreter's lock held, as os.fork holds it
-_CLONE = 56 if os.uname().machine == "x86_64" else 220
 _outer_ids = os.getuid(), os.getgid()  # as the namespace around sees them
 
 
@@ -126,7 +124,7 @@ def _write_maps(proc_fd: int) -> None:
 
 
 def enter_cell(proc_fd: int) -> None:
-    """Become nobody, first process of a new PID namespace.
+    """Become nobody, process 1 of a new PID namespace, which has no handler for any signal.
 
     `proc_fd` is the host's /proc, needed for the identity maps, and closed here.
     """
@@ -145,6 +143,7 @@ def enter_cell(proc_fd: int) -> None:
         _, status = os.waitpid(keeper, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's, the only one there is
     os.close(proc_fd)
     _prctl(_SET_DUMPABLE, 0)
 
@@ -193,7 +192,7 @@ class Cell:
     """What the candidates of a worker share, one after another: an empty /tmp and the locks, made in advance."""
 
     def __init__(self) -> None:
-        code = seccomp.candidate_filter(pid=1)
+        code = seccomp.candidate_filter()
         self._filter = struct.pack("@HP", len(code) // 8, _address(code))
         self._filter_code = code  # kept: the line above holds its address only
         _prctl(_SET_NO_NEW_PRIVS, 1)
@@ -223,17 +222,9 @@ class Cell:
         self._mount_tmp()
 
     def fork(self) -> int:
-        """Like os.fork; the child is process 1 of a PID namespace of its own, which dies with it.
-
-        In one system call: `unshare` before an `os.fork` and `setns` after it cost a millisecond more.
-        """
-        _python.PyOS_BeforeFork()
-        pid: int = _python.syscall(_CLONE, _NEWPID | signal.SIGCHLD, 0, 0, 0, 0)
-        number = ctypes.get_errno()
-        _python.PyOS_AfterFork_Parent() if pid else _python.PyOS_AfterFork_Child()
-        if pid < 0:
-            raise OSError(number, f"clone: {os.strerror(number)}")
-        return pid
+        """Like os.fork. The parent is process 1 of their PID namespace, so the kernel ignores what signals the child
+        may send it; and a child that can make no process, as seccomp sees to, needs no namespace of its own."""
+        return os.fork()
 
     def lock_in(self, channel: int) -> int:
         """In the candidate: no other descriptor, no capability, files by Landlock, system calls by seccomp.
@@ -248,7 +239,7 @@ class Cell:
         return CHANNEL
 
     def end(self, pid: int) -> int:
-        """Kill a candidate, with which its whole namespace dies; its wait status, once all that is done."""
+        """Kill a candidate with its threads; its wait status, once all are gone."""
         os.kill(pid, signal.SIGKILL)
         return os.waitpid(pid, 0)[1]
 

@@ -22,7 +22,9 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "ptrace": (101, 117), "kcmp": (312, 272),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
-    "migrate_pages": (256, 238), "move_pages": (279, 239),
+    "migrate_pages": (256, 238), "move_pages": (279, 239), "setpriority": (141, 140), "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
     # the shape of the sandbox
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "setns": (308, 268),
     "unshare": (272, 97), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
@@ -50,6 +52,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
 
 _CLONE = (56, 220)
 _TGKILL = (234, 131)
+_PRLIMIT = (302, 261)
 _CLONE3 = 435
 _AFTER_LAST = 470  # calls newer than this list are not there: ENOSYS
 _CLONE_THREAD = 0x00010000
@@ -69,8 +72,8 @@ def is_supported(machine: str = platform.machine()) -> bool:
     return machine in _AUDIT_ARCH
 
 
-def candidate_filter(pid: int, machine: str = platform.machine()) -> bytes:
-    """The program (an array of struct sock_filter) for a candidate whose own process id is `pid`."""
+def candidate_filter(machine: str = platform.machine()) -> bytes:
+    """The program (an array of struct sock_filter) for a candidate whose parent, process 1, is the only other one."""
     column = 0 if machine == "x86_64" else 1
     refuse, missing = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
     lines = [
@@ -81,7 +84,9 @@ def candidate_filter(pid: int, machine: str = platform.machine()) -> bytes:
         _line(_EQUAL, _CLONE3, 0, 1), _line(_RETURN, missing),
         _line(_EQUAL, _CLONE[column], 0, 4), _line(_LOAD, _FIRST_ARGUMENT), _line(_BITS, _CLONE_THREAD, 1, 0),
         _line(_RETURN, refuse), _line(_RETURN, _ALLOW),
-        _line(_EQUAL, _TGKILL[column], 0, 4), _line(_LOAD, _FIRST_ARGUMENT), _line(_EQUAL, pid, 1, 0),
+        _line(_EQUAL, _TGKILL[column], 0, 4), _line(_LOAD, _FIRST_ARGUMENT), _line(_EQUAL, 1, 0, 1),
+        _line(_RETURN, refuse), _line(_RETURN, _ALLOW),
+        _line(_EQUAL, _PRLIMIT[column], 0, 4), _line(_LOAD, _FIRST_ARGUMENT), _line(_EQUAL, 0, 1, 0),
         _line(_RETURN, refuse), _line(_RETURN, _ALLOW),
     ]  # fmt: skip
     numbers = [numbers[column] for numbers in _REFUSED.values()]
