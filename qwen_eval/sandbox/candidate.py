@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qwen_eval.sandbox.codec import Handle, Hangup, Oversize, pack, receive_frame, send_frame, unpack
+from qwen_eval.sandbox.codec import Handle, Hangup, Oversize, pack, receive_order, send_frame, unpack
 
 
 class Objects:
@@ -41,19 +41,19 @@ class Objects:
 def serve(channel: int, set_budget: Callable[[int, int], None]) -> None:
     """Answer until the judge hangs up.
 
-    Frames in: [seconds, bytes, source], then [nonce, operation, target, ...]. Frames out: [nonce, "ok" | "raise" |
-    "big", ...]. `set_budget` limits this process to the seconds of computing and bytes of memory
+    Orders: [seconds, bytes, program], then [nonce, operation, target, ...]. Frames out: [nonce, "ok" | "raise" |
+    "big", ...]. A program is its code, or its source where that does not compile: the error is the candidate's. `set_budget` limits this process to the seconds of computing and bytes of memory
     before the source runs.
     """
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     objects = Objects()
     try:
-        cpu_s, memory_bytes, source = receive_frame(channel)
+        cpu_s, memory_bytes, program = receive_order(channel)
         set_budget(cpu_s, memory_bytes)
-        _reply(channel, "", lambda: _load(source, module.__dict__))
+        _reply(channel, "", lambda: _load(program, module.__dict__))
         while True:
-            nonce, operation, target, *operands = receive_frame(channel)
+            nonce, operation, target, *operands = receive_order(channel)
             _reply(channel, nonce, lambda: _perform(operation, target, operands, module.__dict__, objects))  # noqa: B023
     except Hangup:
         return
@@ -77,8 +77,12 @@ def _text(error: BaseException) -> str:
         return ""
 
 
-def _load(source: str, names: dict[str, Any]) -> tuple[None, None]:
-    exec(compile(source, "<solution>", "exec", dont_inherit=True), names)
+def compiled(source: str) -> types.CodeType:
+    return compile(source, "<solution>", "exec", dont_inherit=True)
+
+
+def _load(program: str | types.CodeType, names: dict[str, Any]) -> tuple[None, None]:
+    exec(compiled(program) if isinstance(program, str) else program, names)
     return None, None
 
 

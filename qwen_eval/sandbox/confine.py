@@ -31,11 +31,14 @@ _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME = 1, 2, 4, 8, 32, 1024
 _BIND, _REC, _PRIVATE = 4096, 16384, 1 << 18
 _KEPT_FLAGS = _RDONLY | _NOSUID | _NODEV | _NOEXEC | _NOATIME | 2048 | (1 << 21)  # with noatime, nodiratime, relatime
 _DETACH = 2
-_SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_NO_NEW_PRIVS = 1, 4, 38
 _CAP_SYS_ADMIN = 1 << 21
 _CLOCK_REALTIME_COARSE = 5
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc["syscall"]  # the candidate's way, with nothing left to look up or to convert
+_syscall.argtypes = [ctypes.c_long] * 5
+_CAPSET, _SECCOMP, _PIVOT_ROOT = (126, 317, 155) if os.uname().machine == "x86_64" else (91, 277, 41)
 _outer_ids = os.getuid(), os.getgid()  # as the namespace around sees them
 
 
@@ -76,7 +79,7 @@ def build_root(tree: Tree, proc_fd: int) -> None:
     _mount("none", "/", "", _REC | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "mode=0755")  # moved to / by the next lines: hides no source
     os.mkdir("/tmp/.host")
-    _call("syscall", *_pivot_root(b"/tmp", b"/tmp/.host"))
+    _call("syscall", ctypes.c_long(_PIVOT_ROOT), b"/tmp", b"/tmp/.host")
     os.chdir("/")
     for source, place in tree.binds:
         _bind("/.host" + source, place, _NODEV)
@@ -91,11 +94,6 @@ def build_root(tree: Tree, proc_fd: int) -> None:
     _call("umount2", b"/.host", _DETACH)
     os.rmdir("/.host")
     _mount("none", "/", "", _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
-
-
-def _pivot_root(new: bytes, old: bytes) -> tuple[object, ...]:
-    number = 155 if os.uname().machine == "x86_64" else 41
-    return ctypes.c_long(number), ctypes.c_char_p(new), ctypes.c_char_p(old)
 
 
 def _is_admin(proc_fd: int) -> bool:
@@ -193,13 +191,15 @@ class Cell:
 
     def __init__(self) -> None:
         code = seccomp.candidate_filter()
-        self._filter = struct.pack("@HP", len(code) // 8, _address(code))
-        self._filter_code = code  # kept: the line above holds its address only
+        filter_ = struct.pack("@HP", len(code) // 8, _address(code))
+        self._kept = [code, filter_, _OWN_CAPABILITIES, _NO_CAPABILITIES]  # the lines below hold addresses only
+        self._last_locks = [
+            (_CAPSET, _address(_OWN_CAPABILITIES), _address(_NO_CAPABILITIES), 0, 0),
+            (_SECCOMP, 1, 0, _address(filter_), 0),
+        ]
         _prctl(_SET_NO_NEW_PRIVS, 1)
         set_fixed_limits()
         self._mount_tmp()
-        for name in ("capset", "prctl"):  # looked up here, not by each candidate
-            getattr(_libc, name)
 
     def _mount_tmp(self) -> None:
         """An empty /tmp as working directory, not to be told from one made for the next candidate alone."""
@@ -210,6 +210,8 @@ class Cell:
         while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= self._untouched[-1]:
             time.sleep(0.001)  # a change within the tick of the making would not show
         self._ruleset = _landlock_ruleset()
+        landlock = [(_RESTRICT_SELF, self._ruleset, 0, 0, 0)] if self._ruleset >= 0 else []
+        self._locks = landlock + self._last_locks
 
     def renew(self) -> None:
         """Replace a /tmp that is not as it was made. Call it between candidates, when none is alive."""
@@ -231,11 +233,11 @@ class Cell:
 
         Returns the descriptor that `channel` has from now on.
         """
-        if self._ruleset >= 0:
-            _call("syscall", _RESTRICT_SELF, self._ruleset, 0)
+        for number, *arguments in self._locks:
+            if _syscall(number, *arguments) < 0:
+                error = ctypes.get_errno()
+                raise OSError(error, f"system call {number}: {os.strerror(error)}")
         keep_only(channel)
-        _call("capset", _OWN_CAPABILITIES, _NO_CAPABILITIES)
-        _prctl(_SET_SECCOMP, 2, self._filter)
         return CHANNEL
 
     def end(self, pid: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import builtins
 import os
+from types import CodeType
 from typing import Any
 
-from qwen_eval.sandbox.codec import Damaged, Handle, Hangup, Oversize, pack, receive_frame, send_frame, unpack
+from qwen_eval.sandbox.codec import Damaged, Handle, Hangup, Oversize, pack, receive_frame, send_order, unpack
 
 
 class Untestable(Exception):
@@ -32,8 +33,8 @@ class Channel:
         self.fd = fd
         self.fault: Exception | None = None  # the first breach of the protocol: a test that catches it still fails
 
-    def load(self, source: str, cpu_s: int, memory_bytes: int) -> None:
-        send_frame(self.fd, [cpu_s, memory_bytes, source])
+    def load(self, program: str | CodeType, cpu_s: int, memory_bytes: int) -> None:
+        send_order(self.fd, [cpu_s, memory_bytes, program])
 
     def loaded(self) -> None:
         """Wait until the source has run; raises what it raised."""
@@ -42,7 +43,7 @@ class Channel:
     def ask(self, operation: str, target: str | int, *operands: Any) -> tuple[Any, Any]:
         nonce = os.urandom(8).hex()
         try:
-            send_frame(self.fd, [nonce, operation, target, *operands])
+            send_order(self.fd, [nonce, operation, target, *operands])
             return self._answer(nonce)
         except (Damaged, Hangup, Oversize, OversizeAnswer) as error:
             self.fault = self.fault or error
