@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,7 @@ MEMORY_BYTES = 1 << 30
 
 _lock = threading.Lock()
 _idle: dict[tuple[int, RealMode], list[Worker]] = {}  # by process: a fork of the harness must not share workers
+_busy: Counter[int] = Counter()  # workers taken, by core
 
 
 def resolve_mode(mode: Mode) -> RealMode:
@@ -55,6 +57,8 @@ def run_confined(
 
     def work() -> None:
         worker = _take(mode)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {worker.core})  # this thread's, which else waits for cores that others are busy on
         try:
             while True:
                 try:
@@ -62,7 +66,7 @@ def run_confined(
                 except queue.Empty:
                     return
                 if not worker.is_open:
-                    worker = _take(mode)
+                    worker = Worker(mode)  # on this thread's core
                 worker, verdicts[index] = _judge(worker, programs[index], timeout_s, memory_bytes)
         finally:
             _give_back(worker)
@@ -92,13 +96,20 @@ def _take(mode: RealMode) -> Worker:
     with _lock:
         idle = _idle.get((os.getpid(), mode))
         if idle:
-            return idle.pop()
-    return Worker(mode)
+            worker = min(idle, key=lambda worker: _busy[worker.core])
+            idle.remove(worker)
+            _busy[worker.core] += 1
+            return worker
+    worker = Worker(mode)
+    with _lock:
+        _busy[worker.core] += 1
+    return worker
 
 
 def _give_back(worker: Worker) -> None:
-    if worker.is_open:
-        with _lock:
+    with _lock:
+        _busy[worker.core] -= 1
+        if worker.is_open:
             _idle.setdefault((os.getpid(), worker.mode), []).append(worker)
 
 
