@@ -31,6 +31,7 @@ from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined
 
 JUDGE_MEMORY_BYTES = 4 << 30
 COMPILED_CHARACTERS = 1 << 15
+_BUILTINS = frozenset(dir(builtins))
 
 
 class TimedOut(BaseException):
@@ -151,7 +152,7 @@ class _Test(NamedTuple):
 def _compiled_test(text: str) -> _Test:
     code = compile(text, "<test>", "exec", dont_inherit=True)
     parts = [part for part in code.co_consts if isinstance(part, CodeType)]
-    foreign = _names(code) - set(dir(builtins))  # never the candidate's: it would redefine what an assertion means
+    foreign = _names(code) - _BUILTINS  # never the candidate's: it would redefine what an assertion means
     if foreign & sys.stdlib_module_names:  # attributes have such names too, and importing `this` is not free
         foreign &= _unbound(ast.parse(text))
     return _Test(code, any(part.co_name == "check" for part in parts), frozenset(foreign))
@@ -171,11 +172,12 @@ def _names(code: CodeType) -> set[str]:
 def _namespace(request: dict[str, Any], foreign: frozenset[str], channel: Channel) -> dict[str, Any]:
     """What the test's names mean: the prelude's, then the entry point, then what nobody else defines."""
     names: dict[str, Any] = {"__name__": "test"}
-    try:
-        exec(_compiled_prelude(request["prelude"]), names)
-    except Exception as error:
-        raise Untestable(f"the prelude does not run by itself: {type(error).__name__}") from None
-    entry_point = request["entry_point"]
+    prelude, entry_point = request["prelude"], request["entry_point"]
+    if "*" in prelude or any(name in prelude for name in foreign - {entry_point}):  # else it defines nothing asked for
+        try:
+            exec(_compiled_prelude(prelude), names)
+        except Exception as error:
+            raise Untestable(f"the prelude does not run by itself: {type(error).__name__}") from None
     if not entry_point.isidentifier():
         raise Untestable(f"entry point {entry_point!r} is not a name")
     names[entry_point] = Remote(channel, entry_point, True)
