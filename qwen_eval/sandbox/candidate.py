@@ -38,30 +38,34 @@ class Objects:
         return [item for _, item in zip((None,), self.iterators[number])]
 
 
+# Made before the fork, which is when it costs least: a process runs one program.
+_objects = Objects()
+_module = types.ModuleType("solution")
+_names = _module.__dict__
+
+
 def serve(channel: int, set_budget: Callable[[int, int], None]) -> None:
     """Answer until the judge hangs up.
 
     Orders: [seconds, bytes, program], then [nonce, operation, target, ...]. Frames out: [nonce, "ok" | "raise" |
-    "big", ...]. A program is its code, or its source where that does not compile: the error is the candidate's. `set_budget` limits this process to the seconds of computing and bytes of memory
-    before the source runs.
+    "big", ...]. A program is its code, or its source where that does not compile: the error is the candidate's.
+    `set_budget` limits this process to the seconds of computing and bytes of memory before the program runs.
     """
-    module = types.ModuleType("solution")
-    sys.modules["solution"] = module
-    objects = Objects()
+    sys.modules["solution"] = _module
     try:
         cpu_s, memory_bytes, program = receive_order(channel)
         set_budget(cpu_s, memory_bytes)
-        _reply(channel, "", lambda: _load(program, module.__dict__))
+        _reply(channel, "", _load, program)
         while True:
-            nonce, operation, target, *operands = receive_order(channel)
-            _reply(channel, nonce, lambda: _perform(operation, target, operands, module.__dict__, objects))  # noqa: B023
+            nonce, *order = receive_order(channel)
+            _reply(channel, nonce, _perform, *order)
     except Hangup:
         return
 
 
-def _reply(channel: int, nonce: str, work: Any) -> None:
+def _reply(channel: int, nonce: str, work: Callable[..., tuple[Any, Any]], *operands: Any) -> None:
     try:
-        send_frame(channel, [nonce, "ok", *work()])
+        send_frame(channel, [nonce, "ok", *work(*operands)])
     except Hangup:
         raise
     except Oversize:
@@ -81,34 +85,34 @@ def compiled(source: str) -> types.CodeType:
     return compile(source, "<solution>", "exec", dont_inherit=True)
 
 
-def _load(program: str | types.CodeType, names: dict[str, Any]) -> tuple[None, None]:
-    exec(compiled(program) if isinstance(program, str) else program, names)
+def _load(program: str | types.CodeType) -> tuple[None, None]:
+    exec(compiled(program) if isinstance(program, str) else program, _names)
     return None, None
 
 
-def _perform(operation: str, target: str | int, operands: list[Any], names: dict[str, Any], objects: Objects) -> Any:
+def _perform(operation: str, target: str | int, *operands: Any) -> tuple[Any, Any]:
     """(packed result, packed arguments where the call changed them, else None)."""
     if operation == "next":
         assert isinstance(target, int)
-        return pack(objects.next_items(target), objects.export), None
-    owner = _find(target, names, objects)
+        return pack(_objects.next_items(target), _objects.export), None
+    owner = _find(target)
     if operation == "get":
-        return pack(getattr(owner, operands[0]), objects.export), None
+        return pack(getattr(owner, operands[0]), _objects.export), None
     if operation == "bool":
         return bool(owner), None
     if operation == "set":
-        setattr(owner, operands[0], unpack(operands[1], objects.resolve))
+        setattr(owner, operands[0], unpack(operands[1], _objects.resolve))
         return None, None
     assert operation == "call", operation
-    args, kwargs = (unpack(part, objects.resolve) for part in operands)
-    result = pack(owner(*args, **kwargs), objects.export)
-    after = pack(args, objects.export)
+    args, kwargs = (unpack(part, _objects.resolve) for part in operands)
+    result = pack(owner(*args, **kwargs), _objects.export)
+    after = pack(args, _objects.export)
     return result, None if after == operands[0] else after
 
 
-def _find(target: str | int, names: dict[str, Any], objects: Objects) -> Any:
+def _find(target: str | int) -> Any:
     if isinstance(target, int):
-        return objects.kept[target]
-    if target not in names:
+        return _objects.kept[target]
+    if target not in _names:
         raise NameError(f"name {target!r} is not defined")
-    return names[target]
+    return _names[target]

@@ -220,6 +220,8 @@ def _read_frame(fd: int, limit: int) -> bytes:
     while len(start) < 4:
         start += _read(fd, 1 << 16)
     size = int.from_bytes(start[:4], "big")
+    if size == len(start) - 4:
+        return start[4:]
     if size > limit:
         raise Oversize(size)
     parts, missing = [start[4:]], size + 4 - len(start)
