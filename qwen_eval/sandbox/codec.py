@@ -172,8 +172,21 @@ _MAKERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
-_decode = json.JSONDecoder().decode
+_decode = json.JSONDecoder().raw_decode
+
+
+def _encoder() -> Callable[[Any], str]:
+    """`JSONEncoder.encode`, which builds this C function anew for every message, where there is such a function."""
+    plain = json.JSONEncoder(separators=(",", ":"))
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return plain.encode
+    escape = json.encoder.encode_basestring_ascii
+    into_parts = make(None, plain.default, escape, None, plain.key_separator, plain.item_separator, False, False, True)
+    return lambda message: "".join(into_parts(message, 0))
+
+
+_encode = _encoder()
 
 
 def send_frame(fd: int, message: Any, limit: int = FRAME_BYTES) -> None:
@@ -186,11 +199,14 @@ def receive_frame(fd: int, limit: int = FRAME_BYTES) -> Any:
 
     Raises Hangup, Oversize or Damaged; the bytes may be anybody's.
     """
-    body = _read_frame(fd, limit)
     try:
-        return _decode(body.decode())
+        text = _read_frame(fd, limit).decode()
+        message, end = _decode(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(type(error).__name__) from None
+    if end < len(text):
+        raise Damaged("more than one message")
+    return message
 
 
 def send_order(fd: int, message: Any) -> None:
