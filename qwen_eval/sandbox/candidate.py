@@ -104,7 +104,8 @@ def _perform(operation: str, target: str | int, *operands: Any) -> tuple[Any, An
         setattr(owner, operands[0], unpack(operands[1], _objects.resolve))
         return None, None
     assert operation == "call", operation
-    args, kwargs = (unpack(part, _objects.resolve) for part in operands)
+    args = unpack(operands[0], _objects.resolve)
+    kwargs = unpack(operands[1], _objects.resolve) if operands[1] else {}
     result = pack(owner(*args, **kwargs), _objects.export)
     after = pack(args, _objects.export)
     return result, None if after == operands[0] else after

@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 FRAME_BYTES = 16 << 20
+_FIRST_BYTES = 1 << 13  # most frames are shorter
 _EXACT_INT = 1 << 53  # beyond this, hexadecimal: the decimal reading of huge ints is quadratic, and refused by Python
 _SCALARS = frozenset({str, bool, float, type(None)})
 _TYPES = {t.__name__: t for t in (int, float, str, bool, bytes, complex, list, tuple, dict, set, frozenset, type(None))}
@@ -232,9 +233,9 @@ def _write_frame(fd: int, body: bytes, limit: int) -> None:
 
 
 def _read_frame(fd: int, limit: int) -> bytes:
-    start = _read(fd, 1 << 16)
+    start = _read(fd, _FIRST_BYTES)
     while len(start) < 4:
-        start += _read(fd, 1 << 16)
+        start += _read(fd, _FIRST_BYTES)
     size = int.from_bytes(start[:4], "big")
     if size == len(start) - 4:
         return start[4:]

@@ -206,8 +206,8 @@ class Cell:
         options = f"size={TMPFS_BYTES},nr_inodes=1024,mode=0700,uid={NOBODY},gid={NOBODY}"
         _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC | _NOATIME, options)
         os.chdir("/tmp")
-        self._untouched = _traces()
-        while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= self._untouched[-1]:
+        self._untouched = _time_of_change()
+        while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= self._untouched:
             time.sleep(0.001)  # a change within the tick of the making would not show
         self._ruleset = _landlock_ruleset()
         landlock = [(_RESTRICT_SELF, self._ruleset, 0, 0, 0)] if self._ruleset >= 0 else []
@@ -215,7 +215,7 @@ class Cell:
 
     def renew(self) -> None:
         """Replace a /tmp that is not as it was made. Call it between candidates, when none is alive."""
-        if _traces() == self._untouched:
+        if _time_of_change() == self._untouched:
             return
         os.chdir("/")
         _call("umount2", b"/tmp", _DETACH)
@@ -249,11 +249,9 @@ class Cell:
 _OWN_CAPABILITIES, _NO_CAPABILITIES = struct.pack("<Ii", 0x20080522, 0), bytes(24)
 
 
-def _traces() -> tuple[int, ...]:
-    """What differs once anything was made, removed or changed in /tmp: each sets the folder's time of change, which
-    nobody can set back."""
-    is_ = os.stat("/tmp")
-    return is_.st_dev, is_.st_ino, is_.st_mode, is_.st_nlink, is_.st_size, is_.st_mtime_ns, is_.st_ctime_ns
+def _time_of_change() -> int:
+    """Of /tmp: another one once anything was made, removed or changed there, and nobody can set it back."""
+    return os.stat("/tmp").st_ctime_ns
 
 
 def _address(data: bytes) -> int:

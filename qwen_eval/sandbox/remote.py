@@ -94,8 +94,8 @@ class Remote:
         object.__setattr__(self, "_is_subject", is_subject)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        sent = pack(list(args), _export), pack(kwargs, _export)["d"]
-        packed, changed = self._channel.ask("call", self._target, sent[0], {"d": sent[1]})
+        sent = pack(list(args), _export), pack(kwargs, _export) if kwargs else None
+        packed, changed = self._channel.ask("call", self._target, *sent)
         result = _admit(self, packed)
         if changed is not None and self._is_subject:
             after = unpack(changed, lambda handle: Remote(self._channel, handle.number, True))
