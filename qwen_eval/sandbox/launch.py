@@ -107,7 +107,7 @@ class Worker:
         command = [*_bubblewrap_arguments(), *python] if self.mode == "bubblewrap" else python
         return subprocess.Popen(
             command,
-            env={},
+            env={"LD_BIND_NOW": "1"},  # else each candidate binds what it calls, in pages of its own
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
