@@ -17,10 +17,11 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import CodeType
 from typing import Any, Literal, TypeAlias
 
 from qwen_eval.sandbox import seccomp
-from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame
+from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame, send_order
 from qwen_eval.sandbox.program import Program, SandboxError, Verdict
 
 RealMode: TypeAlias = Literal["bubblewrap", "namespaces", "unsafe"]
@@ -31,21 +32,21 @@ _INSIDE = ("orders", "codec", "seccomp", "confine", "candidate", "zygote")  # in
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 _BOOT_ZYGOTE = """
-import json, os, sys, types
+import marshal, os, sys, types
 control = int(sys.argv[1])
 def read(size):
     data = b""
     while len(data) < size:
         data += os.read(control, size - len(data)) or sys.exit(1)
     return data
-boot = json.loads(read(int.from_bytes(read(4), "big")))
+boot = marshal.loads(read(int.from_bytes(read(4), "big")))
 for package in ("qwen_eval", "qwen_eval.sandbox"):
     sys.modules[package] = types.ModuleType(package)
-for name, source in boot["sources"]:
+for name, code in boot["modules"]:
     full = "qwen_eval.sandbox." + name
     module = sys.modules[full] = types.ModuleType(full)
     setattr(sys.modules["qwen_eval.sandbox"], name, module)
-    exec(compile(source, name + ".py", "exec"), module.__dict__)
+    exec(code, module.__dict__)
 sys.modules["qwen_eval.sandbox.zygote"].main(control, **boot["arguments"])
 """
 
@@ -93,7 +94,7 @@ class Worker:
         try:
             self.zygote = self._start_zygote(zygote_end.fileno(), proc_fd)
             self.judge = self._start_judge(judge_end.fileno(), control.fileno())
-            send_frame(control.fileno(), _boot_message(mode, proc_fd, self.core))
+            send_order(control.fileno(), _boot_message(mode, proc_fd, self.core))
         except Hangup:
             pass  # the wait below tells why
         finally:
@@ -182,9 +183,8 @@ class Worker:
 
 
 def _boot_message(mode: RealMode, proc_fd: int, core: int) -> dict[str, Any]:
-    folder = Path(__file__).parent
     return {
-        "sources": [(name, (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _INSIDE],
+        "modules": _modules(),
         "arguments": {
             "proc_fd": proc_fd,
             "core": core,
@@ -193,6 +193,14 @@ def _boot_message(mode: RealMode, proc_fd: int, core: int) -> dict[str, Any]:
             "extra_path": ["/site"] if mode != "unsafe" else sys.path,
         },
     }
+
+
+@functools.cache
+def _modules() -> list[tuple[str, CodeType]]:
+    """Compiled here, since what a compiler leaves in the memory of a zygote is copied with every fork."""
+    folder = Path(__file__).parent
+    sources = [(name, (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _INSIDE]
+    return [(name, compile(source, f"{name}.py", "exec", dont_inherit=True)) for name, source in sources]
 
 
 @functools.cache
