@@ -6,12 +6,23 @@ sandbox: standard library alone.
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qwen_eval.sandbox.codec import Handle, Hangup, Oversize, pack, receive_order, send_frame, unpack
+from qwen_eval.sandbox.codec import (
+    Handle,
+    Hangup,
+    Oversize,
+    pack,
+    receive_frame,
+    receive_order,
+    send_frame,
+    send_order,
+    unpack,
+)
 
 
 class Objects:
@@ -61,6 +72,33 @@ def serve(channel: int, set_budget: Callable[[int, int], None]) -> None:
             _reply(channel, nonce, _perform, *order)
     except Hangup:
         return
+
+
+_FAMILIAR = "from typing import Any, Dict, List, Optional, Tuple\n" + "".join(
+    f"def f(x: List[{kind}], y: List[List[{kind}]] = [], z: Optional[{kind}] = None, d: Dict[str, {kind}] = {{}}) ->"
+    f" Tuple[{kind}, {kind}]:\n    return x\n"
+    for kind in ("int", "float", "str", "bool", "Any")
+)
+
+
+def rehearse() -> None:
+    """Do, before the first fork, what every program has done, and leave no trace of it.
+
+    Python notes in the code it runs how best to run it, and `typing` keeps the annotations that it has made: what has
+    been written by then need not be written by each candidate, in pages of its own.
+    """
+    untouched = dict(_names)
+    program = compiled(_FAMILIAR)
+    reader, writer = os.pipe()
+    for _ in range(20):
+        for work, *operands in ((_load, program), (_perform, "call", "f", [[1, 2.0, "3"]], None)):
+            send_order(writer, operands)
+            _reply(writer, "", work, *receive_order(reader))
+            receive_frame(reader)
+    os.close(reader)
+    os.close(writer)
+    _names.clear()
+    _names.update(untouched)
 
 
 def _reply(channel: int, nonce: str, work: Callable[..., tuple[Any, Any]], *operands: Any) -> None:

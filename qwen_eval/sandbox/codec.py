@@ -1,8 +1,9 @@
 """Plain data between the judge and the candidate, with tags, in frames of a stated length.
 
 From the candidate it is JSON: what is decoded is only ever a value of an exact builtin (or standard library) type or a
-`Handle`; no class, code or method of the sender can arrive. To the candidate it is `marshal`: the candidate may trust
-the judge, and reads it with a third of the work and with what it reads the modules of Python with. This module also runs inside the sandbox, so it imports the standard library alone.
+`Handle`; no class, code or method of the sender can arrive. To the candidate, which may trust the judge, it is
+`marshal`, which carries code as well and takes less to read. This module also runs inside the sandbox, so it imports
+the standard library alone.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def judge(request: dict[str, Any], control: socket.socket) -> str:
             has_left, reason = True, ""
         except BaseException as error:
             reason = _describe(error, request["test"])
-        status = _reap(control, END_SOON if has_left else END)  # before the channel closes: killed, it does nothing more
+        status = _reap(control, END_SOON if has_left else END)  # with the channel open: a hangup would make it run
     return reason or _describe_exit(status)
 
 

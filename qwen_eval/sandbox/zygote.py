@@ -90,7 +90,7 @@ def main(
         confine.enter_cell(proc_fd)
         home = confine.Cell()
     _import_random()
-    _warm_typing()
+    candidate.rehearse()
     sys.path += extra_path
     sys.argv[:] = [""]
     os.environ.clear()  # Python itself sets LC_CTYPE in an empty environment
@@ -108,14 +108,6 @@ def _import_random() -> None:
 
     os.register_at_fork = register
     random.seed(0)
-
-
-def _warm_typing() -> None:
-    """The annotations that most programs have: `typing` makes each once and keeps it."""
-    for kind in (int, float, str, bool, typing.Any):
-        for generic in (typing.List, typing.Optional):
-            generic[kind]
-        typing.Dict[str, kind], typing.List[typing.List[kind]], typing.Tuple[kind, kind]
 
 
 def _serve(control: socket, home: confine.Cell | OpenField) -> None:
