@@ -81,6 +81,9 @@ FORGERIES = {
     "a memory bomb": "def f(x):\n    a = []\n    while True: a.append(bytearray(1 << 24))",
     "a disk bomb": "def f(x):\n    for n in range(10**6):\n        with open(str(n), 'wb') as g: g.write(bytes(1 << 20))",
     "a fork bomb": "import os\nwhile True:\n    os.fork()",
+    "source too deep to compile": "x = " + "-" * 20000 + "1\ndef f(x): return x * x",
+    "a long source that does not parse": "def f(x): return x * x\n" + "(" * 100000,
+    "source with a lone surrogate": "def f(x): return x * x\ny = '\ud800'",
     "a thread bomb": "import threading, time\ndef f(x):\n    while True:\n"
     "        threading.Thread(target=time.sleep, args=(60,)).start()",
 }  # fmt: skip
@@ -135,7 +138,13 @@ ESCAPES = {
     "killing all": "os.kill(-1, 9)",
     "killing the group": "os.killpg(0, 9)",
     "killing by number": "[os.kill(n, 9) for n in range(2, 9)]",
-    "signalling a thread of others": "check(libc.syscall(234, 2, 2, 9))",
+    "signalling a thread of others": "check(libc.syscall(234, 1, 1, 9))",
+    "slowing the parent down": "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+    "moving the parent": "os.sched_setaffinity(os.getppid(), {0})",
+    "moving itself to another core": "os.sched_setaffinity(0, range(4096))",
+    "the parent's scheduling": "os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
+    "limiting the parent": "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (1, 1))",
+    "the parent's input and output": "check(libc.syscall(251, 1, os.getppid(), 3 << 13))",
     "a symlink outwards": "os.symlink(MARK, 'link'); open('link').read()",
     "a symlink upwards": "os.symlink('../../../..', 'up'); open('up' + MARK).read()",
     "writing through a symlink": "os.symlink(os.__file__, 'lib'); open('lib', 'a')",
@@ -213,7 +222,7 @@ LOOK = """
 import fcntl, json, math, os, resource, signal, sys, time
 is_ = os.stat('/tmp')
 seen = [
-    os.listdir('/tmp'), oct(is_.st_mode), is_.st_nlink, is_.st_size, os.getcwd(), os.getpid(), os.getppid(),
+    os.listdir('/tmp'), oct(is_.st_mode), is_.st_nlink, is_.st_size, os.getcwd(), os.getppid(),
     abs(is_.st_mtime - is_.st_ctime) < 0.001, fcntl.fcntl(0, fcntl.F_GETFL), fcntl.fcntl(1, fcntl.F_GETFL),
     resource.getrlimit(resource.RLIMIT_NOFILE), signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN, 'left' in sys.modules,
     hasattr(math, 'left'), hasattr(json, 'left'), os.listxattr('/tmp') if hasattr(os, 'listxattr') else [],
@@ -227,9 +236,9 @@ def test_the_next_program_sees_what_the_first_one_saw(mode: str) -> None:
     leaves = [
         Program(n, f"import json, math, os, sys\n{act}\ndef f(): return 9", "f()", "f") for n, act in TRACES.items()
     ]
-    first = "assert f()[:4] == [[], '0o40700', 2, 40] and f()[4:7] == ['/tmp', 1, 0] and f()[12:] == [False] * 3 + [[]]"
-    flags = "assert [n & 0o6003 for n in f()[8:10]] == [2, 2] and f()[10] == (64, 64) and f()[11]"
-    looks = Program("looks", LOOK, f"{first}\n{flags}\nassert f()[7]\n", "f")
+    first = "assert f()[:4] == [[], '0o40700', 2, 40] and f()[4:6] == ['/tmp', 1] and f()[11:] == [False] * 3 + [[]]"
+    flags = "assert [n & 0o6003 for n in f()[7:9]] == [2, 2] and f()[9] == (64, 64) and f()[10]"
+    looks = Program("looks", LOOK, f"{first}\n{flags}\nassert f()[6]\n", "f")
     programs = [looks, *(p for leave in leaves for p in (leave, looks))]
     verdicts = run_programs(programs, mode=mode, workers=1)
     assert [
@@ -248,6 +257,28 @@ def test_no_process_or_thread_outlives_its_verdict(mode: str) -> None:
     assert judge(busy, "assert f() == 1", mode, workers=1).passed  # a right answer, whatever else runs beside
     assert descendants(worker.zygote.pid) == before
     assert all(len(os.listdir(f"/proc/{pid}/task")) == 1 for pid in before)
+
+
+@pytest.mark.parametrize("mode", CONFINED)
+def test_no_signal_reaches_the_parent(mode: str) -> None:
+    """The kernel itself sends one when the channel has something to read, to whom its reader names: process 1 here,
+    which every signal passes by that it has no handler for."""
+    numbers = [n for n in range(1, 65) if n not in (32, 33)]
+    sends = f"""import fcntl, os
+numbers = iter({numbers})
+def f():
+    for number in numbers:
+        fcntl.fcntl(3, 10, number)  # F_SETSIG
+        fcntl.fcntl(3, fcntl.F_SETOWN, os.getppid())
+        fcntl.fcntl(3, fcntl.F_SETFL, fcntl.fcntl(3, fcntl.F_GETFL) | os.O_ASYNC)
+        return fcntl.fcntl(3, fcntl.F_GETOWN)
+"""
+    assert judge("def f(): return 1", "assert f() == 1", mode, workers=1).passed
+    worker = pool._idle[(os.getpid(), mode)][-1]  # type: ignore[index]
+    before = descendants(worker.zygote.pid)
+    verdict = judge(sends, f"for _ in range({len(numbers)}):\n    assert f() == 1\n", mode, timeout_s=20.0, workers=1)
+    assert verdict.passed, verdict.reason  # each was asked for
+    assert worker.is_open and descendants(worker.zygote.pid) == before
 
 
 def descendants(pid: int) -> list[int]:

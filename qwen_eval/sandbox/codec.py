@@ -1,9 +1,9 @@
 """Plain data between the judge and the candidate, with tags, in frames of a stated length.
 
-From the candidate it is JSON: what is decoded is only ever a value of an exact builtin (or standard library) type or a
-`Handle`; no class, code or method of the sender can arrive. To the candidate, which may trust the judge, it is
-`marshal`, which carries code as well and takes less to read. This module also runs inside the sandbox, so it imports
-the standard library alone.
+Answers, which go up (candidate, judge, harness), are JSON: what is decoded is only ever a value of an exact builtin (or
+standard library) type or a `Handle`; no class, code or method of the sender can arrive. Orders, which go down to who
+may trust the sender, are `marshal`, which carries code as well and takes less to read. This module also runs inside
+the sandbox, so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -211,14 +211,14 @@ def receive_frame(fd: int, limit: int = FRAME_BYTES) -> Any:
     return message
 
 
-def send_order(fd: int, message: Any) -> None:
-    """Write one message to a candidate; code objects may be in it. Raises Oversize or Hangup."""
-    _write_frame(fd, marshal.dumps(message), FRAME_BYTES)
+def send_order(fd: int, message: Any, limit: int = FRAME_BYTES) -> None:
+    """Write one message downwards: harness, judge, candidate; code may be in it. Raises Oversize or Hangup."""
+    _write_frame(fd, marshal.dumps(message), limit)
 
 
-def receive_order(fd: int) -> Any:
-    """Read one message of the judge's: nobody else's, since `marshal` believes what it reads. Raises Hangup."""
-    return marshal.loads(_read_frame(fd, FRAME_BYTES))
+def receive_order(fd: int, limit: int = FRAME_BYTES) -> Any:
+    """Read one message from above, never from below: `marshal` believes what it reads. Raises Hangup or Oversize."""
+    return marshal.loads(_read_frame(fd, limit))
 
 
 def _write_frame(fd: int, body: bytes, limit: int) -> None:

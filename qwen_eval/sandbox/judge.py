@@ -25,7 +25,7 @@ from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 from qwen_eval.sandbox import candidate
-from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame
+from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_order, send_frame
 from qwen_eval.sandbox.orders import END, END_SOON, RUN
 from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined, Untestable
 
@@ -51,7 +51,7 @@ def main(harness_fd: int, control_fd: int, core: int) -> None:
     send_frame(harness_fd, ready)
     with contextlib.suppress(Hangup):
         while True:
-            request = receive_frame(harness_fd, 1 << 30)
+            request = receive_order(harness_fd, 1 << 30)
             start = time.perf_counter()
             reason = judge(request, control)
             send_frame(harness_fd, [reason, time.perf_counter() - start])

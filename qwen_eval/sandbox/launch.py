@@ -21,7 +21,7 @@ from types import CodeType
 from typing import Any, Literal, TypeAlias
 
 from qwen_eval.sandbox import seccomp
-from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_frame, send_order
+from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_order
 from qwen_eval.sandbox.program import Program, SandboxError, Verdict
 
 RealMode: TypeAlias = Literal["bubblewrap", "namespaces", "unsafe"]
@@ -145,16 +145,16 @@ class Worker:
     def run(self, program: Program, timeout_s: float, memory_bytes: int) -> Verdict:
         """Raises WorkerLost when judge or zygote died; the program may be at fault or not."""
         request = {
-            "solution": program.solution,
-            "test": program.test,
-            "prelude": program.prelude,
-            "entry_point": program.entry_point,
-            "timeout_s": timeout_s,
-            "memory_bytes": memory_bytes,
+            "solution": str(program.solution),  # of a subclass of str, as numpy's, which is no plain data
+            "test": str(program.test),
+            "prelude": str(program.prelude),
+            "entry_point": str(program.entry_point),
+            "timeout_s": float(timeout_s),
+            "memory_bytes": int(memory_bytes),
         }
         start = time.perf_counter()
         try:
-            send_frame(self.harness_fd, request, 1 << 30)
+            send_order(self.harness_fd, request, 1 << 30)
             if not self._readable(timeout_s + GRACE_S):
                 self.close()
                 return Verdict(False, "timed out", time.perf_counter() - start)

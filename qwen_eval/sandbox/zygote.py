@@ -111,31 +111,25 @@ def _import_random() -> None:
 
 
 def _serve(control: socket, home: confine.Cell | OpenField) -> None:
-    pid, room = 0, CMSG_SPACE(struct.calcsize("i"))
+    fd, room = control.fileno(), CMSG_SPACE(struct.calcsize("i"))
     while True:
         order, descriptors, _, _ = control.recvmsg(1, room)
-        if order == RUN:
-            [[_, _, packed]] = descriptors
-            pid = _start(home, *struct.unpack("i", packed))
-            continue
-        if not pid:
+        if order != RUN:
             return
+        [[_, _, packed]] = descriptors
+        [channel] = struct.unpack("i", packed)
+        pid = home.fork()
+        if not pid:
+            _become_candidate(channel, home)
+        os.close(channel)
+        order = os.read(fd, 1)
         if order == END_SOON:
             _wait_briefly(pid)
         status = home.end(pid)
         if not order:
             return
         home.renew()
-        control.sendall(struct.pack("<i", os.waitstatus_to_exitcode(status)))
-        pid = 0
-
-
-def _start(home: confine.Cell | OpenField, channel: int) -> int:
-    pid = home.fork()
-    if pid == 0:
-        _become_candidate(channel, home)
-    os.close(channel)
-    return pid
+        os.write(fd, struct.pack("<i", os.waitstatus_to_exitcode(status)))
 
 
 def _wait_briefly(pid: int) -> None:
