@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from datetime import date, datetime, timedelta
@@ -145,6 +147,42 @@ def test_each_worker_keeps_to_a_core_of_its_own() -> None:
             worker.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no way to choose a core here")
+def test_of_idle_workers_those_of_idle_cores_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setattr(pool, "_idle", {})
+    workers = [pool._take("unsafe") for _ in 2 * cores]
+    try:
+        for worker in sorted(workers, key=lambda worker: worker.core):
+            pool._give_back(worker)
+        taken = [pool._take("unsafe") for _ in cores]
+        assert sorted(worker.core for worker in taken) == cores
+        for worker in taken:
+            pool._give_back(worker)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def test_what_a_compiler_warns_of_is_not_printed_and_any_kind_of_text_is_taken() -> None:
+    code = """
+from qwen_eval.sandbox import Program, run_programs
+class Text(str): pass
+solution = Text("def f(): return '\\d' is 5")
+print([v.passed for v in run_programs([Program("it", solution, Text("assert not f()"), "f")], 5.0, mode="unsafe")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[True]\n", "")
+
+
+def test_a_long_program_is_judged_like_a_short_one() -> None:
+    padding = "# nothing\n" * 5000
+    assert judge("def f(): return 9\n" + padding, "assert f() == 9").passed
+    reason = judge(padding + "def f(: return 9", "assert f() == 9").reason
+    assert reason == judge("def f(: return 9", "assert f() == 9").reason.replace("line 1)", "line 5001)")
+    assert reason.startswith("failed: SyntaxError: invalid syntax")
+
+
 @pytest.mark.parametrize("mode", CONFINED)
 def test_a_program_that_draws_lots_draws_the_same_each_time(mode: str) -> None:
     draw = Program(
@@ -169,6 +207,13 @@ def test_a_helper_of_the_prompt_comes_from_the_prompt() -> None:
     assert judge("def f(x): return x // 2", test, prelude=prelude).passed
     assert not judge(cheat, test, prelude=prelude).passed
     assert judge(cheat, test).reason.startswith("error: the test uses a value of 'double'")
+
+
+def test_a_prompt_may_redefine_a_builtin_and_need_not_run_where_the_test_asks_nothing_of_it() -> None:
+    test = "def check(candidate):\n    assert candidate(4) == sum([1])\n"
+    assert judge("def f(x): return 8", test, prelude="def sum(xs):\n    return 8\n").passed
+    assert judge("def f(x): return 1", test, prelude="raise OSError\n").passed
+    assert "prelude does not run" in judge("def f(x): return 1", test, prelude="sum = raise_it()\n").reason
 
 
 def test_a_test_that_catches_everything_does_not_catch_a_death() -> None:

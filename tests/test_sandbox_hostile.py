@@ -278,7 +278,8 @@ def f():
     before = descendants(worker.zygote.pid)
     verdict = judge(sends, f"for _ in range({len(numbers)}):\n    assert f() == 1\n", mode, timeout_s=20.0, workers=1)
     assert verdict.passed, verdict.reason  # each was asked for
-    assert worker.is_open and descendants(worker.zygote.pid) == before
+    assert worker.is_open
+    assert descendants(worker.zygote.pid) == before
 
 
 def descendants(pid: int) -> list[int]:

@@ -123,7 +123,7 @@ def _reap(control: socket.socket, order: bytes) -> int:
 def _run_test(request: dict[str, Any], channel: Channel) -> None:
     channel.load(_compiled_solution(request["solution"]), math.ceil(request["timeout_s"]) + 1, request["memory_bytes"])
     test = _compiled_test(request["test"])
-    names = _namespace(request, test.foreign, channel)
+    names = _namespace(request, test, channel)
     channel.loaded()
     subject = names[request["entry_point"]]  # before the test runs: it may be called `check` too
     exec(test.code, names)
@@ -145,17 +145,19 @@ def _compiled_solution(source: str) -> CodeType | str:
 class _Test(NamedTuple):
     code: CodeType
     has_check: bool
-    foreign: frozenset[str]  # names it reads and may not bind
+    names: frozenset[str]  # all that are not local to a function
+    foreign: frozenset[str]  # those it may not bind itself
 
 
 @functools.lru_cache(maxsize=1024)  # the same for all samples of a problem
 def _compiled_test(text: str) -> _Test:
     code = compile(text, "<test>", "exec", dont_inherit=True)
     parts = [part for part in code.co_consts if isinstance(part, CodeType)]
-    foreign = _names(code) - _BUILTINS  # never the candidate's: it would redefine what an assertion means
+    names = frozenset(_names(code))
+    foreign = names - _BUILTINS  # never the candidate's: it would redefine what an assertion means
     if foreign & sys.stdlib_module_names:  # attributes have such names too, and importing `this` is not free
         foreign &= _unbound(ast.parse(text))
-    return _Test(code, any(part.co_name == "check" for part in parts), frozenset(foreign))
+    return _Test(code, any(part.co_name == "check" for part in parts), names, foreign)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -169,11 +171,11 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _namespace(request: dict[str, Any], foreign: frozenset[str], channel: Channel) -> dict[str, Any]:
+def _namespace(request: dict[str, Any], test: _Test, channel: Channel) -> dict[str, Any]:
     """What the test's names mean: the prelude's, then the entry point, then what nobody else defines."""
     names: dict[str, Any] = {"__name__": "test"}
     prelude, entry_point = request["prelude"], request["entry_point"]
-    if "*" in prelude or any(name in prelude for name in foreign - {entry_point}):  # else it defines nothing asked for
+    if "import *" in prelude or any(name in prelude for name in test.names if name != entry_point):
         try:
             exec(_compiled_prelude(prelude), names)
         except Exception as error:
@@ -181,7 +183,7 @@ def _namespace(request: dict[str, Any], foreign: frozenset[str], channel: Channe
     if not entry_point.isidentifier():
         raise Untestable(f"entry point {entry_point!r} is not a name")
     names[entry_point] = Remote(channel, entry_point, True)
-    for name in foreign - names.keys():
+    for name in test.foreign - names.keys():
         if name in sys.stdlib_module_names:
             names[name] = importlib.import_module(name)
         else:
