@@ -57,9 +57,9 @@ def run_confined(
 
     def work() -> None:
         worker = _take(mode)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {worker.core})  # this thread's, which else waits for cores that others are busy on
         try:
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, {worker.core})  # this thread's, which else waits for cores that others keep
             while True:
                 try:
                     index = pending.get_nowait()
