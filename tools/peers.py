@@ -97,12 +97,12 @@ def gemm_peak(dtype_name: str) -> float:
     return 2 * 2048**3 / best_time(lambda: a @ b)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of reading a gibibyte once, best of seven."""
+def read_bandwidth(repeats: int = 7) -> float:
+    """Bytes per second of reading a gibibyte once, best of `repeats`."""
     import torch
 
     block = torch.ones(2**28)  # fp32
-    return block.numel() * 4 / best_time(block.sum)
+    return block.numel() * 4 / best_time(block.sum, repeats)
 
 
 def best_time(action: Any, repeats: int = 7) -> float:
