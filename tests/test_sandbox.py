@@ -261,3 +261,12 @@ def test_plain_data_arrives_as_it_left(value: object) -> None:
     wire = json.loads(json.dumps(codec.pack(value, lambda it: pytest.fail(f"{it!r} is not plain"))))
     back = codec.unpack(wire, lambda handle: pytest.fail("a handle"))
     assert (back, type(back)) == (value, type(value))
+
+
+@pytest.mark.parametrize("made", [json.encoder.c_make_encoder, None, lambda: None])  # type: ignore[attr-defined]
+def test_answers_are_json_whatever_encoder_python_has(made: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(json.encoder, "c_make_encoder", made)
+        encode = codec._encoder()
+    message = ["", "ok", {"t": [1, 2.5, float("inf"), None, True, "ä\n\ud800"]}, []]
+    assert encode(message) == json.dumps(message, separators=(",", ":"))

@@ -178,13 +178,14 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def _encoder() -> Callable[[Any], str]:
-    """`JSONEncoder.encode`, which builds this C function anew for every message, where there is such a function."""
+    """`JSONEncoder.encode`, which builds this C function anew for every message, where Python has it as we know it."""
     plain = json.JSONEncoder(separators=(",", ":"))
-    make = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:
-        return plain.encode
     escape = json.encoder.encode_basestring_ascii
-    into_parts = make(None, plain.default, escape, None, plain.key_separator, plain.item_separator, False, False, True)
+    rest = (None, plain.key_separator, plain.item_separator, False, False, True)
+    try:
+        into_parts = json.encoder.c_make_encoder(None, plain.default, escape, *rest)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        return plain.encode
     return lambda message: "".join(into_parts(message, 0))
 
 
