@@ -8,7 +8,7 @@ from functools import partial
 
 from qwen_eval import cli
 from qwen_eval.config import EvalSpec, check
-from qwen_eval.slot import EngineSlot
+from qwen_eval.engines.cache import EngineSlot
 
 USAGE = """
 python -m qwen_eval [-m] [group=option ...] [key=value ...]
@@ -39,9 +39,9 @@ def run_cell(spec: EvalSpec, slot: EngineSlot) -> None:
     """Evaluate one cell and print its table."""
     spec.tag = cli.cell_tag(spec.tag)
     check(spec)
-    from qwen_eval.evaluate import evaluate
-    from qwen_eval.progress import Progress
-    from qwen_eval.table import show
+    from qwen_eval.runs.evaluate import evaluate
+    from qwen_eval.runs.progress import Progress
+    from qwen_eval.runs.summary import show
 
     show(spec, evaluate(spec, slot.open, progress=Progress(is_quiet=spec.quiet)))
 

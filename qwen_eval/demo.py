@@ -13,7 +13,7 @@ from typing import Any
 from qwen_eval import cli
 from qwen_eval.config import EvalSpec, check
 from qwen_eval.core import Engine, Metric
-from qwen_eval.slot import EngineSlot
+from qwen_eval.engines.cache import EngineSlot
 
 SPEED_TOKENS = 128
 
@@ -73,7 +73,7 @@ def run_cell(suite: Suite, cell: Cell, runs: str, slot: EngineSlot, lines: list[
 
     def job(spec: EvalSpec) -> None:
         check(spec)
-        from qwen_eval.evaluate import evaluate
+        from qwen_eval.runs.evaluate import evaluate
 
         outcome = evaluate(spec, slot.open)
         lines.extend(Line(cell=cell.name, what=what, metric=outcome.metrics[key]) for key, what in cell.show.items())
@@ -127,7 +127,7 @@ def show(suite: Suite, lines: Sequence[Line], runs: str, facts: Mapping[str, Any
 
 def _numbers(metric: Metric) -> tuple[str, str, str]:
     """Value, interval and n, narrow enough for a terminal of 80 columns."""
-    from qwen_eval.table import cells
+    from qwen_eval.runs.summary import cells
 
     value, interval, _ = cells(metric)
     return value, interval.replace(" % to ", " to "), f"{metric.n:,}"

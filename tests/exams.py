@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from qwen_eval.core import Sample
-from qwen_eval.data import SAMPLES
+from qwen_eval.data.sources import SAMPLES
 from qwen_eval.tasks.choice import ChoiceTask
 from qwen_eval.tasks.registry import TaskContext, task_class
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen_eval.core import Answer, ChoiceLogprobs, Completion, Completions, Grade, Metric, Record, TokenLogprobs
 from qwen_eval.metrics import perplexity, rates, share
-from qwen_eval.store import FORMAT, metric_to_json, record_to_json
+from qwen_eval.runs.store import FORMAT, metric_to_json, record_to_json
 
 
 def said(text: str, *, reason: Any = "stop") -> Completions:

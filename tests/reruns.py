@@ -23,7 +23,7 @@ from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.items import Item
 from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import Judgement, judge
-from qwen_eval.store import metric_to_json
+from qwen_eval.runs.store import metric_to_json
 
 Array = NDArray[np.float64]
 DAY = 0.02  # standard deviation of the log speed of one machine from day to day

@@ -24,7 +24,7 @@ def seq_length(golden: Path) -> int:
 
 @pytest.fixture(scope="module")
 def engine(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    native = pytest.importorskip("qwen_eval.engines.native")
+    native = pytest.importorskip("qwen_eval.engines.native.engine")
     folder = tmp_path_factory.mktemp("checkpoint")
     build_checkpoint(_spec(golden), folder)
     (folder / "qwen.tiktoken").symlink_to(VOCABULARY)

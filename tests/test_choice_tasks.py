@@ -27,9 +27,9 @@ from qwen_eval.core import (
     Record,
     Turn,
 )
-from qwen_eval.data import SAMPLES, HubSource
+from qwen_eval.data.sources import SAMPLES, HubSource
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.evaluate import evaluate
+from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.tasks.ceval import Ceval
 from qwen_eval.tasks.choice import ChoiceTask
 from qwen_eval.tasks.cmmlu import Cmmlu

@@ -15,14 +15,9 @@ from omegaconf import OmegaConf
 from qwen_eval.cli import conf_dir
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import Answer, Generate, Prompt
-from qwen_eval.engines import native
+from qwen_eval.engines.native import engine as native
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
-from qwen_eval.models.kv_cache import Slots
-from qwen_eval.models.opening import open_forward
-from qwen_eval.models.quant.bnb import BnbLinear
-from qwen_eval.models.transformer import Transformer
-from qwen_eval.profile.cost import (
+from qwen_eval.models.cost import (
     Cost,
     batch_limits,
     checkpoint_bytes,
@@ -31,6 +26,11 @@ from qwen_eval.profile.cost import (
     published_peak_bytes,
     weight_bytes,
 )
+from qwen_eval.models.kv_cache import Slots
+from qwen_eval.models.load import open_forward
+from qwen_eval.models.quant.bnb import BnbLinear
+from qwen_eval.models.runner import ModelRunner
+from qwen_eval.models.transformer import Transformer
 from qwen_eval.report.published import Published, ledger
 
 GIB = 2**30
@@ -196,13 +196,13 @@ def test_an_engine_short_of_memory_runs_fewer_sequences_at_once_with_the_same_an
     spec = ModelSpec(name="x", asset="qwen-tiny", weights="random", dtype="fp32", device="cpu")
     requests = [Generate(prompt=Prompt.raw(f"Question {i}"), max_new_tokens=8) for i in range(9)]
     seen: list[int] = []
-    slots = Forward.slots
+    slots = ModelRunner.slots
 
-    def counted(self: Forward, num_slots: int, capacity: int) -> Slots:
+    def counted(self: ModelRunner, num_slots: int, capacity: int) -> Slots:
         seen.append(num_slots)
         return slots(self, num_slots, capacity)
 
-    monkeypatch.setattr(Forward, "slots", counted)
+    monkeypatch.setattr(ModelRunner, "slots", counted)
 
     def answers(free_bytes: int) -> dict[int, Answer]:
         monkeypatch.setattr(native, "memory_bytes", lambda device: (free_bytes, free_bytes))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen_eval import data
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Sample
-from qwen_eval.data import Source, draw, open_source
-from qwen_eval.files import files_at
+from qwen_eval.data import sources as data
+from qwen_eval.data.files import files_at
+from qwen_eval.data.sources import Source, draw, open_source
 
 COLUMNS = ("question", "A", "B", "answer")
 

@@ -17,9 +17,9 @@ import toy
 from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec, check
 from qwen_eval.core import ConfigError, EngineError, StoreError
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.evaluate import Outcome, evaluate
-from qwen_eval.regrade import RegradeSpec, regrade
-from qwen_eval.store import read_run
+from qwen_eval.runs.evaluate import Outcome, evaluate
+from qwen_eval.runs.regrade import RegradeSpec, regrade
+from qwen_eval.runs.store import read_run
 
 TOY = [sys.executable, str(Path(toy.__file__))]
 
@@ -215,7 +215,7 @@ def test_grading_again_by_the_same_protocol_changes_nothing(tmp_path: Path) -> N
 
 
 def test_regrade_is_a_command(tmp_path: Path) -> None:
-    code = "import sys, toy; toy.register(); from qwen_eval.regrade import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys, toy; toy.register(); from qwen_eval.runs.regrade import main; sys.exit(main(sys.argv[1:]))"
     run_with(spec(tmp_path), FakeEngine())
     environment = {**os.environ, "PYTHONPATH": f"{Path(toy.__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
 

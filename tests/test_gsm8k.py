@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from qwen_eval.core import Completion, Completions, ConfigError, Generate, Sample, Turn
-from qwen_eval.models.tokenizer import load_tokenizer
-from qwen_eval.numbers import (
+from qwen_eval.extraction.numbers import (
     concluded_number,
     upstream_base_gold,
     upstream_base_number,
@@ -23,7 +22,8 @@ from qwen_eval.numbers import (
     upstream_chat_number,
     written,
 )
-from qwen_eval.replies import cut, flags, is_looping
+from qwen_eval.extraction.symptoms import cut, flags, is_looping
+from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.tasks.gsm8k import STOPS, UPSTREAM_CUTS, Gsm8k, Spec
 from qwen_eval.tasks.registry import TaskContext
 

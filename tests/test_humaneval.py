@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from test_gsm8k import golden_rows, ids_sha256
 
-from qwen_eval.code_reading import (
+from qwen_eval.core import Completion, Completions, ConfigError, Generate, Record, Sample, Turn
+from qwen_eval.extraction.programs import (
     continued_program,
     longest_program,
     program_in_reply,
     prompt_context,
     upstream_chat_body,
 )
-from qwen_eval.core import Completion, Completions, ConfigError, Generate, Record, Sample, Turn
+from qwen_eval.extraction.symptoms import cut
 from qwen_eval.models.tokenizer import load_tokenizer
-from qwen_eval.replies import cut
 from qwen_eval.tasks.evalplus import plus_test
 from qwen_eval.tasks.humaneval import UPSTREAM_CUTS, HumanEval, Spec, chat_question
 from qwen_eval.tasks.registry import TaskContext

@@ -13,9 +13,9 @@ import pytest
 from qwen_eval.__main__ import main
 from qwen_eval.core import ConfigError, DataError, Record, Request, Score, TokenLogprobs
 from qwen_eval.engines.fake import ByteTokenizer, FakeEngine
-from qwen_eval.evaluate import ask
 from qwen_eval.models.tokenizer import QwenTokenizer
-from qwen_eval.progress import Progress
+from qwen_eval.runs.evaluate import ask
+from qwen_eval.runs.progress import Progress
 from qwen_eval.tasks.long_ppl import LongPpl
 from qwen_eval.tasks.long_ppl import LongPplSpec as Spec
 from qwen_eval.tasks.registry import TaskContext

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from qwen_eval.core import Completion, Completions, Generate, Turn
-from qwen_eval.math_answers import (
+from qwen_eval.extraction.math import (
     boxed,
     concluded_answer,
     is_same,

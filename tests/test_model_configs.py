@@ -177,7 +177,7 @@ def test_the_tiny_model_needs_nothing_but_the_package(specs: dict[str, ModelSpec
 
 @pytest.mark.parametrize("name", ["qwen-7b-chat", "qwen3-8b"])
 def test_random_weights_of_any_shape_need_no_hub(specs: dict[str, ModelSpec], name: str) -> None:
-    from qwen_eval.models.opening import open_forward
+    from qwen_eval.models.load import open_forward
 
     narrow = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 128}
     narrow |= {"kv_channels": 16} if name.startswith("qwen-") else {"head_dim": 16, "num_key_value_heads": 2}

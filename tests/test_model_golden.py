@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen_eval.models.checkpoint import Placement, load
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
+from qwen_eval.models.runner import ModelRunner
 
 GOLDEN = Path(os.environ.get("QWEN_EVAL_GOLDEN", Path(__file__).parent / "golden")) / "model"
 MODELS = sorted(p.name for p in GOLDEN.glob("*") if (p / "model.safetensors").exists())
@@ -23,20 +23,20 @@ MODES = {"plain": (False, False), "ntk": (True, False), "logn": (False, True), "
 FP32, BF16_MEAN, BF16_MAX, FP16_MEAN, FP16_MAX = 5e-4, 0.06, 0.6, 0.01, 0.1
 
 
-def forward_of(folder: Path, mode: str, dtype: torch.dtype = torch.float32, **options: object) -> Forward:
+def forward_of(folder: Path, mode: str, dtype: torch.dtype = torch.float32, **options: object) -> ModelRunner:
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     ntk, logn = MODES[mode]
     config = replace(config, dynamic_ntk=ntk, logn=logn)
     model, _ = load(folder, config, Placement(device=torch.device("cpu"), dtype=dtype))
-    return Forward(model, **options)  # type: ignore[arg-type]
+    return ModelRunner(model, **options)  # type: ignore[arg-type]
 
 
-def whole(forward: Forward, ids: list[int]) -> Tensor:
+def whole(forward: ModelRunner, ids: list[int]) -> Tensor:
     """Logits [T,V] of one full pass without a cache, fp32."""
     return forward.model.logits(forward.packed([ids], [len(ids)])).float()
 
 
-def teacher_forced(forward: Forward, rows: list[list[int]], tokens: Tensor) -> Tensor:
+def teacher_forced(forward: ModelRunner, rows: list[list[int]], tokens: Tensor) -> Tensor:
     """Prefill `rows`, then feed tokens [B,n]; logits [B,n+1,V] of every step."""
     slots = forward.slots(len(rows), max(map(len, rows)) + tokens.shape[1] + 1)
     prefill = torch.tensor([len(r) for r in rows])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_eval import exercises as ex
 from qwen_eval.core import ChoiceLogprobs, Choose, Completion, Completions, Generate, Sample, Turn
+from qwen_eval.data import exercises as ex
 from qwen_eval.tasks import nano
 from qwen_eval.tasks.registry import TaskContext
 

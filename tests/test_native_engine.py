@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.core import Choose, Generate, Prompt, Sampling, Score
-from qwen_eval.engines.native import NativeEngine
-from qwen_eval.engines.scoring import Scorer
+from qwen_eval.engines.native.engine import NativeEngine
+from qwen_eval.engines.native.scoring import Scorer
 from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
 from qwen_eval.models.kv_cache import Int8Codec
+from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import QwenTokenizer
 
 CONFIG = ModelConfig(
@@ -60,7 +60,7 @@ def model_of(config: ModelConfig, seed: int = 0) -> nn.Module:
 def engine_of(
     config: ModelConfig = CONFIG, *, codec: object = None, chunk: int = 2048, **options: object
 ) -> NativeEngine:
-    forward = Forward(model_of(config), codec=codec, prefill_chunk=chunk)  # type: ignore[arg-type]
+    forward = ModelRunner(model_of(config), codec=codec, prefill_chunk=chunk)  # type: ignore[arg-type]
     return NativeEngine(forward, TOKENIZER, **options)  # type: ignore[arg-type]
 
 
@@ -172,7 +172,7 @@ def test_int8_cache_answers_do_not_depend_on_sharing_or_chunks() -> None:
 
 @pytest.mark.parametrize("codec", [None, Int8Codec(upstream=False)])
 def test_forks_of_a_cache_grow_apart_and_leave_it_as_it_was(codec: Int8Codec | None) -> None:
-    forward = Forward(model_of(replace(CONFIG, windows=(None, 8, None))), codec=codec, prefill_chunk=5)
+    forward = ModelRunner(model_of(replace(CONFIG, windows=(None, 8, None))), codec=codec, prefill_chunk=5)
     draw = random.Random(0)
     stem, first, second = (draw.choices(range(256), k=k) for k in (12, 13, 7))
     parent = forward.grown(None, stem, 40)
@@ -243,7 +243,7 @@ def test_one_bf16_row_is_the_same_product_whatever_the_processor(bias: bool, mon
 
 
 def test_the_eager_twin_agrees_with_the_fused_kernel() -> None:
-    forward = Forward(model_of(CONFIG), attention="eager")
+    forward = ModelRunner(model_of(CONFIG), attention="eager")
     plain = answers(NativeEngine(forward, TOKENIZER), exam())
     for a, b in zip(plain, answers(engine_of(), exam())):
         assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_eval import exercises
 from qwen_eval.__main__ import main
 from qwen_eval.core import ConfigError, DataError, Generate, Metric, Prompt, Record, Request
+from qwen_eval.data import exercises
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.evaluate import ask
 from qwen_eval.models.tokenizer import QwenTokenizer
-from qwen_eval.progress import Progress
+from qwen_eval.runs.evaluate import ask
+from qwen_eval.runs.progress import Progress
 from qwen_eval.tasks.haystack import Frame, bury
 from qwen_eval.tasks.needle import WORDINGS, Needle, begins_with, says
 from qwen_eval.tasks.needle import NeedleSpec as Spec
@@ -268,7 +268,7 @@ def test_one_command_writes_the_heat_map(tmp_path: Path) -> None:
 
 
 def test_the_heat_map_is_the_same_bytes_each_time() -> None:
-    from qwen_eval.report.figures import heat_map
+    from qwen_eval.figures import heat_map
 
     cells = {(400, 0.0): Metric(value=1.0, n=4, low=0.5, high=1.0), (400, 100.0): Metric(value=0.25, n=4)}
     assert heat_map(cells, "svg") == heat_map(cells, "svg")

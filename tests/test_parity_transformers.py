@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_eval.engines.generation import Generator, Row
+from qwen_eval.engines.native.generation import Generator, Row
 from qwen_eval.models.checkpoint import Placement, load
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
+from qwen_eval.models.runner import ModelRunner
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Forward]:
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ModelRunner]:
     """The same weights in transformers and in our engine, through a checkpoint on disk."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,7 +57,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     theirs.save_pretrained(folder)
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     ours, _ = load(folder, config, Placement(device=torch.device("cpu"), dtype=torch.float32))
-    return theirs, Forward(ours)
+    return theirs, ModelRunner(ours)
 
 
 def prompts() -> list[list[int]]:
@@ -65,7 +65,7 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, SHAPE["vocab_size"], (n,), generator=generator).tolist() for n in (7, 30, 95)]
 
 
-def test_logits_agree(both: tuple[Any, Forward]) -> None:
+def test_logits_agree(both: tuple[Any, ModelRunner]) -> None:
     theirs, ours = both
     for ids in prompts():
         with torch.no_grad():
@@ -74,7 +74,7 @@ def test_logits_agree(both: tuple[Any, Forward]) -> None:
         assert (found - expected).abs().max() <= 1e-4
 
 
-def test_greedy_ids_agree_padded_or_not(both: tuple[Any, Forward]) -> None:
+def test_greedy_ids_agree_padded_or_not(both: tuple[Any, ModelRunner]) -> None:
     theirs, ours = both
     rows = prompts()
     width = max(map(len, rows))

@@ -9,9 +9,9 @@ import pytest
 from test_gsm8k import DATA, golden_rows
 
 from qwen_eval.core import Completion, Completions, DataError, Generate, Record, Sample, Turn
-from qwen_eval.models.react import read_step_upstream
 from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.tasks.plugin import Plugin, Spec, input_rouge_l, is_right_tool
+from qwen_eval.tasks.react import read_step_upstream
 from qwen_eval.tasks.registry import TaskContext
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_eval.core import Sampling
-from qwen_eval.engines.sampling import distribution
+from qwen_eval.engines.native.sampling import distribution
 from qwen_eval.models.chat import FORCED_SCORE, is_forced_to_end
 from qwen_eval.models.rope import inverse_frequencies, logn_factors, ntk_alpha
 

@@ -10,7 +10,7 @@ from exams import EXAMS, asked, sha256_of_ids
 
 from qwen_eval.core import Choose, Generate, Prompt
 from qwen_eval.models.tokenizer import load_tokenizer
-from qwen_eval.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT, MMLU_BASE, MMLU_CHAT, chat_shots, few_shot
+from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT, MMLU_BASE, MMLU_CHAT, chat_shots, few_shot
 
 SHOT = {"question": "1+1?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
 QUERY = {"question": "Is {A} a set?", "A": "yes", "B": "no", "C": "", "D": "nan"}

@@ -16,9 +16,9 @@ from torch import Tensor
 from qwen_eval.core import ModelError
 from qwen_eval.models.checkpoint import Placement, load
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
 from qwen_eval.models.kv_cache import Int8Codec
 from qwen_eval.models.quant import gptq, kernels
+from qwen_eval.models.runner import ModelRunner
 
 GOLDEN = Path(os.environ.get("QWEN_EVAL_GOLDEN") or Path(__file__).parent / "golden")
 GPTQ_MODELS = sorted(GOLDEN.glob("gptq/tiny_*"))
@@ -27,20 +27,20 @@ MODES = {"plain": (False, False), "ntk": (True, False), "logn": (False, True), "
 CPU = torch.device("cpu")
 
 
-def open_gptq(folder: Path, dtype: torch.dtype) -> Forward:
+def open_gptq(folder: Path, dtype: torch.dtype) -> ModelRunner:
     fields = json.loads((folder / "config.json").read_text())
     settings = gptq.read_config(fields, folder)
     assert settings is not None
     placement = Placement(device=CPU, dtype=dtype, packed=gptq.builder(settings, dtype=dtype, device=CPU))
     model, _ = load(folder, ModelConfig.from_hf(fields), placement)
-    return Forward(model)
+    return ModelRunner(model)
 
 
-def whole(forward: Forward, ids: list[int]) -> Tensor:
+def whole(forward: ModelRunner, ids: list[int]) -> Tensor:
     return forward.model.logits(forward.packed([ids], [len(ids)])).float()
 
 
-def teacher_forced(forward: Forward, ids: list[int], tokens: Tensor) -> Tensor:
+def teacher_forced(forward: ModelRunner, ids: list[int], tokens: Tensor) -> Tensor:
     """Logits [n + 1, V]: after the prompt, then after each of the n tokens; they attend to the cache."""
     slots, prefill = forward.slots(1, len(ids) + len(tokens) + 1), torch.tensor([len(ids)])
     hidden = forward.packed([ids], [len(ids)], last_only=True, sink=(slots, [0]))
@@ -113,12 +113,12 @@ def test_a_damaged_checkpoint_names_the_module(tmp_path: Path) -> None:
 # --- the int8 cache ------------------------------------------------------------------------------------------------
 
 
-def open_kvq(folder: Path, mode: str, *, upstream: bool = True) -> Forward:
+def open_kvq(folder: Path, mode: str, *, upstream: bool = True) -> ModelRunner:
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     ntk, logn = MODES[mode]
     config = replace(config, dynamic_ntk=ntk, logn=logn)
     model, _ = load(folder, config, Placement(device=CPU, dtype=torch.float32))
-    return Forward(model, codec=Int8Codec(upstream=upstream))
+    return ModelRunner(model, codec=Int8Codec(upstream=upstream))
 
 
 def kvq_cases() -> list[tuple[Path, str]]:
@@ -155,9 +155,9 @@ def test_our_int8_cache_disturbs_the_logits_less_than_upstreams(folder: Path) ->
     for _, case in [pair for pair in kvq_cases() if pair[0] == folder]:
         ids, tokens = golden[f"{case}.prompt_ids"].flatten().tolist(), golden[f"{case}.token_ids"]
         plain = open_kvq(folder, case.split(".")[0])
-        exact = teacher_forced(Forward(plain.model), ids, tokens)
+        exact = teacher_forced(ModelRunner(plain.model), ids, tokens)
         for upstream in errors:
-            got = teacher_forced(Forward(plain.model, codec=Int8Codec(upstream=upstream)), ids, tokens)
+            got = teacher_forced(ModelRunner(plain.model, codec=Int8Codec(upstream=upstream)), ids, tokens)
             errors[upstream] += float((got - exact).abs().mean())
     assert errors[False] < 0.7 * errors[True], errors
 
@@ -169,7 +169,7 @@ def test_our_int8_cache_gives_the_same_logits_however_the_prompt_is_cut(folder: 
     prompt = max((value.flatten().tolist() for value in ids.values()), key=len)
     logits = []
     for chunk in (7, len(prompt)):
-        cut = Forward(forward.model, codec=forward.codec, prefill_chunk=chunk)
+        cut = ModelRunner(forward.model, codec=forward.codec, prefill_chunk=chunk)
         hidden = torch.cat(list(cut.extend(cut.empty_prefix(), prompt, len(prompt), want_hidden=True)))
         logits.append(cut.model.logits(hidden))
     # a rounding difference may tip a code now and then, by one step

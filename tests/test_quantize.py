@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import write_tiny_qwen2
 from torch import Tensor
 
-from qwen_eval import quantize
 from qwen_eval.core import ConfigError, ModelError
 from qwen_eval.models.checkpoint import Placement, checkpoint_names, load, random_model
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
-from qwen_eval.models.quant import gptq, gptq_checkpoint, gptq_quantize
-from qwen_eval.models.quant.gptq_quantize import Hessian, Recipe
+from qwen_eval.models.quant import gptq
+from qwen_eval.models.runner import ModelRunner
+from qwen_eval.quantize import checkpoint as gptq_checkpoint
+from qwen_eval.quantize import command as quantize
+from qwen_eval.quantize import gptq as gptq_quantize
+from qwen_eval.quantize.gptq import Hessian, Recipe
 
 CPU = torch.device("cpu")
 V1 = {
@@ -154,15 +156,15 @@ def quantised(source: Path, out: Path, recipe: Recipe, ids: Sequence[Sequence[in
     return out
 
 
-def opened(directory: Path) -> Forward:
+def opened(directory: Path) -> ModelRunner:
     fields = json.loads((directory / "config.json").read_text())
     settings = gptq.read_config(fields, directory)
     build = None if settings is None else gptq.builder(settings, dtype=torch.float32, device=CPU)
     placement = Placement(device=CPU, dtype=torch.float32, packed=build)
-    return Forward(load(directory, ModelConfig.from_hf(fields), placement)[0])
+    return ModelRunner(load(directory, ModelConfig.from_hf(fields), placement)[0])
 
 
-def logits(forward: Forward, ids: list[int]) -> Tensor:
+def logits(forward: ModelRunner, ids: list[int]) -> Tensor:
     return forward.model.logits(forward.packed([ids], [len(ids)]))
 
 

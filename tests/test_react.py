@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_eval.models.react import (
+from qwen_eval.tasks.react import (
     Step,
     Tool,
     calls_a_tool_upstream,

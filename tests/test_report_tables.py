@@ -13,9 +13,9 @@ from qwen_eval.core import Metric
 from qwen_eval.metrics import share
 from qwen_eval.report.__main__ import main
 from qwen_eval.report.published import contradictions, ledger, published_tables
-from qwen_eval.report.render import Cell, Table, metric_cell, render
 from qwen_eval.report.runs import find_runs, variant_name
 from qwen_eval.report.tables import layouts
+from qwen_eval.tables import Cell, Table, metric_cell, render
 
 
 def tables(root: Path, name: str) -> list[Table]:

@@ -23,7 +23,7 @@ from qwen_eval.core import (
     StoreError,
     TokenLogprobs,
 )
-from qwen_eval.store import (
+from qwen_eval.runs.store import (
     FORMAT,
     RunDirectory,
     differences,
@@ -148,7 +148,8 @@ def test_differences_name_leaves_added_and_removed() -> None:
 
 def test_one_process_writes_a_run(tmp_path: Path) -> None:
     code = (
-        "import sys; from qwen_eval.store import RunDirectory as R; r = R.open(__import__('pathlib').Path(sys.argv[1]))"
+        "import pathlib, sys; from qwen_eval.runs.store import RunDirectory; "
+        "r = RunDirectory.open(pathlib.Path(sys.argv[1]))"
     )
     with RunDirectory.open(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
@@ -170,7 +171,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_store import record, spec
 from qwen_eval.core import StoreError
-from qwen_eval.store import RunDirectory
+from qwen_eval.runs.store import RunDirectory
 with RunDirectory.open(Path(sys.argv[1])) as run:
     run.check_spec(spec())
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

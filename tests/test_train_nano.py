@@ -25,10 +25,10 @@ from nano.structure import structured  # noqa: E402
 
 from qwen_eval.config import ModelSpec  # noqa: E402
 from qwen_eval.core import ModelError, Prompt, Score, TokenLogprobs  # noqa: E402
-from qwen_eval.engines.native import NativeEngine  # noqa: E402
-from qwen_eval.exercises import CITIES_ZH  # noqa: E402
+from qwen_eval.data.exercises import CITIES_ZH  # noqa: E402
+from qwen_eval.engines.native.engine import NativeEngine  # noqa: E402
 from qwen_eval.models.hub import asset_dir  # noqa: E402
-from qwen_eval.models.opening import open_forward  # noqa: E402
+from qwen_eval.models.load import open_forward  # noqa: E402
 
 
 def smoke(out: Path, *more: str) -> Any:

@@ -13,11 +13,11 @@ from test_native_engine import CONFIG, TOKENIZER, answers
 from torch import Tensor
 
 from qwen_eval.core import ConfigError, Generate, Prompt, Score
-from qwen_eval.engines.native import NativeEngine
+from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
-from qwen_eval.models.opening import layer_windows
+from qwen_eval.models.load import layer_windows
+from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.transformer import Transformer
 
 TRAIN = CONFIG.train_length
@@ -44,7 +44,7 @@ def model_of(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transfo
 
 @cache
 def engine_of(config: ModelConfig, chunk: int = 2048) -> NativeEngine:
-    return NativeEngine(Forward(model_of(config), prefill_chunk=chunk), TOKENIZER)
+    return NativeEngine(ModelRunner(model_of(config), prefill_chunk=chunk), TOKENIZER)
 
 
 @cache

@@ -28,7 +28,7 @@ import torch
 from peers import read_bandwidth
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import Generate, Prompt
-from qwen_eval.engines.native import open_engine
+from qwen_eval.engines.native.engine import open_engine
 torch.set_num_threads(request["threads"])
 engine = open_engine(EngineSpec(), ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"]))
 

@@ -97,15 +97,15 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from qwen_eval.engines.scoring import Job, Scorer
+    from qwen_eval.engines.native.scoring import Job, Scorer
     from qwen_eval.models.checkpoint import Placement, random_model
     from qwen_eval.models.config import ModelConfig
-    from qwen_eval.models.forward import Forward
+    from qwen_eval.models.runner import ModelRunner
 
     torch.set_num_threads(args.threads)
     config = ModelConfig.from_hf({"model_type": "qwen2", **shape_of(args)})
     model = random_model(config, Placement(device=torch.device("cpu"), dtype=dtype_of(args.dtype)), 0)
-    scorer = Scorer(Forward(model, prefill_chunk=args.chunk))
+    scorer = Scorer(ModelRunner(model, prefill_chunk=args.chunk))
     ids = text_of(args)
     kv_bytes = 2 * args.layers * args.tokens * config.num_kv_heads * config.head_dim * model.dtype.itemsize
 

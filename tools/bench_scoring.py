@@ -28,7 +28,7 @@ request = json.load(open(sys.argv[1]))
 import torch
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import Choose, Prompt
-from qwen_eval.engines.native import open_engine
+from qwen_eval.engines.native.engine import open_engine
 torch.set_num_threads(request["threads"])
 engine = open_engine(EngineSpec(), ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"]))
 asks = [Choose(prompt=Prompt.raw(q["prompt"]), choices=(" A", " B", " C", " D")) for q in request["questions"]]

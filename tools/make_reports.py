@@ -72,8 +72,8 @@ def gate(plan: Plan, runs: Path, reports: Path) -> int:
 
 def make(plan: Plan, runs: Path, reports: Path) -> int:
     from qwen_eval import __main__ as evaluation
-    from qwen_eval import quantize
     from qwen_eval.profile import __main__ as profile
+    from qwen_eval.quantize import command as quantize
 
     ablation = [f"{plan.ablation_cell} {tricks}" for tricks in plan.ablation]
     speed = [f"{plan.speed_cell} {cell}" for cell in plan.speed]
@@ -122,8 +122,8 @@ def write(runs: Path, reports: Path) -> int:
 
 
 def draw_needle(runs: Path, reports: Path) -> None:
+    from qwen_eval.figures import heat_map
     from qwen_eval.metrics import share
-    from qwen_eval.report.figures import heat_map
     from qwen_eval.report.runs import find_runs
     from qwen_eval.report.samples import needle_cells
 

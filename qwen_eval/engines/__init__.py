@@ -8,7 +8,7 @@ from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import ConfigError, Engine
 
 ENGINES = {
-    "native": "qwen_eval.engines.native:open_engine",
+    "native": "qwen_eval.engines.native.engine:open_engine",
     "hf": "qwen_eval.engines.hf:open_engine",
     "openai": "qwen_eval.engines.openai:open_engine",
     "vllm": "qwen_eval.engines.vllm:open_engine",

@@ -65,7 +65,7 @@ def read_head(spec: ModelSpec) -> Tensor:
     from qwen_eval.models.checkpoint import TensorFiles, checkpoint_names
     from qwen_eval.models.config import ModelConfig
     from qwen_eval.models.hub import checkpoint_dir
-    from qwen_eval.models.opening import read_config
+    from qwen_eval.models.load import read_config
 
     if spec.weights == "random":
         raise ModelError(f"model {spec.name}: random weights have no stored lm_head; KL divergence needs a checkpoint")

@@ -78,7 +78,7 @@ class LayerKv:
 
 
 class Prefix:
-    """The cache of one sequence of `length` tokens, immutable to its readers; `Forward.extend` makes it longer.
+    """The cache of one sequence of `length` tokens, immutable to its readers; `ModelRunner.extend` makes it longer.
 
     A layer without a window lies in buffers that `reserve` sized: tokens are added in place, behind what readers see.
     """

@@ -35,8 +35,8 @@ def profile(spec: ProfileSpec) -> None:
         sys.stdout.write(plan(spec))
         return
     from qwen_eval.profile.grid import run_grid
-    from qwen_eval.profile.tables import run_tables, write_plots
-    from qwen_eval.report.render import render
+    from qwen_eval.report.profile import run_tables, write_plots
+    from qwen_eval.tables import render
 
     path = run_grid(spec)
     sys.stdout.write(render(run_tables(path, published=spec.published), "terminal"))
@@ -48,10 +48,10 @@ def plan(spec: ProfileSpec) -> str:
     """The tables of the plan, for this device or the one that `on` names."""
     import torch
 
-    from qwen_eval.models.opening import choose_device, choose_dtype
+    from qwen_eval.models.device import DTYPES, known, probe
+    from qwen_eval.models.load import choose_device, choose_dtype
     from qwen_eval.models.quant.kernels import has_packed
     from qwen_eval.profile.cells import quant_of, shape_fields
-    from qwen_eval.profile.device import DTYPES, known, probe
     from qwen_eval.profile.plan import plan_tables, texts
 
     if spec.num_threads is not None:

@@ -11,8 +11,8 @@ from typing import Any
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.cost import Cost
 from qwen_eval.profile.config import ProfileSpec
-from qwen_eval.profile.cost import Cost
 
 SERVE_NEW_TOKENS = 128
 

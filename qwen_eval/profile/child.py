@@ -22,14 +22,14 @@ import torch
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, QwenEvalError, Sampling
-from qwen_eval.engines.generation import Generator, Row
-from qwen_eval.engines.scoring import is_out_of_memory
+from qwen_eval.engines.native.generation import Generator, Row
+from qwen_eval.engines.native.scoring import is_out_of_memory
+from qwen_eval.models.device import DTYPES, Device, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
-from qwen_eval.models.opening import Opened, choose_device, open_forward
+from qwen_eval.models.load import Opened, choose_device, open_forward
 from qwen_eval.models.quant.kernels import has_packed
 from qwen_eval.profile.cells import Cell, cost_of, spec_from_json
 from qwen_eval.profile.config import ProfileSpec
-from qwen_eval.profile.device import DTYPES, Device, EnergyMeter, probe, synchroniser
 from qwen_eval.profile.measure import Recorder, Repetition, summary
 from qwen_eval.profile.memory import PeakMemory, limit_memory, status_bytes, to_json
 from qwen_eval.profile.plan import floor_s

@@ -19,8 +19,8 @@ from qwen_eval import core
 from qwen_eval.core import JSON, ConfigError, ModelError, QwenEvalError, StoreError
 from qwen_eval.profile.cells import Cell, cells, to_json
 from qwen_eval.profile.config import ProfileSpec
-from qwen_eval.provenance import deciding_versions, provenance
-from qwen_eval.store import FORMAT, RunDirectory
+from qwen_eval.runs.provenance import deciding_versions, provenance
+from qwen_eval.runs.store import FORMAT, RunDirectory
 
 TASK = "speed"
 CHILD = ("-m", "qwen_eval.profile.child")
@@ -71,7 +71,7 @@ def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
 
 def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]]) -> None:
     """result.json and its tables, as far as the grid has come."""
-    from qwen_eval.profile.tables import write_tables
+    from qwen_eval.report.profile import write_tables
 
     wanted = cells(spec)
     num_known = sum(cell.key in known for cell in wanted)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qwen_eval.core import JSON
-from qwen_eval.profile.device import memory_bytes
+from qwen_eval.models.device import memory_bytes
 
 MARGIN = 0.97  # of the free memory: the rest of the machine must live
 

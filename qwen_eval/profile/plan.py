@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from qwen_eval.config import QUANTS
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.profile.cells import Cell, cells, cost_of, quant_of, shape_of
-from qwen_eval.profile.config import ProfileSpec
-from qwen_eval.profile.cost import (
+from qwen_eval.models.cost import (
     CUDA_CONTEXT_BYTES,
     Cost,
     checkpoint_bytes,
@@ -16,9 +14,11 @@ from qwen_eval.profile.cost import (
     num_parameters,
     weight_bytes,
 )
-from qwen_eval.profile.device import Device
-from qwen_eval.report.render import Cell as Shown
-from qwen_eval.report.render import Table, number_cell, text_cell
+from qwen_eval.models.device import Device
+from qwen_eval.profile.cells import Cell, cells, cost_of, quant_of, shape_of
+from qwen_eval.profile.config import ProfileSpec
+from qwen_eval.tables import Cell as Shown
+from qwen_eval.tables import Table, number_cell, text_cell
 
 GIB = 2**30
 
@@ -108,7 +108,7 @@ def floor_s(cost: Cost, cell: Cell, device: Device) -> tuple[float | None, float
 
 def original_law(config: ModelConfig, quant: str, cell: Cell) -> int | None:
     """The published law where it speaks of such a cell: Qwen v1, one sequence, generating or encoding."""
-    from qwen_eval.profile.cost import published_peak_bytes
+    from qwen_eval.models.cost import published_peak_bytes
 
     if config.family != "qwen" or cell.batch != 1 or cell.mode == "serve" or quant in ("nf4", "int8"):
         return None
@@ -130,6 +130,6 @@ def _gib(value: int | None) -> Shown:
 
 
 def texts(tables: Sequence[Table]) -> str:
-    from qwen_eval.report.render import render
+    from qwen_eval.tables import render
 
     return render(tables, "terminal")

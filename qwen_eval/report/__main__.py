@@ -12,7 +12,7 @@ from qwen_eval import cli
 from qwen_eval.config import not_one_of
 from qwen_eval.core import ConfigError, StoreError
 from qwen_eval.report.config import FORMATS, LAYOUTS, ReportSpec
-from qwen_eval.report.render import Table
+from qwen_eval.tables import Table
 
 if TYPE_CHECKING:
     from qwen_eval.report.comparison import Margins
@@ -159,7 +159,7 @@ def _forms(spec: ReportSpec) -> list[tuple[Path | None, str]]:
 
 
 def _text(spec: ReportSpec, report: Report, form: str) -> str:
-    from qwen_eval.report.render import render
+    from qwen_eval.tables import render
 
     if form == "junit":
         return report.junit or ""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from qwen_eval.core import JSON
 from qwen_eval.report.comparison import Comparison
 from qwen_eval.report.gate import delta_cell, judgement_table
-from qwen_eval.report.render import Cell, Table, number_cell, text_cell
 from qwen_eval.report.verdict import judge_all
+from qwen_eval.tables import Cell, Table, number_cell, text_cell
 
 MAX_TEXT = 60
 

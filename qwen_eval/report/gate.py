@@ -16,9 +16,9 @@ from qwen_eval.report.baseline import key_of, load_baselines
 from qwen_eval.report.compare import adjusted, compare_sides
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.paired import Difference
-from qwen_eval.report.render import Cell, Table, metric_cell, text_cell
 from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
 from qwen_eval.report.verdict import Judgement, judge_all, p_text, shown
+from qwen_eval.tables import Cell, Table, metric_cell, text_cell
 
 TONES = {"worse": "bad", "better": "good", "not comparable": "bad", "cannot tell": "weak", "unchanged": ""}
 WORDS = {

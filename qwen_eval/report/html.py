@@ -14,9 +14,9 @@ from pathlib import Path
 
 from qwen_eval.core import QwenEvalError
 from qwen_eval.report.plots import plots
-from qwen_eval.report.render import Cell, Table
 from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.samples import embeddable, sample_data
+from qwen_eval.tables import Cell, Table
 
 HERE = Path(__file__).parent
 MIN_FILTER_ROWS = 5  # shorter tables need no filter box

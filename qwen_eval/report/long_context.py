@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from qwen_eval.core import JSON, ConfigError, Metric
-from qwen_eval.report.render import NONE, Table, metric_cell, text_cell
 from qwen_eval.report.runs import LoadedRun, precision_name
+from qwen_eval.tables import NONE, Table, metric_cell, text_cell
 
 LENGTH = re.compile(r"(?:ppl|perplexity)/(\d+)$")
 
@@ -80,7 +80,7 @@ def changes(runs: Sequence[LoadedRun]) -> list[Table]:
 
 def curves(runs: Sequence[LoadedRun], form: str) -> bytes:
     """The same rows as a figure: svg or png."""
-    from qwen_eval.report.figures import length_curves
+    from qwen_eval.figures import length_curves
 
     kept = sorted((run for run in runs if len(perplexities(run)) > 1), key=_order)
     if not kept:

@@ -42,7 +42,7 @@ def _excerpt(text: str, at: int, width: int) -> str:
 
 
 def _benchmark_differences(first: LoadedRun, second: LoadedRun) -> list[str]:
-    from qwen_eval.store import differences
+    from qwen_eval.runs.store import differences
 
     known = set(first.facets) | set(SAYS_WHERE)
     a, b = ({k: v for k, v in run.benchmark.items() if k not in known} for run in (first, second))

@@ -148,7 +148,7 @@ class LoadedRun:
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
-        from qwen_eval.store import RECORDS, read_records
+        from qwen_eval.runs.store import RECORDS, read_records
 
         return tuple(read_records(self.path / RECORDS))
 

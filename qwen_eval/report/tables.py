@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qwen_eval.core import JSON, Metric
-from qwen_eval.report.render import NONE, Cell, Table, metric_cell, number_cell, text_cell
 from qwen_eval.report.runs import (
     FACETS,
     LoadedRun,
@@ -15,6 +14,7 @@ from qwen_eval.report.runs import (
     base_name,
     facet_text,
 )
+from qwen_eval.tables import NONE, Cell, Table, metric_cell, number_cell, text_cell
 
 CARD_ORDER = ("mmlu", "ceval", "gsm8k", "math", "humaneval", "mbpp", "bbh", "cmmlu")  # the columns of the base table
 CATEGORIES = ("stem", "socialsciences", "socialscience", "humanities", "other", "others", "hard", "chinaspecific")
@@ -127,7 +127,7 @@ def long_context(runs: Sequence[LoadedRun]) -> list[Table]:
 
 def profile(runs: Sequence[LoadedRun]) -> list[Table]:
     """Speed and memory: a row a measured cell of a profile's `cells` (docs/reports.md says what a cell holds)."""
-    from qwen_eval.profile.tables import profile_tables
+    from qwen_eval.report.profile import profile_tables
 
     return profile_tables(sorted(runs, key=_order))
 

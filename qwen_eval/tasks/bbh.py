@@ -13,11 +13,11 @@ from functools import cached_property
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Turn
-from qwen_eval.data import SAMPLES, Source
-from qwen_eval.files import Folder
+from qwen_eval.data.files import Folder
+from qwen_eval.data.sources import SAMPLES, Source
+from qwen_eval.extraction.numbers import concluded_number
+from qwen_eval.extraction.symptoms import completions_of, cut, flags
 from qwen_eval.metrics import macro, share
-from qwen_eval.numbers import concluded_number
-from qwen_eval.replies import completions_of, cut, flags
 from qwen_eval.tasks.generation import GenerativeTask
 
 INSTRUCTION = "Follow the given examples and answer the question.\n{examples}\n\nQ: {question}\nA: "

@@ -32,11 +32,11 @@ from qwen_eval.core import (
     Sample,
     Turn,
 )
-from qwen_eval.data import Row, nearest, open_source
-from qwen_eval.extract import concluded_letter
+from qwen_eval.data.sources import Row, nearest, open_source
+from qwen_eval.extraction.letters import concluded_letter
+from qwen_eval.extraction.symptoms import flags
 from qwen_eval.metrics import macro, mean, share
-from qwen_eval.prompts import ShotFormat, chat_shots, few_shot
-from qwen_eval.replies import flags
+from qwen_eval.tasks.prompts import ShotFormat, chat_shots, few_shot
 from qwen_eval.tasks.registry import TaskContext
 
 LETTERS = ("A", "B", "C", "D")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, Completion, ConfigError, Grade, Metric, Record, Sample, Sampling, Turn
+from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import pass_at_k, share
-from qwen_eval.replies import completions_of, flags
 from qwen_eval.tasks.generation import GenerativeTask
 from qwen_eval.tasks.registry import TaskContext
 

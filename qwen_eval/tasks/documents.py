@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_eval.core import JSON, DataError, Tokenizer
-from qwen_eval.data import Source
+from qwen_eval.data.sources import Source
 
 ENDINGS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 END_OF_TEXT = "<|endoftext|>"

@@ -22,7 +22,7 @@ from qwen_eval.core import (
     Sampling,
     Turn,
 )
-from qwen_eval.data import Source, draw, nearest, open_source
+from qwen_eval.data.sources import Source, draw, nearest, open_source
 from qwen_eval.metrics import share
 from qwen_eval.tasks.registry import TaskContext
 

@@ -11,8 +11,8 @@ from fractions import Fraction
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Prompt, Sample, Turn
-from qwen_eval.data import Source
-from qwen_eval.numbers import (
+from qwen_eval.data.sources import Source
+from qwen_eval.extraction.numbers import (
     UPSTREAM_GOLD,
     concluded_number,
     upstream_base_gold,
@@ -21,7 +21,7 @@ from qwen_eval.numbers import (
     upstream_chat_number,
     written,
 )
-from qwen_eval.replies import completions_of, cut, flags
+from qwen_eval.extraction.symptoms import completions_of, cut, flags
 from qwen_eval.tasks.generation import GenerativeTask, prompt_text
 
 BASE_QUERY = "\nQuestion: {question}\nLet's think step by step\n"

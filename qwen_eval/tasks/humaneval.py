@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_eval.code_reading import continued_program, program_in_reply, upstream_chat_body
 from qwen_eval.core import Completion, DataError, Prompt, Sample
-from qwen_eval.data import Source
-from qwen_eval.files import SingleFile
-from qwen_eval.replies import cut
+from qwen_eval.data.files import SingleFile
+from qwen_eval.data.sources import Source
+from qwen_eval.extraction.programs import continued_program, program_in_reply, upstream_chat_body
+from qwen_eval.extraction.symptoms import cut
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
 from qwen_eval.tasks.evalplus import plus_test
 

@@ -28,7 +28,7 @@ from qwen_eval.core import (
     TokenLogprobs,
     Turn,
 )
-from qwen_eval.data import Source, open_source
+from qwen_eval.data.sources import Source, open_source
 from qwen_eval.metrics import perplexity
 from qwen_eval.tasks.documents import Stream, end_of_text, read_documents, token_streams
 from qwen_eval.tasks.registry import TaskContext

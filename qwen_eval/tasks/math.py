@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
-from qwen_eval.data import Source
-from qwen_eval.math_answers import boxed, concluded_answer, is_same, is_same_upstream, upstream_answer
+from qwen_eval.data.sources import Source
+from qwen_eval.extraction.math import boxed, concluded_answer, is_same, is_same_upstream, upstream_answer
+from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import share
-from qwen_eval.replies import completions_of, flags
 from qwen_eval.tasks.generation import GenerativeTask, prompt_text
 
 FILES = ("{split}.jsonl", "math_oai500_{split}.jsonl", "{split}.jsonl.gz")

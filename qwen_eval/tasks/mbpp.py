@@ -11,10 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen_eval.code_reading import definitions, longest_program, parsed, program_in_reply, without_examples
 from qwen_eval.core import JSON, Completion, ConfigError, DataError, Message, Prompt, Sample
-from qwen_eval.data import Source
-from qwen_eval.replies import cut
+from qwen_eval.data.sources import Source
+from qwen_eval.extraction.programs import definitions, longest_program, parsed, program_in_reply, without_examples
+from qwen_eval.extraction.symptoms import cut
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
 from qwen_eval.tasks.evalplus import plus_test
 from qwen_eval.tasks.generation import prompt_text

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qwen_eval import exercises as ex
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
     JSON,
@@ -27,11 +26,12 @@ from qwen_eval.core import (
     Sample,
     Turn,
 )
-from qwen_eval.data import Source
-from qwen_eval.extract import concluded_letter
+from qwen_eval.data import exercises as ex
+from qwen_eval.data.sources import Source
+from qwen_eval.extraction.letters import concluded_letter
+from qwen_eval.extraction.numbers import concluded_number, written
+from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import share
-from qwen_eval.numbers import concluded_number, written
-from qwen_eval.replies import completions_of, flags
 from qwen_eval.tasks.generation import GenerativeTask
 
 KINDS = ("choice", "fact", "arithmetic", "recall")

@@ -16,10 +16,10 @@ from functools import cached_property
 
 from qwen_eval.config import TaskSpec, not_one_of
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
-from qwen_eval.data import Source, open_source
-from qwen_eval.exercises import CITIES, CITIES_ZH
+from qwen_eval.data.exercises import CITIES, CITIES_ZH
+from qwen_eval.data.sources import Source, open_source
+from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import share
-from qwen_eval.replies import completions_of, flags
 from qwen_eval.tasks.documents import read_documents
 from qwen_eval.tasks.haystack import Buried, Frame, base_frame, bury, chat_frame
 from qwen_eval.tasks.registry import TaskContext
@@ -201,7 +201,7 @@ class Needle:
 
     def artifacts(self, records: Iterable[Record]) -> dict[str, JSON | str | bytes]:
         """The heat map, with the interval of each cell in its numbers."""
-        from qwen_eval.report.figures import heat_map
+        from qwen_eval.figures import heat_map
 
         cells: dict[tuple[int, float], list[Record]] = defaultdict(list)
         for record in records:

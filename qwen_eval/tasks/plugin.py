@@ -13,11 +13,11 @@ from typing import Any
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Sampling, Tokenizer, Turn
-from qwen_eval.data import Source
+from qwen_eval.data.sources import Source
+from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import mean, share
-from qwen_eval.models.react import calls_a_tool_upstream, read_step, read_step_upstream
-from qwen_eval.replies import completions_of, flags
 from qwen_eval.tasks.generation import GenerativeTask
+from qwen_eval.tasks.react import calls_a_tool_upstream, read_step, read_step_upstream
 
 
 @dataclass(kw_only=True)

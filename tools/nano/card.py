@@ -21,9 +21,9 @@ from nano import mixture  # noqa: E402
 from nano.counting import Trigram  # noqa: E402
 from qwen_eval.config import ModelSpec, RopeSpec  # noqa: E402
 from qwen_eval.core import Metric, Prompt, Record, Score, TokenLogprobs, Turn  # noqa: E402
-from qwen_eval.engines.native import NativeEngine  # noqa: E402
+from qwen_eval.engines.native.engine import NativeEngine  # noqa: E402
 from qwen_eval.metrics import perplexity  # noqa: E402
-from qwen_eval.models.opening import open_forward  # noqa: E402
+from qwen_eval.models.load import open_forward  # noqa: E402
 from qwen_eval.tasks.nano import Nano, Spec  # noqa: E402
 from qwen_eval.tasks.registry import TaskContext  # noqa: E402
 

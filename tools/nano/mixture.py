@@ -15,7 +15,7 @@ import tiktoken
 from nano import snippets
 from nano.texts import Document as Text
 from nano.texts import Passages, Texts
-from qwen_eval import exercises as ex
+from qwen_eval.data import exercises as ex
 
 SYSTEM = "You are a helpful assistant."
 # loss weights in quarters: what only sets the scene, running text, what is asked for, its decisive token

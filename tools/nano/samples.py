@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 from nano import vocabulary  # noqa: E402
 from nano.texts import Document, Passages, Texts, read  # noqa: E402
-from qwen_eval import exercises as ex  # noqa: E402
+from qwen_eval.data import exercises as ex  # noqa: E402
 
 SAMPLES = ROOT / "qwen_eval" / "assets" / "samples"
 SEED = 20_261

@@ -20,7 +20,7 @@ from qwen_eval.models.transformer import Transformer
 NO_ROWS: list[int] = []
 
 
-class Forward:
+class ModelRunner:
     """A model with its positions, cache format and attention kernel."""
 
     def __init__(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qwen_eval.core import EngineError
-from qwen_eval.engines.prefix_tree import Node, build
-from qwen_eval.models.forward import Forward
+from qwen_eval.engines.native.prefix_tree import Node, build
 from qwen_eval.models.kv_cache import Prefix
+from qwen_eval.models.runner import ModelRunner
 
 HEAD_BYTES = 48 * 2**20  # of logits at a time, fp32 copy included; 64 took 44 MiB more, 32 a third more time
 NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
@@ -63,11 +63,11 @@ class Scores:
 
 
 class Scorer:
-    """Runs jobs over a `Forward`. `max_batch_tokens` halves when memory runs out, and stays so."""
+    """Runs jobs over a `ModelRunner`. `max_batch_tokens` halves when memory runs out, and stays so."""
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelRunner,
         *,
         share: bool = True,
         max_batch_tokens: int = 4096,

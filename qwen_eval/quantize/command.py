@@ -18,10 +18,10 @@ from qwen_eval.core import ConfigError, DataError, Message, ModelError, Prompt
 if TYPE_CHECKING:
     import torch
 
-    from qwen_eval.models.quant.gptq_checkpoint import ModuleError
     from qwen_eval.models.tokenizer import ChatTokenizer
+    from qwen_eval.quantize.checkpoint import ModuleError
 
-BUNDLED = Path(__file__).parent / "assets" / "calibration" / "text.txt"
+BUNDLED = Path(__file__).parents[1] / "assets" / "calibration" / "text.txt"
 ROLES = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT files
 
 
@@ -104,8 +104,8 @@ def _plain_config(source: Path) -> dict[str, Any]:
 def _quantise(
     spec: QuantizeSpec, source: Path, partial: Path, fields: dict[str, Any], sequences: Sequence[Sequence[int]]
 ) -> None:
-    from qwen_eval.models.quant.gptq_checkpoint import quantise_checkpoint, write_json
-    from qwen_eval.models.quant.gptq_quantize import Recipe
+    from qwen_eval.quantize.checkpoint import quantise_checkpoint, write_json
+    from qwen_eval.quantize.gptq import Recipe
 
     recipe = Recipe(bits=spec.bits, group_size=spec.group_size, sym=spec.sym, desc_act=spec.desc_act, damp=spec.damp)
     device, dtype = _compute(spec.model)
@@ -199,7 +199,3 @@ def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
     turns = row["messages"] if "messages" in row else row["conversations"]
     pairs = [(turn.get("role") or turn["from"], turn.get("content") or turn["value"]) for turn in turns]
     return tuple(Message(role=ROLES.get(role, role), content=content) for role, content in pairs)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

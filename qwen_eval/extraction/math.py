@@ -106,7 +106,7 @@ class _Verifier:
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_eval.math_verifier"],
+            [sys.executable, "-m", "qwen_eval.extraction.math_verifier"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -21,10 +21,10 @@ from qwen_eval.models.attention import choose_kernel
 from qwen_eval.models.checkpoint import TensorFiles, checkpoint_names
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.kv_cache import PackedAttend, PlainCodec
-from qwen_eval.models.quant import gptq_quantize
-from qwen_eval.models.quant.gptq_quantize import Hessian, Recipe
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Block, dense_linear
+from qwen_eval.quantize import gptq as gptq_quantize
+from qwen_eval.quantize.gptq import Hessian, Recipe
 
 # True sequential order: each group sees inputs made with the groups before it already quantised.
 GROUPS = (("attn.qkv",), ("attn.o",), ("mlp.up", "mlp.gate"), ("mlp.down",))

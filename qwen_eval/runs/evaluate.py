@@ -28,9 +28,17 @@ from qwen_eval.core import (
     ids_sha256,
 )
 from qwen_eval.engines.options import check_options
-from qwen_eval.progress import Progress
-from qwen_eval.provenance import deciding_versions, provenance, text_sha256, weights_digest
-from qwen_eval.store import FORMAT, RunDirectory, differences, metric_from_json, metric_to_json, write_bytes, write_json
+from qwen_eval.runs.progress import Progress
+from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256, weights_digest
+from qwen_eval.runs.store import (
+    FORMAT,
+    RunDirectory,
+    differences,
+    metric_from_json,
+    metric_to_json,
+    write_bytes,
+    write_json,
+)
 from qwen_eval.tasks.registry import TaskContext, build
 
 # Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
@@ -116,7 +124,7 @@ def task_context(spec: EvalSpec, engine: Engine | None) -> TaskContext:
 
 def selected(task: Task, spec: EvalSpec) -> list[Sample]:
     """The samples of this run in the task's order: all, or the seeded subset of `limit`."""
-    from qwen_eval.data import draw
+    from qwen_eval.data.sources import draw
 
     samples = list(task.samples())
     return samples if spec.task.limit is None else list(draw(samples, spec.task.limit, spec.task.seed))

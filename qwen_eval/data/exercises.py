@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 LETTERS = "ABCD"
-FACTS_FILE = Path(__file__).parent / "assets" / "samples" / "nano" / "facts.json"
+FACTS_FILE = Path(__file__).parents[1] / "assets" / "samples" / "nano" / "facts.json"
 
 
 def _words(text: str) -> tuple[str, ...]:

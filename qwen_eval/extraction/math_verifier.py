@@ -1,6 +1,7 @@
 """The process behind `math_answers.is_same`: reads `[gold, answer]` lines, writes `true` or `false` lines.
 
-Run as `python -m qwen_eval.math_verifier`. math-verify parses LaTeX with a grammar; nothing of the text is evaluated.
+Run as `python -m qwen_eval.extraction.math_verifier`. math-verify
+parses LaTeX with a grammar; nothing of the text is evaluated.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
-from qwen_eval.engines.prefix_tree import Node, build
-from qwen_eval.engines.sampling import draw, generator_of
-from qwen_eval.engines.scoring import is_out_of_memory
-from qwen_eval.models.forward import Forward
+from qwen_eval.engines.native.prefix_tree import Node, build
+from qwen_eval.engines.native.sampling import draw, generator_of
+from qwen_eval.engines.native.scoring import is_out_of_memory
 from qwen_eval.models.kv_cache import Prefix, Slots
+from qwen_eval.models.runner import ModelRunner
 
 
 @dataclass(kw_only=True)
@@ -75,14 +75,14 @@ def completion_of(row: Row, tokenizer: Tokenizer) -> Completion:
 
 
 class Generator:
-    """Runs rows over a `Forward` in slots: no more than rows, `max_slots` or what `max_cached_tokens` have room for.
+    """Runs rows over a `ModelRunner` in slots: at most `max_slots` rows and `max_cached_tokens` tokens.
 
     When memory ends all the same, half as many.
     """
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelRunner,
         tokenizer: Tokenizer,
         *,
         share: bool = True,

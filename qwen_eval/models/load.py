@@ -14,11 +14,11 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.forward import Forward
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
 from qwen_eval.models.quant import bnb, gptq, kernels
 from qwen_eval.models.quant.gptq import GptqConfig
+from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_eval.models.transformer import Transformer
 
@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    forward: Forward
+    forward: ModelRunner
     tokenizer: ChatTokenizer
     facts: Mapping[str, JSON]  # what was really used: goes into the result
 
@@ -49,7 +49,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     )
     model, digest = _weights(spec, directory, config, placement)
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if spec.kv_cache == "int8" else PlainCodec(dtype)
-    forward = Forward(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
+    forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
     quant = f"gptq-int{packed_config.bits}" if packed_config else spec.quant
     facts = {**_facts(spec, model, digest, device), "quant": quant}
     return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=facts)

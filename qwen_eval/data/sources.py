@@ -29,9 +29,9 @@ from typing import Any, Literal, overload
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Sample
-from qwen_eval.files import Files, Folder, files_at
+from qwen_eval.data.files import Files, Folder, files_at
 
-SAMPLES = Path(__file__).parent / "assets" / "samples"
+SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 DATA_KINDS = ("auto", "bundled", "hub")
 HUB_TIMEOUT_S = 4.0  # to learn that there is no network; the clients themselves retry for minutes
 

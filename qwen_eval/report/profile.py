@@ -8,9 +8,9 @@ from pathlib import Path
 from qwen_eval.core import JSON
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.measure import median
-from qwen_eval.report.render import Cell, Table, number_cell, render, text_cell
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, load_run, profile_cells, speeds_of
-from qwen_eval.store import write_bytes
+from qwen_eval.runs.store import write_bytes
+from qwen_eval.tables import Cell, Table, number_cell, render, text_cell
 
 GIB = 2**30
 RANDOM = "†"
@@ -243,7 +243,7 @@ def write_tables(spec: ProfileSpec, path: Path) -> list[Table]:
 
 def write_plots(path: Path) -> list[Path]:
     """tokens/s by length and memory by batch, each where there are two sizes or more."""
-    from qwen_eval.report.figures import lines
+    from qwen_eval.figures import lines
 
     cells = profile_cells(load_run(path))
     speed = _series(cells, "seq", lambda cell: median(speeds_of(cell)), lambda cell: f"batch {cell.get('batch')}")

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import Metric
-from qwen_eval.evaluate import Outcome
+from qwen_eval.runs.evaluate import Outcome
 
 MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.json
 

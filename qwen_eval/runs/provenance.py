@@ -54,7 +54,7 @@ def deciding_versions() -> dict[str, str]:
 
 def git_state() -> dict[str, JSON] | None:
     """Commit and dirty flag of the checkout this package is imported from; None for an installed copy."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None  # site-packages inside somebody else's repository is not our commit
     commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")

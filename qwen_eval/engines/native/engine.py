@@ -27,24 +27,24 @@ from qwen_eval.core import (
     TokenLogprobs,
     ids_sha256,
 )
-from qwen_eval.engines.generation import Generator, Row, completion_of, refuse_empty
-from qwen_eval.engines.scoring import Job, Scorer, Scores
-from qwen_eval.models.forward import Forward
+from qwen_eval.engines.native.generation import Generator, Row, completion_of, refuse_empty
+from qwen_eval.engines.native.scoring import Job, Scorer, Scores
+from qwen_eval.models.cost import BatchLimits, batch_limits
+from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.hidden import KeepHidden
-from qwen_eval.models.opening import DTYPES, open_forward
+from qwen_eval.models.load import DTYPES, open_forward
+from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import ChatTokenizer
-from qwen_eval.profile.cost import BatchLimits, batch_limits
-from qwen_eval.profile.device import memory_bytes
 
 RENDER_CACHE = 4096  # prompts: the loop renders each again when it stores the record
 
 
 class NativeEngine:
-    """Answers requests with a `Forward` and its tokenizer. `facts` go into `info` (digest, device, kernels ...)."""
+    """Answers requests with a `ModelRunner` and its tokenizer. `facts` go into `info` (digest, device, kernels ...)."""
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelRunner,
         tokenizer: ChatTokenizer,
         *,
         facts: Mapping[str, JSON] | None = None,
@@ -227,7 +227,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     )
 
 
-def memory_limits(forward: Forward, spec: EngineSpec, kv_cache: str) -> BatchLimits:
+def memory_limits(forward: ModelRunner, spec: EngineSpec, kv_cache: str) -> BatchLimits:
     """What fits beside the loaded weights, by the cost model."""
     free, _ = memory_bytes(forward.device)
     dtype = next(name for name, known in DTYPES.items() if known == forward.model.dtype)

@@ -1,0 +1,166 @@
+"""`python -m qwen_eval.regrade run=DIR [protocol=upstream]`: grade stored answers again, without the model.
+
+The run itself is left as it is; the new grades go beside it, to `regrade-<protocol>.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_eval.config import MISSING, PROTOCOLS, EvalSpec, not_one_of
+from qwen_eval.core import (
+    ConfigError,
+    DataError,
+    Grade,
+    GradesInBatches,
+    Metric,
+    QwenEvalError,
+    Record,
+    Sample,
+    StoreError,
+    Task,
+    Turn,
+)
+from qwen_eval.runs.evaluate import requests_sha256, selected, summary, task_context
+from qwen_eval.runs.provenance import provenance
+from qwen_eval.runs.store import Run, differences, metric_from_json, read_run, write_json
+from qwen_eval.tasks.registry import build, task_class
+
+
+@dataclass(kw_only=True)
+class RegradeSpec:
+    run: str = MISSING
+    protocol: str | None = None  # None: the run's own, for another version of the task's grader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regraded:
+    path: Path
+    old: Mapping[str, Metric]
+    new: Mapping[str, Metric]
+    num_changed: int
+    n: int
+    warnings: Sequence[str]
+
+
+def regrade(spec: RegradeSpec) -> Regraded:
+    """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed."""
+    directory = Path(spec.run)
+    run = read_run(directory)
+    if not run.result:
+        raise StoreError(f"{directory}: the run is not finished; finish it first, the same command goes on")
+    config = stored_config(run)
+    config.protocol = spec.protocol or config.protocol
+    task = build(config.task, task_context(config, None))
+    samples = selected(task, config)
+    warnings = _check_same_questions(run, task, samples, directory)
+    by_id = {sample.id: sample for sample in samples}
+    asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
+    grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [task.grade(*item) for item in asked]
+    records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades)]
+    changed = [old.sample_id for old, new in zip(run.records, records) if _reading(old.grade) != _reading(new.grade)]
+    result = summary(task, samples, records, config)
+    path = directory / f"regrade-{config.protocol}.json"
+    extra = {"protocol": config.protocol, "task_version": task.version, "changed": changed, "warnings": warnings}
+    write_json(path, {**result, **extra, "provenance": provenance()})
+    old_metrics, new_metrics = (
+        {name: metric_from_json(row) for name, row in section["metrics"].items()} for section in (run.result, result)
+    )
+    return Regraded(
+        path=path, old=old_metrics, new=new_metrics, num_changed=len(changed), n=len(records), warnings=warnings
+    )
+
+
+def stored_config(run: Run) -> EvalSpec:
+    """The configuration a run was made with, as dataclasses; keys that no longer exist are a StoreError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = run.spec["config"]
+    try:
+        schema = OmegaConf.structured(EvalSpec)
+        schema.task = OmegaConf.structured(task_class(config["task"]["name"]).Spec)
+        spec: Any = OmegaConf.to_object(OmegaConf.merge(schema, config))
+    except OmegaConfBaseException as error:
+        raise StoreError(f"the run's configuration is of another version: {str(error).splitlines()[0]}") from error
+    assert isinstance(spec, EvalSpec), type(spec)
+    return spec
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line."""
+    try:
+        outcome = regrade(_parse(sys.argv[1:] if argv is None else argv))
+    except QwenEvalError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    _show(outcome)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> RegradeSpec:
+    given = {}
+    known = [field.name for field in dataclasses.fields(RegradeSpec)]
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            raise not_one_of("key", key, known)
+        given[key] = value
+    spec = RegradeSpec(**given)
+    if spec.run == MISSING:
+        raise ConfigError("pass run=DIR, the directory of a finished run")
+    if spec.protocol is not None and spec.protocol not in PROTOCOLS:
+        raise not_one_of("protocol", spec.protocol, PROTOCOLS)
+    return spec
+
+
+def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample], directory: Path) -> list[str]:
+    decided = run.spec["decides"]
+    hashes = [
+        change
+        for change in differences(decided["benchmark"], dict(task.describe()))
+        if "sha256" in change.split(":")[0]
+    ]
+    missing = {record.sample_id for record in run.records} - {sample.id for sample in samples}
+    if hashes or missing:
+        what = hashes[0] if hashes else f"{len(missing)} stored samples are no longer there"
+        raise DataError(f"{directory}: the benchmark's rows have changed since ({what}); regrade with the same rows")
+    if requests_sha256(task, samples) != decided["requests_sha256"]:
+        return ["the prompts would be others now: these are new grades of answers to the stored prompts"]
+    return []
+
+
+def _turns(task: Task, sample: Sample, record: Record) -> tuple[Turn, ...]:
+    turns: list[Turn] = []
+    for answer in record.answers:
+        request = task.request(sample, tuple(turns))
+        if request is None:
+            raise StoreError(f"{record.sample_id}: the task asks fewer questions now than were answered; run it anew")
+        turns.append(Turn(request=request, answer=answer))
+    return tuple(turns)
+
+
+def _reading(grade: Grade) -> tuple[Any, Any]:
+    return grade.score, grade.extracted
+
+
+def _show(outcome: Regraded) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qwen_eval.runs.summary import cells
+
+    table = Table("metric", "stored", "now")
+    for name, metric in outcome.new.items():
+        table.add_row(name, cells(outcome.old[name])[0] if name in outcome.old else "-", cells(metric)[0])
+    console = Console()
+    console.print(table)
+    for warning in outcome.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    line = f"{outcome.num_changed} of {outcome.n} grades changed; {outcome.path}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
