@@ -61,6 +61,19 @@ class Flip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Of `num_samples` in both runs, how many agree in the model's own words, in the answer read, in the score.
+
+    Of scored text and of choices the words are the log-probabilities, to four decimals.
+    """
+
+    num_samples: int
+    same_answers: int
+    same_readings: int
+    same_scores: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """One side of a comparison: a run directory, or a baseline made of one."""
 
@@ -96,6 +109,7 @@ class Comparison:
     flips: tuple[Flip, ...] = ()
     regraded: tuple[int, int] = (0, 0)
     is_identical: bool = False
+    agreement: Agreement | None = None
     choice_kl: Metric | None = None
     kld: Divergence | None = None
     notes: tuple[str, ...] = ()

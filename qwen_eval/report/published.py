@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qwen_eval.core import JSON, Metric
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
+from qwen_eval.report.settings import settings
 from qwen_eval.tables import Cell, Table, metric_cell, number_cell, text_cell
 
 LEDGER = Path(__file__).with_name("ledger.json")
@@ -113,15 +114,15 @@ def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
 def differences(run: LoadedRun, row: Published) -> list[str]:
     """What is known to differ between how we and they measured."""
     found = []
-    facets = run.facets
+    facets = settings(run)
     shots = row.setting.get("shots")
-    if shots is not None and facets["shots"] not in (None, shots):
+    if shots is not None and facets.get("shots") not in (None, shots):
         found.append(f"shots: ours {facets['shots']}, published {shots}")
-    if row.split is not None and facets["split"] and not str(row.split).startswith(str(facets["split"])):
+    if row.split is not None and facets.get("split") and not str(row.split).startswith(str(facets.get("split"))):
         found.append(f"split: ours {facets['split']}, published {row.split}")
     if run.status == "partial":
         found.append(f"ours is {run.status_note}")
-    if facets["protocol"] == "robust" and row.benchmark != "arXiv":
+    if facets.get("protocol") == "robust" and row.benchmark != "arXiv":
         found.append("ours reads answers with protocol=robust")
     if row.variant == "BF16" and not run.variant.startswith("BF16"):
         found.append(f"precision: ours {run.variant}, published BF16")
