@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 MAX_WORD = 24  # columns: longer words are broken, behind punctuation where there is some, never within a number
 MIN_WIDTH = 20
@@ -120,7 +120,7 @@ def layout(
     return "\n".join(_grid(heads, rows, block, floors, is_number, width) for block in blocks), left_out
 
 
-def _needed(columns: Sequence[int], widths: Sequence[int]) -> int:
+def _needed(columns: Sequence[int], widths: Sequence[int] | Mapping[int, int]) -> int:
     return sum(widths[column] for column in columns) + GAP * (len(columns) - 1)
 
 
