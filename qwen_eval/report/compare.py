@@ -216,11 +216,13 @@ def _is_identical(first: Item, second: Item) -> bool:
 
 def _agreement(first: Sequence[Item], second: Sequence[Item]) -> Agreement:
     pairs = list(zip(first, second))
+    has_scores = any(item.score is not None for item in first)
     return Agreement(
         num_samples=len(pairs),
         same_answers=sum(x.answer_sha256 == y.answer_sha256 for x, y in pairs),
-        same_readings=sum(x.extracted == y.extracted for x, y in pairs),
-        same_scores=sum(x.score == y.score for x, y in pairs),
+        same_readings=sum(x.extracted == y.extracted for x, y in pairs) if has_scores else None,
+        same_scores=sum(x.score == y.score for x, y in pairs) if has_scores else None,
+        is_text=not any(item.choices or item.nll is not None for item in first),
     )
 
 

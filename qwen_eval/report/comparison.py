@@ -62,15 +62,17 @@ class Flip:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Of `num_samples` in both runs, how many agree in the model's own words, in the answer read, in the score.
+    """Of `num_samples` in both runs, how many agree in the answer itself, in what was read from it, in the score.
 
-    Of scored text and of choices the words are the log-probabilities, to four decimals.
+    `is_text`: the answers are words; of scored text and of choices they are log-probabilities, to four decimals.
+    None where no sample has a reading or a score (perplexity).
     """
 
     num_samples: int
     same_answers: int
-    same_readings: int
-    same_scores: int
+    same_readings: int | None
+    same_scores: int | None
+    is_text: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,33 +26,37 @@ def compare_tables(comparisons: Sequence[Comparison], *, num_flips: int = 20) ->
 
 
 def what_was_compared(comparisons: Sequence[Comparison]) -> list[Table]:
-    """How many samples agree in what: the same words are more than the same answer read, and that than the score."""
+    """How many samples agree in what: the same answer is more than the same reading of it, and that than its score."""
     rows = []
     for c in comparisons:
         found = c.agreement
         if found is not None:
             counts = (found.num_samples, found.same_answers, found.same_readings, found.same_scores)
-            rows.append((text_cell(c.task), text_cell(c.label), *(number_cell(n, 0) for n in counts),
-                         text_cell(_finding(found))))  # fmt: skip
-    columns = ("task", "what", "samples", "same words", "same reading", "same score", "finding")
+            numbers = [number_cell(n, 0) for n in counts]
+            rows.append((text_cell(c.task), text_cell(c.label), *numbers, text_cell(finding(found))))
+    columns = ("task", "what", "samples", "same answer", "same reading", "same score", "finding")
     notes = (
-        "same words: the model's answers, character for character (log-probabilities to four decimals).",
-        "same reading: the answer extracted from them. Identical is said of words alone, whatever the sample size.",
+        "same answer: character for character, of choices and scored text the log-probabilities to four decimals.",
+        "same reading: what was extracted from the answer. A finding is of these samples, not of others.",
     )
-    table = Table(
-        name="compared", title="What was compared", columns=columns, rows=tuple(rows), notes=notes, num_keys=2
-    )
+    title = "What was compared"
+    table = Table(name="compared", title=title, columns=columns, rows=tuple(rows), notes=notes, num_keys=2)
     return [table] if rows else []
 
 
-def _finding(found: Agreement) -> str:
-    if found.same_answers == found.num_samples == found.same_readings == found.same_scores:
+def finding(found: Agreement) -> str:
+    """`identical` only where every answer is; else the first of reading and score that has no difference."""
+    n = found.num_samples
+    if found.same_answers == n and found.same_readings in (n, None) and found.same_scores in (n, None):
         return "identical"
-    if found.same_readings == found.num_samples == found.same_scores:
-        return f"no difference in what was read; {found.num_samples - found.same_answers:,} answers have other words"
-    if found.same_scores == found.num_samples:
-        return f"no difference in the scores; {found.num_samples - found.same_readings:,} answers were read differently"
-    return f"{found.num_samples - found.same_scores:,} scores differ"
+    what = "in other words" if found.is_text else "with other log-probabilities"
+    if found.same_scores is None or found.same_readings is None:
+        return f"{n - found.same_answers:,} of {n:,} {what}"
+    if found.same_scores < n:
+        return f"{n - found.same_scores:,} of {n:,} scores differ"
+    if found.same_readings < n:
+        return f"no difference in the scores, {n - found.same_readings:,} of {n:,} answers were read differently"
+    return f"no difference in what was read, {n - found.same_answers:,} of {n:,} answers {what}"
 
 
 def by_group(comparisons: Sequence[Comparison]) -> list[Table]:

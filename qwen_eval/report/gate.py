@@ -106,7 +106,7 @@ def judgement_table(
     )
     notes += tuple(f"{j.comparison.task}: {note}" for j in judgements for note in j.comparison.notes)
     optional = ("would show", "lost / gained", "p (Holm)", *sides)
-    return Table(name="verdicts", title=title, columns=columns, rows=rows, notes=notes, optional=optional, num_keys=3)
+    return Table(name="verdicts", title=title, columns=columns, rows=rows, notes=notes, optional=optional, num_keys=2)
 
 
 def _row(judgement: Judgement) -> tuple[Cell, ...]:

@@ -53,10 +53,19 @@ def _cells(runs: Sequence[LoadedRun]) -> Table:
             _gib(cell.get("reserved_bytes")),
         ))  # fmt: skip
     notes = (*NOTES, *_method_notes(runs))
-    optional = ("reserved GiB", "p90", "token ms p50", "p99", "prefill tokens/s", "first token ms")
+    optional = (
+        "reserved GiB",
+        "p90",
+        "token ms p50",
+        "p99",
+        "prefill tokens/s",
+        "first token ms",
+        "new tokens",
+        "context",
+    )
     table = Table(
         name="profile", title="Speed and memory", columns=columns, rows=tuple(rows), notes=notes, optional=optional,
-        num_keys=3,
+        num_keys=4,
     )  # fmt: skip
     return with_runs(table, _run_column(runs), at=2)
 

@@ -163,7 +163,7 @@ def regraded_table(outcome: Regraded) -> Table:
          *metric_cells(metric))
         for name, metric in outcome.new.items()
     )  # fmt: skip
-    columns = ("metric", "stored", "95 % interval, stored", "now", "95 % interval", "n")
+    columns = ("metric", "stored", "stored interval", "now", "95 % interval", "n")
     notes = tuple(f"warning: {warning}" for warning in outcome.warnings)
-    optional = ("95 % interval, stored",)
+    optional = ("stored interval",)
     return Table(name="regraded", title="Graded again", columns=columns, rows=rows, notes=notes, optional=optional)
