@@ -26,6 +26,7 @@ from qwen_eval.report.compare import compare_paths
 from qwen_eval.report.detail import compare_tables
 from qwen_eval.report.gate import gate, gate_tables
 from qwen_eval.report.html import page
+from qwen_eval.report.published import published_tables
 from qwen_eval.report.runs import find_runs
 from qwen_eval.report.tables import layouts
 from qwen_eval.report.tradeoffs import tradeoffs
@@ -77,7 +78,7 @@ def profile_cell(mode: str, seq: int, batch: int) -> dict[str, Any]:
 
 def of_report(root: Path) -> list[Table]:
     runs = find_runs([some_runs(root)])
-    return [table for make in layouts(runs).values() for table in make()]
+    return [table for make in layouts(runs).values() for table in make()] + published_tables(runs)
 
 
 def of_compare(root: Path) -> list[Table]:
@@ -258,6 +259,13 @@ def test_no_rendering_passes_on_what_is_obeyed(form: str, tmp_path: Path, capsys
         assert not OBEYED.search(out), OBEYED.findall(out)
 
 
+def test_an_error_line_passes_on_nothing_either(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs=/nowhere\x1b[2J\u202egnp.exe"]) == 2
+    error = capsys.readouterr().err
+    assert "gnp.exe" in error
+    assert not OBEYED.search(error)
+
+
 def test_a_page_of_hostile_samples_holds_nothing_obeyed(tmp_path: Path) -> None:
     text = page(HOSTILE, [], [str(hostile_runs(tmp_path))])
     assert not OBEYED.search(text)
@@ -309,6 +317,14 @@ def test_runs_of_other_settings_or_tasks_share_no_dot(tmp_path: Path) -> None:
     assert {point.name: point.score for point in found.points} == {f"{name} BF16": 0.5 for name in NAMES}
     assert any("left out: qwen-1.8b-chat [short] BF16" in note and "other settings" in note for note in found.notes)
     assert "not shown: mmlu; scores are not averaged" in found.notes
+
+
+def test_ours_beside_published_tells_apart_runs_of_one_name(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        write_run(tmp_path / place, answered([1.0] * 50 + [0.0] * 50))
+    (table,) = published_tables(find_runs([tmp_path]))
+    assert table.columns[2] == "run"
+    assert {row[2].text for row in table.rows} == {"a", "b"}
 
 
 def test_two_runs_of_one_name_are_left_out_of_the_plot_by_name(tmp_path: Path) -> None:

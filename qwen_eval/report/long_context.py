@@ -11,6 +11,7 @@ from qwen_eval.core import JSON, ConfigError, Metric
 from qwen_eval.report.runs import LoadedRun, natural, precision_name, precision_rank
 from qwen_eval.report.settings import Footnotes, run_names, with_runs
 from qwen_eval.tables import NONE, Table, metric_cell, text_cell
+from qwen_eval.terminal import plain_text
 
 LENGTH = re.compile(r"(?:ppl|perplexity)/(\d+)$")
 
@@ -85,7 +86,7 @@ def curves(runs: Sequence[LoadedRun], form: str) -> bytes:
     kept = sorted((run for run in runs if len(perplexities(run)) > 1), key=_order)
     if not kept:
         raise ConfigError(f"out=….{form}: no run with perplexities of several lengths; see task=long_ppl")
-    names = [f"{name} {_precision(run)}, {_tricks(run)}" for run, name in zip(kept, row_names(kept))]
+    names = [plain_text(f"{name} {_precision(run)}, {_tricks(run)}") for run, name in zip(kept, row_names(kept))]
     return length_curves(dict(zip(names, map(perplexities, kept))), form)
 
 

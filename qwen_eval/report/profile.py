@@ -12,6 +12,7 @@ from qwen_eval.report.runs import LoadedRun, RunSet, device_name, load_run, prof
 from qwen_eval.report.settings import run_names, with_runs
 from qwen_eval.runs.store import write_bytes
 from qwen_eval.tables import Cell, Table, number_cell, render, text_cell
+from qwen_eval.terminal import plain_text
 
 GIB = 2**30
 RANDOM = "†"
@@ -302,5 +303,5 @@ def _series(
     for cell in cells:
         number = value(cell)
         if number is not None:
-            found.setdefault(f"{cell.get('name')}, {rest(cell)}", {})[int(cell[axis])] = number
+            found.setdefault(plain_text(f"{cell.get('name')}, {rest(cell)}"), {})[int(cell[axis])] = number
     return {name: points for name, points in found.items() if len(points) > 1}

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = regrade(_parse(sys.argv[1:] if argv is None else argv))
     except QwenEvalError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(plain_text(" ".join(str(error).split())), file=sys.stderr)
         return 2
     _show(outcome)
     return 0
