@@ -69,6 +69,13 @@ def test_a_new_task_s_own_key_is_footnoted(tmp_path: Path) -> None:
     assert found == {"a": "", "b": "", "c": "settings differ: new: beam.width 2 (column: 1)"}
 
 
+def test_a_new_section_of_what_decides_is_footnoted(tmp_path: Path) -> None:
+    for model, value in (("a", "x"), ("b", "x"), ("c", "y")):
+        write_run(tmp_path, answered([1.0, 0.0]), model=model, decides={"template": {"sha256": value}})
+    found = footnotes(tables(tmp_path, "models")[0])
+    assert found["c"] == "settings differ: gsm8k: run.template.sha256 y (column: x)"
+
+
 def test_what_follows_from_another_setting_is_told_only_alone(tmp_path: Path) -> None:
     for model, limit, prompts in (("a", None, "p"), ("b", None, "p"), ("c", 1, "q"), ("d", None, "q")):
         decides = {"requests_sha256": prompts, "packages": {"torch": "2"}, "engine": {"name": "native"}}

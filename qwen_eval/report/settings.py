@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,11 @@ MODEL = (
 ENGINE = ("api_model",)  # the model's name at its endpoint
 FIRST = ("task", "task_version", "protocol", "mode", "split", "shots", "limit", "subjects", "seed")  # told first
 DATA = "data_sha256"
-CIRCUMSTANCES = ("engine", "model", "packages")  # they change numbers a little, and may be just what is compared
+SECTIONS = (
+    "task", "model", "engine", "benchmark", "protocol", "task_version", "packages", "requests_sha256", "weights",
+    "num_samples",
+)  # fmt: skip
+CIRCUMSTANCES = ("engine", "model", "packages", "run")  # they change numbers a little, and may be just what is compared
 
 
 def settings(run: LoadedRun) -> dict[str, JSON]:
@@ -48,6 +53,7 @@ def settings(run: LoadedRun) -> dict[str, JSON]:
     found |= {"engine": engine.pop("name", None)} | {f"engine.{key}": value for key, value in engine.items()}
     found |= {f"model.{key}": value for key, value in _without(_section(decides.get("model")), MODEL).items()}
     found |= {"packages": decides.get("packages"), "prompts": decides.get("requests_sha256")}
+    found |= {f"run.{key}": value for key, value in _without(decides, SECTIONS).items()}
     leaves = _leaves({"task": run.task, **found})
     return {key: leaves[key] for key in [*FIRST, *leaves] if key in leaves}
 
@@ -233,4 +239,5 @@ def _shared(places: Sequence[tuple[str, ...]]) -> int:
 
 
 def _short_digest(weights: str) -> str:
-    return weights.rpartition(":")[2][:8]
+    digest = weights.rpartition(":")[2]
+    return digest[:8] if re.fullmatch("[0-9a-f]{8,}", digest) else weights[:40]
