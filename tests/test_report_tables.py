@@ -81,7 +81,7 @@ def test_what_follows_from_another_setting_is_told_only_alone(tmp_path: Path) ->
         decides = {"requests_sha256": prompts, "packages": {"torch": "2"}, "engine": {"name": "native"}}
         write_run(tmp_path, answered([1.0] * (limit or 2)), model=model, limit=limit, decides=decides)
     found = footnotes(tables(tmp_path, "models")[0])
-    assert found["c"] == "settings differ: gsm8k: limit 1 (column: none), seed 1234 (column: none)"
+    assert found["c"] == "settings differ: gsm8k: limit 1 (column: none)"
     assert found["d"] == "settings differ: gsm8k: other prompts"
 
 

@@ -79,6 +79,7 @@ def differing_keys(first: LoadedRun, second: LoadedRun) -> list[str]:
     a, b = settings(first), settings(second)
     found = [key for key in [*a, *(key for key in b if key not in a)] if a.get(key) != b.get(key)]
     asked = _section(first.decides.get("task")) | _section(second.decides.get("task"))
+    found = [key for key in found if key != "seed" or "limit" not in found]  # it draws the subset of `limit`
     causes = [key for key in found if not _is_consequence(key, asked)]
     return causes if any(not _is_circumstance(key) for key in causes) else found
 
