@@ -15,6 +15,7 @@ from qwen_eval.report.settings import by_task, settings, settings_text
 
 SHAPE = ("name", "batch", "prompt_tokens", "new_tokens")
 Name = tuple[str, str]
+Measured = dict[Name, tuple[LoadedRun, tuple[float, float]]]  # its profile, median tokens/s and peak bytes
 T = TypeVar("T")
 
 
@@ -39,34 +40,38 @@ def tradeoffs(runs: RunSet) -> Tradeoffs:
     """Points of the benchmark that most measured checkpoints have, with the settings that most of those runs have."""
     measured, notes = _measured(runs.profiles)
     scored = [run for run in runs.finished if _name(run) in measured and run.headline]
-    scored = [run for run in scored if run.headline and run.headline[1].kind == "share"]
-    if not scored:
+    tasks = by_task(run for run in scored if run.headline and run.headline[1].kind == "share")
+    if not tasks:
         return Tradeoffs()
-    tasks = by_task(scored)
     task, members = max(tasks, key=lambda item: len({_name(run) for run in item[1]}))
     kept = _commonest(members, lambda run: json.dumps(settings(run), sort_keys=True))
     notes += [f"left out: {_said(run)}: other settings of {task}" for run in members if run not in kept]
     if len(tasks) > 1:
         notes.append(f"not shown: {', '.join(other for other, _ in tasks if other != task)}; scores are not averaged")
+    points, left_out = _points(kept, measured)
+    what = f"{task} ({settings_text(settings(kept[0])) or 'default protocol'})"
+    return Tradeoffs(what=what, points=tuple(points), notes=tuple(dict.fromkeys([*notes, *left_out])))
+
+
+def _points(runs: Sequence[LoadedRun], measured: Measured) -> tuple[list[Tradeoff], list[str]]:
+    """One point a name with one run, and the names that have several or whose profile is of other weights."""
     runs_of: dict[Name, list[LoadedRun]] = defaultdict(list)
-    for run in kept:
+    for run in runs:
         runs_of[_name(run)].append(run)
-    points = []
-    for name, found in runs_of.items():
-        run = found[0]
-        if len(found) > 1:
-            notes.append(f"left out: {' '.join(name)}: {len(found)} runs of {task}")
-        elif not _is_same_checkpoint(run, measured[name][0]):
+    points, notes = [], []
+    for name, (run, *others) in runs_of.items():
+        profile, (speed, peak) = measured[name]
+        if others:
+            notes.append(f"left out: {' '.join(name)}: {1 + len(others)} runs of {run.task}")
+        elif not _is_same_checkpoint(run, profile):
             notes.append(f"left out: {' '.join(name)}: the profile is of other weights")
         elif run.headline:
-            speed, peak = measured[name][1]
-            value = run.headline[1].value
-            points.append(Tradeoff(name=" ".join(name), score=value, tok_per_s=speed, peak_bytes=peak))
-    what = f"{task} ({settings_text(settings(kept[0])) or 'default protocol'})"
-    return Tradeoffs(what=what, points=tuple(points), notes=tuple(dict.fromkeys(notes)))
+            score = run.headline[1].value
+            points.append(Tradeoff(name=" ".join(name), score=score, tok_per_s=speed, peak_bytes=peak))
+    return points, notes
 
 
-def _measured(profiles: Sequence[LoadedRun]) -> tuple[dict[Name, tuple[LoadedRun, tuple[float, float]]], list[str]]:
+def _measured(profiles: Sequence[LoadedRun]) -> tuple[Measured, list[str]]:
     """(median tokens/s, peak bytes) of each name, all of one shape on one device; a name measured twice is left out."""
     cells = [(run, cell) for run in profiles for cell in profile_cells(run) if cell.get("new_tokens")]
     cells = [(run, cell) for run, cell in cells if speeds_of(cell)]
