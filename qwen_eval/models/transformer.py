@@ -93,7 +93,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
         super().__init__()
-        size, width, bias = config.hidden_size, config.mlp_size, config.out_bias
+        size, width, bias = config.hidden_size, config.mlp_size, config.mlp_bias
         self.up = make_linear(f"{name}.up", size, width, bias)
         self.gate = make_linear(f"{name}.gate", size, width, bias)
         self.down = make_linear(f"{name}.down", width, size, bias)

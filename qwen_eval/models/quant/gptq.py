@@ -9,7 +9,6 @@ The weight is `scales[g] * (q - zero[g])`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
+from qwen_eval.models.config import read_fields, shown
 from qwen_eval.models.quant import kernels
 
 BITS = (4, 8)
@@ -76,10 +76,7 @@ def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig |
         origin = directory / "quantize_config.json"
         if not origin.is_file():
             return None
-        try:
-            raw = json.loads(origin.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{origin}: not JSON ({error})") from error
+        raw = read_fields(origin)
     if not isinstance(raw, Mapping):
         raise ModelError(f"{origin}: quantisation settings are {type(raw).__name__}, expected an object")
     return _parse(raw, origin)
