@@ -75,7 +75,10 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers() -> None:
         ({"use_sliding_window": "false"}, "use_sliding_window='false' must be true or false"),
         ({"rope_scaling": {**YARN, "mscale_al_dim": 1.0}}, "rope_scaling.mscale_al_dim=1.0 is unknown for type 'yarn'"),
         ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "rope_parameters.factor=4.0 is unknown"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters.full_attention=.* is unknown"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rope_parameters.full_attention=.* is unknown",
+        ),
         ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is unknown"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling type 'llama3' is not supported"),
         ({"rope_scaling": {"type": ["yarn"]}}, r"rope_scaling type \['yarn'\] is not supported"),

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 from qwen_eval.core import ModelError
 
-
 # Fields that change no forward pass at inference, by the reason why.
 HARMLESS: dict[str, str] = {
     "of training only": "attn_dropout_prob attention_dropout emb_dropout_prob attn_pdrop embd_pdrop resid_pdrop"

@@ -35,6 +35,11 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: weights are loaded, and drawing them on the meta device imports torch's compiler (2 to 6 s)."""
+
+
 def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
     return Linear(in_features, out_features, bias=bias)
 
@@ -124,7 +129,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, make_linear: MakeLinear = dense_linear) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, f"layers.{i}", make_linear) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
