@@ -58,6 +58,16 @@ def is_adapter(directory: Path) -> bool:
     return True
 
 
+def refuse_adapter(directory: Path, engine: str) -> None:
+    """For engines that would read the directory as a whole model."""
+    if is_adapter(directory):
+        base = read_lora_config(directory).base
+        raise ModelError(
+            f"{directory}: a LoRA adapter of {shown(base)[1:-1]}; engine={engine} reads whole models: "
+            "use engine=native, which merges it, or merge it first"
+        )
+
+
 def read_lora_config(directory: Path) -> LoraConfig:
     """ModelError for another method than plain LoRA, and for settings that this merge would not carry out."""
     path = directory / CONFIG

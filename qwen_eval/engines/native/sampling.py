@@ -12,6 +12,18 @@ from torch import Tensor
 
 from qwen_eval.core import Sampling
 
+NON_FINITE = -1  # in place of a token: the logits held NaN or an infinity
+
+
+def greedy_tokens(logits_BV: Tensor) -> Tensor:
+    """[B] the most likely token of each row, the first of equals; NON_FINITE where the row is no distribution.
+
+    On the device: the check costs a pass over the logits, but no further read by the host.
+    """
+    low_B, high_B = torch.aminmax(logits_BV, dim=-1)  # NaN wins in both
+    is_finite_B = torch.isfinite(low_B) & torch.isfinite(high_B)
+    return torch.where(is_finite_B, logits_BV.argmax(-1), NON_FINITE)
+
 
 def distribution(logits_V: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
     """Probabilities [V] fp32 after all processors. `ids`: prompt and generated tokens, which the penalty looks at."""
