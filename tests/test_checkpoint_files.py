@@ -397,10 +397,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_hostile_weight_file_ends_in_one_line_at_once(tmp_path: Path, kind: str) -> None:
     write, message = HOSTILE[kind]
     write(tmp_path / BIN)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ModelError, match=message) as error:
         open_weights(tmp_path / BIN).get_tensor("x")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert str(error.value).isprintable()
 
 
@@ -441,11 +441,11 @@ def test_a_config_that_asks_for_the_impossible_takes_neither_time_nor_memory(
         from qwen_eval.config import ModelSpec
         from qwen_eval.core import ModelError
         from qwen_eval.models.load import open_forward
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
             open_forward(ModelSpec(name="m", path={str(folder)!r}, dtype="fp32", device="cpu"))
         except ModelError:
-            took_s = time.perf_counter() - start
+            took_s = time.process_time() - start
             print(took_s, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
     """
     run = [sys.executable, "-c", textwrap.dedent(code)]

@@ -124,9 +124,9 @@ def test_harmless_fields_change_nothing_whatever_they_say() -> None:
 )
 def test_a_hostile_config_is_refused_in_one_line_at_once(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ModelError, match=message) as error:
         read_fields(tmp_path / "config.json")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400 + len(str(tmp_path))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

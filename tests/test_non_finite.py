@@ -77,13 +77,7 @@ def test_the_layer_that_overflows_is_named_with_its_dtype(overflowing: Path) -> 
 
 
 def test_only_the_rows_that_overflow_fail() -> None:
-    rows = [
-        [0.0, 2.0, 2.0],
-        [0.0, NAN, 1.0],
-        [INFINITY, 0.0, 0.0],
-        [-INFINITY, -INFINITY, -INFINITY],
-        [60000.0, -60000.0, 0.0],
-    ]
+    rows = [[0.0, 2.0, 2.0], [0.0, NAN, 1.0], [INFINITY, 0.0, 0.0], [-INFINITY] * 3, [60000.0, -60000.0, 0.0]]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         found = greedy_tokens(torch.tensor(rows, dtype=dtype)).tolist()
         assert found == [1, NON_FINITE, NON_FINITE, NON_FINITE, 0]

@@ -77,7 +77,8 @@ class Zip:
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
                 raise DataError(f"{self.file}: {name!r} is encrypted or packed by another method than deflate")
             _check_size(entry.file_size, f"{self.file}: {name!r}")
-            return archive.read(entry)  # never more than the size it states
+            with archive.open(entry) as stream:
+                return stream.read(entry.file_size + 1)  # without a number it unpacks all, whatever size is stated
 
     def _open(self) -> zipfile.ZipFile:
         with self.file.open("rb") as stream:
@@ -154,8 +155,10 @@ def gunzip(packed: bytes, place: str) -> bytes:
 
 
 def check_parquet(raw: bytes, place: str) -> None:
-    """DataError where the footer states more than can be read; a million equal rows take a few bytes. OSError, ValueError
-    of pyarrow for what is no parquet."""
+    """DataError where the footer states more than can be read: a million equal rows take a few bytes.
+
+    OSError or ValueError of pyarrow for what is no parquet.
+    """
     from pyarrow.parquet import ParquetFile
 
     footer = ParquetFile(io.BytesIO(raw)).metadata
