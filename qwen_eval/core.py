@@ -7,6 +7,7 @@ answer: `Choose -> ChoiceLogprobs`, `Score -> TokenLogprobs`, `Generate -> Compl
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 JSON: TypeAlias = Any  # what json.dumps takes; mypy cannot say it shorter
 Protocol_: TypeAlias = Literal["robust", "upstream"]
-FinishReason: TypeAlias = Literal["stop", "eos", "length"]
+FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite"]
 
 
 class QwenEvalError(Exception):
@@ -179,7 +180,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """`text` is cut before the stop string; `token_ids` are all generated tokens, including what ended it."""
+    """`text` is cut before the stop string; `token_ids` are all generated tokens, including what ended it.
+
+    `finish_reason` "non-finite": the logits held NaN or an infinity, so the sample failed.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -202,6 +206,15 @@ def ids_sha256(ids: Sequence[int]) -> str:
 
 
 Answer: TypeAlias = ChoiceLogprobs | TokenLogprobs | Completions
+
+
+def is_finite(answer: Answer) -> bool:
+    """False where NaN or an infinity is among the numbers, or ended a text: such an answer says nothing."""
+    if isinstance(answer, Completions):
+        return all(item.finish_reason != "non-finite" for item in answer.completions)
+    if isinstance(answer, TokenLogprobs):
+        return all(map(math.isfinite, answer.logprobs))
+    return all(map(math.isfinite, (*answer.logprobs, *answer.logits, answer.logsumexp or 0.0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +343,15 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class LocatesNonFinite(Protocol):
+    """An engine that can look into its model for where numbers overflow."""
+
+    def locate_non_finite(self, request: Request) -> str:
+        """Where NaN or infinity first arises in this request's forward, with the dtype: "layers.3 in float16"."""
+        ...
 
 
 class Task(Protocol):

@@ -15,8 +15,10 @@ from qwen_eval.core import (
     Answer,
     Completions,
     Engine,
+    EngineError,
     HasArtifacts,
     HasNotes,
+    LocatesNonFinite,
     Metric,
     QwenEvalError,
     Record,
@@ -26,6 +28,7 @@ from qwen_eval.core import (
     TokenLogprobs,
     Turn,
     ids_sha256,
+    is_finite,
 )
 from qwen_eval.engines.options import check_options
 from qwen_eval.runs.progress import Progress
@@ -167,8 +170,12 @@ def ask(
     *,
     num_done: int = 0,
 ) -> Meter:
-    """Ask all samples together, turn by turn, and hand each graded one to `keep` at once."""
+    """Ask all samples together, turn by turn, and hand each graded one to `keep` at once.
+
+    EngineError at the end where any failed on non-finite numbers: they are not stored, and the run is not finished.
+    """
     meter = Meter()
+    failed: list[tuple[Sample, Request]] = []
     upcoming: list[tuple[_Conversation, Request]] = []
 
     def advance(conversation: _Conversation) -> None:
@@ -190,13 +197,31 @@ def ask(
             num_answers = 0
             for index, answer in engine.run([request for _, request in asked]):
                 conversation, request = asked[index]
+                num_answers += 1
+                if not is_finite(answer):
+                    failed.append((conversation.sample, request))
+                    continue
                 conversation.turns.append(Turn(request=request, answer=answer))
                 advance(conversation)
-                num_answers += 1
             assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
     finally:
         progress.stop()
+    if failed:
+        raise EngineError(failure(engine, failed, len(samples)))
     return meter
+
+
+def failure(engine: Engine, failed: Sequence[tuple[Sample, Request]], num_asked: int) -> str:
+    """What failed, where the numbers overflow, and the way out; the first failed sample is looked into."""
+    sample, request = failed[0]
+    dtype = str(engine.info.get("dtype", "of unknown dtype"))
+    where = engine.locate_non_finite(request) if isinstance(engine, LocatesNonFinite) else f"a layer in {dtype}"
+    ways_out = {"float16": "model.dtype=bf16 or fp32", "bfloat16": "model.dtype=fp32"}
+    way_out = f"try {ways_out[dtype]}" if dtype in ways_out else "look into the weights or the server"
+    return (
+        f"{len(failed)} of {num_asked} samples failed: non-finite logits ({sample.id}: NaN or infinity from {where}); "
+        f"the others are stored, the run is not finished; {way_out}"
+    )
 
 
 class Meter:
