@@ -14,6 +14,7 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.generation_config import read_json, sampling_of
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
 from qwen_eval.models.quant import bnb, gptq, kernels
@@ -52,7 +53,10 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
     quant = f"gptq-int{packed_config.bits}" if packed_config else spec.quant
     facts = {**_facts(spec, model, digest, device), "quant": quant}
-    return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=facts)
+    tokenizer = load_tokenizer(directory, system=spec.system, thinking=spec.thinking)
+    facts |= tokenizer.template.facts if tokenizer.template else {}
+    facts["sampling"] = sampling_of(read_json(directory / "generation_config.json"))
+    return Opened(forward=forward, tokenizer=tokenizer, facts=facts)
 
 
 def read_config(directory: Path, spec: ModelSpec) -> dict[str, Any]:

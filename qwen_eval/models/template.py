@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from qwen_eval.core import ConfigError, Message, ModelError, Prompt
+from qwen_eval.core import JSON, ConfigError, Message, ModelError, Prompt
 from qwen_eval.models.segments import (
     Chat,
     Marks,
@@ -67,6 +67,14 @@ class ChatTemplate:
         decides = json.dumps([self.templates, self._variables], sort_keys=True)
         return hashlib.sha256(decides.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
+    @property
+    def facts(self) -> dict[str, JSON]:
+        """For the result: which template this is and whether a reply begins with reasoning (None: it fails)."""
+        try:
+            return {"chat_template": self.digest, "thinks": self.thinks}
+        except ModelError:  # a run in base form needs no template; one in chat form will say what is wrong
+            return {"chat_template": self.digest, "thinks": None}
+
     def text(self, prompt: Prompt) -> str:
         """The rendered chat with its prefill."""
         return "".join(segment.text for segment in self.segments(prompt)[0])
@@ -87,7 +95,7 @@ class ChatTemplate:
 
     @cached_property
     def thinks(self) -> bool:
-        """Whether a reply begins with reasoning, as far as the template tells: its generation prompt, else its switch."""
+        """Whether a reply begins with reasoning, as the generation prompt tells, else the template's switch."""
         text = self._rendered({}).rstrip()
         if text.endswith(("<think>", "</think>")):
             return text.endswith("<think>")

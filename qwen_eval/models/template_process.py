@@ -79,7 +79,8 @@ def _refusal(why: str) -> ModelError:
 
 def _exchange(process: subprocess.Popen[bytes], order: bytes, limit_s: float) -> bytes:
     """The line that answers `order`; ModelError after `limit_s`, OSError where the process has ended."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.write(order)
     process.stdin.flush()
     deadline = time.monotonic() + limit_s
@@ -105,5 +106,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 pipe.close()
             except OSError:
                 continue
-
-

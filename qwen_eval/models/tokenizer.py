@@ -1,8 +1,8 @@
 """Tokenizers: Qwen v1's from `qwen.tiktoken`, those of Qwen1.5 and later from `tokenizer.json`.
 
-Chats follow the checkpoint's own template; Qwen v1 has none and is asked in ChatML. Text that looks like a special token
-inside a message stays text. Token ids above the last special token are padding of the embedding matrix: they decode to
-nothing.
+Chats follow the checkpoint's own template; Qwen v1 has none and is asked in ChatML. Text that looks like a special
+token inside a message stays text. Token ids above the last special token are padding of the embedding matrix: they
+decode to nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from qwen_eval.core import ConfigError, DataError, Message, ModelError, Prompt
+from qwen_eval.models.generation_config import end_ids_of, read_json
 from qwen_eval.models.template import ChatTemplate, named_tokens, read_templates, with_system
 
 Errors: TypeAlias = Literal["replace", "ignore", "strict"]
@@ -218,9 +219,7 @@ class HfTokenizer(ChatTokenizer):
     begins with a line break gives other ids than under v1. `end_ids` end every completion.
     """
 
-    def __init__(
-        self, content: str, *, tokens: Mapping[str, str] | None = None, end_ids: Iterable[int] = ()
-    ) -> None:
+    def __init__(self, content: str, *, tokens: Mapping[str, str] | None = None, end_ids: Iterable[int] = ()) -> None:
         from tokenizers import AddedToken, Tokenizer, decoders
 
         self._tokenizer = Tokenizer.from_str(content)
@@ -229,7 +228,9 @@ class HfTokenizer(ChatTokenizer):
         self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
         added = self._tokenizer.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special or is_control(token.content)}
-        self._tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special.values()])
+        self._tokenizer.add_special_tokens(
+            [AddedToken(text, special=True, normalized=False) for text in special.values()]
+        )
         self._added = {i: token.content.encode() for i, token in added.items()}
         self.special_tokens = {text: i for i, text in special.items()}
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -246,7 +247,7 @@ class HfTokenizer(ChatTokenizer):
         return super().endoftext_id if ENDOFTEXT in self.special_tokens or not ids else min(ids)
 
     @cached_property
-    def beginning_ids(self) -> list[int]:  # type: ignore[override]
+    def beginning_ids(self) -> list[int]:
         with_ends, plain = (self._tokenizer.encode("a", add_special_tokens=whether).ids for whether in (True, False))
         return list(with_ends[: with_ends.index(plain[0])])
 
@@ -364,19 +365,6 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
 def load_tokenizer(path: Path, *, system: str | None = None, thinking: str = "auto") -> ChatTokenizer:
     """The tokenizer of a checkpoint directory: `qwen.tiktoken` (Qwen v1) or `tokenizer.json` (later ones).
 
@@ -419,16 +407,3 @@ def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: s
     else:
         _refuse_thinking(thinking)
     return tokenizer
-
-
-def end_ids_of(folder: Path) -> frozenset[int]:
-    """The end tokens of generation_config.json, or of config.json where that names none, as transformers takes them."""
-    for name in ("generation_config.json", "config.json"):
-        found = read_json(folder / name).get("eos_token_id")
-        if found is None:
-            continue
-        ids = found if isinstance(found, list) else [found]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise ModelError(f"{folder / name}: eos_token_id={str(found)[:80]} is no list of token ids")
-        return frozenset(ids)
-    return frozenset()
