@@ -110,7 +110,7 @@ def cut_replies(rates: Mapping[str, JSON]) -> list[str]:
     cut = rates.get("truncated", {}).get("value", 0.0)
     if not cut > MOST_CUT:
         return []
-    return [f"{cut:.1%} of the replies were cut at the limit of new tokens; raise task.max_new_tokens"]
+    return [f"{100 * cut:.1f} % of the replies were cut at the limit of new tokens; raise task.max_new_tokens"]
 
 
 def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
