@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn
 
-MAX_TEXT = 1 << 26  # characters of one rendered chat
+MAX_TEXT = 1 << 23  # characters of one rendered chat
 
 
 def environment() -> Any:

@@ -19,7 +19,7 @@ from qwen_eval.core import ModelError
 RENDER_S = 10.0  # of one chat; published templates take a millisecond
 START_S = 60.0
 MEMORY_BYTES = 512 << 20
-MAX_REPLY = 1 << 29  # bytes that are read from the child
+MAX_REPLY = 1 << 28  # bytes that are read from the child
 
 Row: TypeAlias = dict[str, Any]
 
