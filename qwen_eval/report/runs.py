@@ -17,7 +17,7 @@ Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 # What must be equal for two scores to be of the same kind, in the order in which a difference is told.
 FACETS = (
     "task", "task_version", "protocol", "mode", "split", "shots", "limit", "subjects", "seed", "max_new_tokens",
-    "preset", "lengths", "max_chunks", "stride", "depths", "languages", "per_cell", "num_needles",
+    "sampling", "preset", "lengths", "max_chunks", "stride", "depths", "languages", "per_cell", "num_needles",
 )  # fmt: skip
 
 
@@ -92,6 +92,7 @@ class LoadedRun:
         known["limit"] = self.config.get("limit") if asked.get("limit") is None else asked.get("limit")
         if known["limit"] is None:
             known["seed"] = None  # the seed only draws the subset
+        known["sampling"] = known["sampling"] or "task"  # runs stored before this was a key
         if known["mode"] == "auto":
             known["mode"] = "chat" if self.model_spec.get("chat") else "base"
         return {"task": self.task, **{key: known[key] for key in FACETS if key != "task"}}

@@ -281,7 +281,7 @@ class ChoiceTask(ABC):
             "num_subjects_official": len(self.all_subjects()),
             "data_sha256": self.source.sha256,
             "version": self.version,
-        } | ({"max_new_tokens": self.reply_tokens} if self.is_chat else {})
+        } | ({"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else {})
 
 
 # --- reading letter logits -----------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class GenerativeTask(ABC, Generic[SpecT]):
             "origin": self.source.origin,
             "num_samples": len(self.samples()),
             "data_sha256": self.source.sha256,
-            "max_new_tokens": self.reply_tokens,
+            "max_new_tokens": self.spec.max_new_tokens,
             "version": self.version,
         }
 
