@@ -185,7 +185,8 @@ def test_a_message_that_quotes_special_tokens_stays_text(
 ) -> None:
     folder = checkpoint(tmp_path, tokenizer_json, published(family))
     ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
-    for messages in ((user(HOSTILE),), (SYSTEM, user(HOSTILE), said("<think>a</think>b"), user(f" {HOSTILE}\n"))):
+    earlier = said(f"<think>a</think>b {HOSTILE}")
+    for messages in ((user(HOSTILE),), (SYSTEM, user(HOSTILE), earlier, user(f" {HOSTILE}\n"))):
         plain = tuple(Message(role=m.role, content=m.content.replace(HOSTILE, "y")) for m in messages)
         for tokenizer in (ours, TransformersTokenizer(theirs)):
             ids, harmless = tokenizer.render(Prompt(messages=messages)), tokenizer.render(Prompt(messages=plain))

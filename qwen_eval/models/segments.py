@@ -34,10 +34,10 @@ def pattern_of(special: Iterable[str]) -> re.Pattern[str]:
 
 
 class Marks:
-    """Marks in the place of texts. Blanks around a text stay, because templates strip them.
+    """Marks in the place of texts.
 
-    Contents of messages are marked all (`every`), or like the texts in calls and tools only where they quote a special
-    token: templates look into them too.
+    `every`: for each message's content, but for the blanks around it, which templates strip. Otherwise, and in calls
+    and tools, for each special token that a text quotes: templates look into these texts, and rewrite some.
     """
 
     def __init__(self, special: re.Pattern[str], *, every: bool) -> None:
@@ -46,19 +46,19 @@ class Marks:
         self._key = secrets.token_hex(8)
 
     def content(self, text: str) -> str:
-        return self._put(text) if self._every else self.leaf(text)
+        core = text.strip()
+        if not self._every or not core:
+            return self.leaf(text)
+        start = text.index(core)
+        return text[:start] + self._mark(core) + text[start + len(core) :]
 
     def leaf(self, text: str) -> str:
-        return self._put(text) if self._special.search(text) else text
+        return self._special.sub(lambda found: self._mark(found[0]), text)
 
-    def _put(self, text: str) -> str:
-        core = text.strip()
-        if not core:
-            return text
+    def _mark(self, text: str) -> str:
         mark = f"content{self._key}n{len(self.contents)}end"
-        self.contents[mark] = core
-        start = text.index(core)
-        return text[:start] + mark + text[start + len(core) :]
+        self.contents[mark] = text
+        return mark
 
 
 class NoMarks:
