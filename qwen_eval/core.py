@@ -46,9 +46,20 @@ class StoreError(QwenEvalError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A function that the model calls. `arguments` is the JSON text it wrote."""
+
+    name: str
+    arguments: str = "{}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
-    role: Literal["system", "user", "assistant"]
+    """One turn of a chat. `tool_calls` go with the assistant; a message of the role "tool" is what a call gave back."""
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +67,9 @@ class Prompt:
     """Exactly one of: raw `text`, a chat (`messages`), or exact token `ids`.
 
     Never a pre-rendered chat string: ChatML is tokenised piecewise, so that text that looks like a special token stays
-    text. `prefill` is the beginning of the assistant's reply (chat only). `parse_special` lets surface forms of special
-    tokens in raw text become special tokens, as Qwen v1's default `tokenizer(text)` does.
+    text. `prefill` is the beginning of the assistant's reply (chat only). `tools` are the JSON schemas, as text, of the
+    functions that a chat offers; the checkpoint's template says how they are shown. `parse_special` lets surface forms
+    of special tokens in raw text become special tokens, as Qwen v1's default `tokenizer(text)` does.
     """
 
     text: str | None = None
@@ -65,11 +77,16 @@ class Prompt:
     ids: tuple[int, ...] | None = None
     prefill: str = ""
     parse_special: bool = False
+    tools: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = (self.text is not None) + bool(self.messages) + (self.ids is not None)
         assert given == 1, f"a prompt is text, messages or ids, exactly one of them; {given} given"
-        assert not self.prefill or self.messages, "prefill goes with messages"
+        assert self.messages or not (self.prefill or self.tools), "prefill and tools go with messages"
+
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.tools) or any(message.role == "tool" or message.tool_calls for message in self.messages)
 
     @staticmethod
     def raw(text: str, *, parse_special: bool = False) -> Prompt:

@@ -34,6 +34,7 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+from qwen_eval.models.generation_config import sampling_of
 from qwen_eval.models.lora import refuse_adapter
 
 BATCH_SIZE = 8
@@ -47,16 +48,25 @@ Item = TypeVar("Item", bound="tuple[Any, ...]")
 class HfEngine:
     """Answers requests with `model` (a transformers causal LM) and its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = BATCH_SIZE, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: HfTokenizer,
+        *,
+        batch_size: int = BATCH_SIZE,
+        weights: str | None = None,
+    ) -> None:
         from transformers import GenerationConfig
 
-        self.tokenizer = HfTokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self._chat_facts = self.tokenizer.facts
         self._model = model.eval()
         self._batch_size = batch_size
         self._weights = weights
         self._takes = set(inspect.signature(model.forward).parameters)
-        self._eos_ids = _eos_ids(model, tokenizer)
-        self._pad_id = next(i for i in (tokenizer.pad_token_id, *self._eos_ids, 0) if i is not None)
+        self._eos_ids = _eos_ids(model, tokenizer.inner)
+        self._pad_id = next(i for i in (tokenizer.inner.pad_token_id, *self._eos_ids, 0) if i is not None)
+        self._sampling = sampling_of(model.generation_config.to_diff_dict()) if model.generation_config else None
         # the checkpoint's own defaults (a repetition penalty of 1.05 in Qwen2.5) would fill what requests leave at 1.0
         model.generation_config = GenerationConfig()
 
@@ -69,6 +79,8 @@ class HfEngine:
             "device": str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "attention": getattr(self._model.config, "_attn_implementation", None),
+            **self._chat_facts,
+            "sampling": self._sampling,
             **({"weights": self._weights} if self._weights else {}),
         }
 
@@ -313,7 +325,9 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     check_vocabulary(loaded, tokenizer, where)
     weights = f"random:{model.seed}" if model.weights == "random" else None
-    return HfEngine(loaded, tokenizer, batch_size=spec.max_batch_size or BATCH_SIZE, weights=weights)
+    size = spec.max_batch_size or BATCH_SIZE
+    chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
+    return HfEngine(loaded, chat, batch_size=size, weights=weights)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:

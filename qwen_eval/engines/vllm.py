@@ -34,15 +34,16 @@ BATCH = 512  # requests handed over at once: their answers are stored before the
 class VllmEngine:
     """Answers requests with `llm` (a `vllm.LLM`). Choices and scores are read from the prompt's log-probabilities."""
 
-    def __init__(self, llm: Any, make_sampling: Any) -> None:
+    def __init__(self, llm: Any, tokenizer: HfTokenizer, make_sampling: Any) -> None:
         self._llm, self._make_sampling = llm, make_sampling
-        self.tokenizer = HfTokenizer(llm.get_tokenizer())
+        self.tokenizer = tokenizer
+        self._chat_facts = self.tokenizer.facts
 
     @property
     def info(self) -> Mapping[str, JSON]:
         import vllm
 
-        return {"engine": "vllm", "version": vllm.__version__}
+        return {"engine": "vllm", "version": vllm.__version__, **self._chat_facts}
 
     def render(self, prompt: Prompt) -> Rendered:
         ids = tuple(self.tokenizer.render(prompt))
@@ -140,4 +141,6 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         options["max_num_seqs"] = spec.max_batch_size
     if model.quant in ("nf4", "int8"):
         raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
-    return VllmEngine(LLM(model=where, **options), SamplingParams)
+    llm = LLM(model=where, **options)
+    tokenizer = HfTokenizer(llm.get_tokenizer(), system=model.system, thinking=model.thinking)
+    return VllmEngine(llm, tokenizer, SamplingParams)

@@ -14,6 +14,7 @@ from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig, read_fields
+from qwen_eval.models.generation_config import read_json, sampling_of
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
 from qwen_eval.models.lora import base_of, tokenizer_dir
@@ -41,7 +42,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     fields = read_config(base, spec)
     config = with_overrides(ModelConfig.from_hf(fields), spec)
     placement = placement_of(spec, fields, base)
-    tokenizer = load_tokenizer(tokenizer_dir(directory))
+    tokenizer = load_tokenizer(tokenizer_dir(directory), system=spec.system, thinking=spec.thinking)
     check_vocabulary(tokenizer, config, directory)
     model, digest = _weights(spec, directory, config, placement)
     is_int8 = spec.kv_cache == "int8"
@@ -50,6 +51,8 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     packed = placement.packed
     quant = f"gptq-int{packed.config.bits}" if isinstance(packed, gptq.Builder) else spec.quant
     facts = {**_facts(spec, model, digest, placement.device), "quant": quant}
+    facts |= tokenizer.template.facts if tokenizer.template else {}
+    facts["sampling"] = sampling_of(read_json(base / "generation_config.json"))
     facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head])  # choices read rows of the head
     return Opened(forward=forward, tokenizer=tokenizer, facts=facts)
 

@@ -33,7 +33,7 @@ FIRST = ("task", "task_version", "protocol", "mode", "split", "shots", "limit", 
 DATA = "data_sha256"
 SECTIONS = (
     "task", "model", "engine", "benchmark", "protocol", "task_version", "packages", "requests_sha256", "weights",
-    "num_samples",
+    "num_samples", "chat_template",  # the checkpoint's own, as its weights are
 )  # fmt: skip
 CIRCUMSTANCES = ("engine", "model", "packages", "run")  # they change numbers a little, and may be just what is compared
 

@@ -48,6 +48,8 @@ from qwen_eval.tasks.registry import TaskContext, build
 PLACES = {"task": ("path",), "model": ("path", "hub")}
 ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and threads change speed alone
 
+MOST_CUT = 0.05  # of the replies
+
 OpenEngine = Callable[[EvalSpec], Engine]
 
 
@@ -99,11 +101,19 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         section = _run_section(meter, time.perf_counter() - start, num_resumed=len(done))
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
-        warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ())]
+        warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ()), *cut_replies(result["rates"])]
         result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
         write_artifacts(task, records, run.path)
         run.finish(result)
         return _outcome(run.path, result, was_finished=False)
+
+
+def cut_replies(rates: Mapping[str, JSON]) -> list[str]:
+    """One warning where so many replies met the limit of new tokens that the score is not the model's."""
+    cut = rates.get("truncated", {}).get("value", 0.0)
+    if not cut > MOST_CUT:
+        return []
+    return [f"{100 * cut:.1f} % of the replies were cut at the limit of new tokens; raise task.max_new_tokens"]
 
 
 def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
@@ -115,13 +125,14 @@ def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
         setattr(engine, "keep_hidden", kept)  # noqa: B010  (only the native engine has it)
 
 
-def task_context(spec: EvalSpec, engine: Engine | None) -> TaskContext:
+def task_context(spec: EvalSpec, engine: Engine | None, *, facts: Mapping[str, JSON] | None = None) -> TaskContext:
+    """`facts`: what the engine of a finished run said of itself, where none is open."""
     return TaskContext(
         protocol=spec.protocol,
         is_chat=spec.model.chat if spec.task.mode == "auto" else spec.task.mode == "chat",
         tokenizer=engine.tokenizer if engine else None,
         sandbox=spec.sandbox,
-        model_facts=dict(engine.info) if engine else {},
+        model_facts=dict(engine.info) if engine else dict(facts or {}),
     )
 
 
@@ -150,6 +161,7 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
             "num_samples": len(samples),
             "requests_sha256": requests_sha256(task, samples),
             "weights": weights_digest(spec.model, info),
+            "chat_template": info.get("chat_template"),
             "packages": deciding_versions(),
         },
         "provenance": provenance(),
@@ -299,7 +311,7 @@ def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:
     if not result or not stored:
         return None
     try:
-        task = build(spec.task, task_context(spec, None))
+        task = build(spec.task, task_context(spec, None, facts=result["engine"]))
         now = run_spec(spec, task, selected(task, spec), result["engine"])
     except QwenEvalError:  # a task that needs the tokenizer; the slow way says what is wrong if anything is
         return None
