@@ -22,6 +22,7 @@ ATTENTIONS = ("auto", "sdpa", "flash", "eager")
 HUBS = ("huggingface", "modelscope")
 PROTOCOLS = ("robust", "upstream")
 WEIGHTS = ("checkpoint", "random")
+DIGESTS = ("sample", "full")
 
 
 def _switch(value: str) -> str:
@@ -61,6 +62,7 @@ class ModelSpec:
     attention: str = "auto"
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     seed: int = 0  # of random weights
+    digest: str = "sample"  # how a checkpoint is known again: small files and a part of every tensor | full: every byte
     arch: dict[str, Any] = field(default_factory=dict)  # config.json of the shape, for plans and random weights
 
     def __post_init__(self) -> None:
@@ -130,6 +132,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ATTENTIONS,
     "model.hub": HUBS,
     "model.weights": WEIGHTS,
+    "model.digest": DIGESTS,
     "model.logn": ("auto", "true", "false"),
     "model.rope.dynamic_ntk": ("auto", "true", "false"),
     "task.data": ("auto", "bundled", "hub"),

@@ -9,6 +9,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,9 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+from qwen_eval.models.fingerprint import model_fingerprint
+from qwen_eval.models.hub import checkpoint_dir, local_dir
+from qwen_eval.models.naming import check_shape
 
 BATCH_SIZE = 8
 SCORE_CHUNK = 512  # tokens whose logits over the whole vocabulary are held at once
@@ -282,25 +286,27 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
 
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
-    where = _where(model)
-    revision = None if model.path else model.revision
+    where, revision = _where(model)
+    fingerprint = model_fingerprint(model, Path(where) if model.weights != "random" else None)
+    if model.weights != "random":
+        check_shape(model, Path(where))
     with one_line(where):
         loaded = _load(model, where, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    weights = f"random:{model.seed}" if model.weights == "random" else None
-    return HfEngine(loaded, tokenizer, batch_size=spec.max_batch_size or BATCH_SIZE, weights=weights)
+    return HfEngine(loaded, tokenizer, batch_size=spec.max_batch_size or BATCH_SIZE, weights=fingerprint)
 
 
-def _where(model: ModelSpec) -> str:
+def _where(model: ModelSpec) -> tuple[str, str | None]:
+    """(a directory, None), or (id, revision) of the hub for the shape of random weights, which needs no weight file."""
     if model.path is not None:
-        if not (Path(model.path) / "config.json").is_file():
-            raise ModelError(f"model.path={model.path}: no config.json there; pass the directory of a checkpoint")
-        return model.path
+        return str(local_dir(model.path)), None
     if model.hub == "modelscope":
         raise ModelError("engine=hf reads the Hugging Face hub or model.path=DIR; for ModelScope use engine=native")
     if model.hub_id is None:
         raise ModelError(f"model={model.name}: engine=hf needs model.path=DIR or model.hub_id=ORGANISATION/NAME")
-    return model.hub_id
+    if model.weights == "random":
+        return model.hub_id, model.revision
+    return str(checkpoint_dir(replace(model, asset=None))), None
 
 
 def _load(model: ModelSpec, where: str, revision: str | None) -> Any:

@@ -16,6 +16,7 @@ from qwen_eval.core import (
     EngineError,
     FinishReason,
     Generate,
+    ModelError,
     Prompt,
     Rendered,
     Request,
@@ -23,6 +24,7 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+from qwen_eval.models.fingerprint import model_fingerprint
 
 DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BATCH = 512  # requests handed over at once: their answers are stored before the next ones are asked
@@ -31,15 +33,15 @@ BATCH = 512  # requests handed over at once: their answers are stored before the
 class VllmEngine:
     """Answers requests with `llm` (a `vllm.LLM`). Choices and scores are read from the prompt's log-probabilities."""
 
-    def __init__(self, llm: Any, make_sampling: Any) -> None:
-        self._llm, self._make_sampling = llm, make_sampling
+    def __init__(self, llm: Any, make_sampling: Any, *, weights: str | None = None) -> None:
+        self._llm, self._make_sampling, self._weights = llm, make_sampling, weights
         self.tokenizer = HfTokenizer(llm.get_tokenizer())
 
     @property
     def info(self) -> Mapping[str, JSON]:
         import vllm
 
-        return {"engine": "vllm", "version": vllm.__version__}
+        return {"engine": "vllm", "version": vllm.__version__, **({"weights": self._weights} if self._weights else {})}
 
     def render(self, prompt: Prompt) -> Rendered:
         ids = tuple(self.tokenizer.render(prompt))
@@ -132,4 +134,11 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         options["max_num_seqs"] = spec.max_batch_size
     if model.quant in ("nf4", "int8"):
         raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
-    return VllmEngine(LLM(model=where, **options), SamplingParams)
+    return VllmEngine(LLM(model=where, **options), SamplingParams, weights=_fingerprint(model))
+
+
+def _fingerprint(model: ModelSpec) -> str:
+    try:
+        return model_fingerprint(model)
+    except ModelError:  # loaded from a store of vLLM's own; by its name alone no finished run is recalled
+        return f"{model.hub}:{model.hub_id}@{model.revision or 'main'}"

@@ -57,7 +57,7 @@ class HiddenStates:
         try:
             return load_file(str(path))["hidden"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise DataError(f"{path}: not readable ({error}); run again with overwrite=true") from None
+            raise DataError(f"{path}: not readable ({error}); run again with tag=NAME keep_hidden=true") from None
 
 
 def read_head(spec: ModelSpec) -> Tensor:

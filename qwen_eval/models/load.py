@@ -14,8 +14,10 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
+from qwen_eval.models.naming import check_shape
 from qwen_eval.models.quant import bnb, gptq, kernels
 from qwen_eval.models.quant.gptq import GptqConfig
 from qwen_eval.models.runner import ModelRunner
@@ -36,6 +38,8 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     """Load `spec`; ModelError or ConfigError names what is wrong. Quantised layers name the kernel they got."""
     directory = checkpoint_dir(spec)
     fields = read_config(directory, spec)
+    if spec.weights != "random":
+        check_shape(spec, directory)
     config = with_overrides(ModelConfig.from_hf(fields), spec)
     device = choose_device(spec.device)
     packed_config = read_quant(spec, fields, directory)
@@ -47,11 +51,12 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
         packed=gptq.builder(packed_config, dtype=dtype, device=device) if packed_config else None,
         from_dense=_bnb_builder(spec.quant, dtype, device),
     )
-    model, digest = _weights(spec, directory, config, placement)
+    fingerprint = model_fingerprint(spec, directory)
+    model = _weights(spec, directory, config, placement)
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if spec.kv_cache == "int8" else PlainCodec(dtype)
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
     quant = f"gptq-int{packed_config.bits}" if packed_config else spec.quant
-    facts = {**_facts(spec, model, digest, device), "quant": quant}
+    facts = {**_facts(spec, model, fingerprint, device), "quant": quant}
     return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=facts)
 
 
@@ -164,19 +169,18 @@ def _bnb_builder(quant: str, dtype: torch.dtype, device: torch.device) -> BuildF
     return bnb.builder(kinds[quant], dtype=dtype, device=device) if quant in kinds else None
 
 
-def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> tuple[Transformer, str]:
+def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> Transformer:
     if spec.weights == "random":
         packing = read_quant(spec, spec.arch, directory)
-        return random_model(config, placement, spec.seed, packing=packing), f"random:{spec.seed}"
-    model, files = load(directory, config, placement)
-    return model, files.digest()
+        return random_model(config, placement, spec.seed, packing=packing)
+    return load(directory, config, placement)[0]
 
 
-def _facts(spec: ModelSpec, model: Transformer, digest: str, device: torch.device) -> dict[str, JSON]:
+def _facts(spec: ModelSpec, model: Transformer, fingerprint: str, device: torch.device) -> dict[str, JSON]:
     report = kernels.report(model.modules())
     config = model.config
     return {
-        "weights": digest,
+        "weights": fingerprint,
         "num_parameters": num_parameters(config),
         "weight_bytes": sum(p.nbytes for p in model.parameters() if p.is_floating_point()) + report.weight_bytes,
         "dtype": str(model.dtype).removeprefix("torch."),

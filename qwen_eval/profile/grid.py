@@ -95,7 +95,7 @@ def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, JSON]],
     for other in (old["device"] for old in known if old.get("device")):
         if here and any(here.get(key) != other.get(key) for key in SAME_DEVICE):
             names = [", ".join(f"{key}={device.get(key)}" for key in SAME_DEVICE) for device in (other, here)]
-            raise StoreError(f"{run.path} was measured on {names[0]}, this is {names[1]}; pass tag= or overwrite=true")
+            raise StoreError(f"{run.path} was measured on {names[0]}, this is {names[1]}; pass tag=NAME")
 
 
 def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]]) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import Metric
-from qwen_eval.runs.evaluate import Outcome
+from qwen_eval.runs.evaluate import Outcome, elsewhere
 
 MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.json
 
@@ -32,7 +32,7 @@ def show(spec: EvalSpec, outcome: Outcome, console: Console | None = None) -> No
         console.print(noticed)
     for warning in outcome.warnings:
         console.print(f"warning: {warning}", markup=False)
-    console.print(footer(outcome), highlight=False, markup=False, soft_wrap=True)
+    console.print(footer(spec, outcome), highlight=False, markup=False, soft_wrap=True)
 
 
 def cells(metric: Metric) -> tuple[str, str, str]:
@@ -57,9 +57,9 @@ def noticed_rates(rates: Mapping[str, Metric]) -> str:
     return ", ".join(f"{name} {number(rate.value, rate.kind)}" for name, rate in rates.items() if rate.value > 0)
 
 
-def footer(outcome: Outcome) -> str:
+def footer(spec: EvalSpec, outcome: Outcome) -> str:
     if outcome.was_finished:
-        return f"{outcome.directory}: was finished before, nothing asked; overwrite=true runs it again"
+        return f"{outcome.directory}: was finished before, nothing asked; {elsewhere(spec)} runs it again beside it"
     run = outcome.result["run"]
     rate = f"{run['num_samples'] / run['run_s']:.3g} samples/s" if run["num_samples"] else "nothing asked"
     resumed = f", {run['num_resumed']} from before" if run["num_resumed"] else ""
