@@ -285,8 +285,10 @@ def explain(error: Exception, schema: type) -> str:
         return _unknown_option(error.missing_cfg_file, error.options or ())
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, OmegaConfBaseException):
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
         return _bad_key(cause, schema)
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}"

@@ -175,6 +175,9 @@ def check(spec: EvalSpec) -> EvalSpec:
     for key in ("limit", "seed"):
         short = getattr(spec, key)
         if short is not None:
+            long = getattr(spec.task, key)
+            if long not in (short, getattr(type(spec.task)(), key)):
+                raise ConfigError(f"{key}={short} and task.{key}={long}: two values for one setting; give one of them")
             setattr(spec.task, key, short)
     check_values(spec)
     if not 0 < spec.engine.memory_fraction <= 1:

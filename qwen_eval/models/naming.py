@@ -59,7 +59,7 @@ def anonymous(model: ModelSpec, place: str, given: frozenset[str]) -> ModelSpec:
 
 
 def checkpoint_name(place: str) -> str:
-    """`"models/my-tune/"` -> `"my-tune"`, `"Qwen/Qwen2.5-7B"` -> `"Qwen2.5-7B"`; a snapshot of a hub by its repository."""
+    """`"models/my-tune/"` -> `"my-tune"`, `"Qwen/Qwen2.5-7B"` -> `"Qwen2.5-7B"`; snapshots by their repository."""
     path = Path(place).expanduser().absolute()
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return path.parents[1].name.rpartition("--")[2]

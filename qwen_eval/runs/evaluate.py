@@ -48,6 +48,7 @@ from qwen_eval.tasks.registry import TaskContext, build
 # Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
 PLACES = {"task": ("path",), "model": ("path", "hub", "digest")}
 ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and threads change speed alone
+SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
 
 OpenEngine = Callable[[EvalSpec], Engine]
 
@@ -296,7 +297,7 @@ def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:
     damage = damage_of(run.path)
     if damage is not None and not damage.is_rebuildable:
         raise StoreError(f"{run.path}: {damage.reason} with {run.elsewhere}")
-    if damage is not None or not (result := run.result()):
+    if damage is not None or not (result := run.result()) or not set(SHOWN) <= set(result):
         return None  # the records are kept: what is missing is asked, and the result is made from them again
     try:
         task = build(spec.task, task_context(spec, None))

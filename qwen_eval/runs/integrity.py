@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qwen_eval.core import JSON, Record, StoreError
 from qwen_eval.runs.seal import SEAL, broken_parts
-from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, read_json, read_records
+from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, metric_from_json, read_json, read_records
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.tasks.registry import TaskContext, build
 
@@ -39,7 +39,7 @@ def refuse_damaged(directory: Path | str) -> None:
 def damage_of(directory: Path) -> Damage | None:
     """What is wrong with a run; None for an intact or unfinished one. StoreError where there is none."""
     spec = read_json(directory / SPEC)
-    if spec.get("format") != FORMAT:
+    if spec.get("format", FORMAT) != FORMAT:
         version = f"format {str(spec.get('format'))[:20]}, this version reads {FORMAT}"
         return Damage(reason=f"damaged or of another version: {SPEC} has {version}")
     if not (directory / RESULT).exists():
@@ -50,9 +50,22 @@ def damage_of(directory: Path) -> Damage | None:
         return Damage(reason=f"damaged: {str(error).removeprefix(f'{directory}/')}; {REBUILDS}", is_rebuildable=True)
     if not result:
         return Damage(reason=f"damaged: {RESULT} is empty; {REBUILDS}", is_rebuildable=True)
+    if not _has_metrics(result):
+        return Damage(reason=f"damaged: {RESULT} holds metrics that are none; {REBUILDS}", is_rebuildable=True)
     if SEAL in result:
         return _of_sealed(directory, spec, result)
     return _of_unsealed(directory, spec, result) if spec.get("kind") == "eval" else None
+
+
+def _has_metrics(result: Mapping[str, JSON]) -> bool:
+    """Whether what it calls metrics and rates can be read; a profile or a failed run may have none."""
+    try:
+        for section in ("metrics", "rates"):
+            for row in (result.get(section) or {}).values():
+                metric_from_json(row)
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def _of_sealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str, JSON]) -> Damage | None:
@@ -88,12 +101,12 @@ def _of_unsealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str,
         return Damage(
             reason=f"damaged: {RECORDS} has {len(records)} records, {RESULT} is of {result.get('n')}; {RESTORE}"
         )
-    again, stored = _headline(spec, records, result), _stored_headline(result)
-    if again is None or stored is None or math.isclose(again, stored, rel_tol=SAME, abs_tol=SAME):
+    stored, headline = _stored_headline(result), _headline(spec, records, result)
+    if stored is None or headline is None:
         return None
-    return Damage(
-        reason=f"damaged: the records give {again:.6g}, {RESULT} says {stored:.6g}; {REBUILDS}", is_rebuildable=True
-    )
+    if any(math.isclose(found, stored, rel_tol=SAME, abs_tol=SAME) for found in (headline, *_means(records))):
+        return None
+    return Damage(reason=f"damaged: the records give {headline:.6g}, {RESULT} says {stored:.6g}; {RESTORE}")
 
 
 def doubled(ids: Sequence[str]) -> str | None:
@@ -112,6 +125,15 @@ def _stored_headline(result: Mapping[str, JSON]) -> float | None:
         return None if value is None else float(value)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         return None
+
+
+def _means(records: Sequence[Record]) -> list[float]:
+    """Of the scores, over samples and over groups: what the headline of an older version may have been."""
+    groups: dict[str, list[float]] = {}
+    for record in records:
+        groups.setdefault(record.group, []).append(record.grade.score or 0.0)
+    means = [sum(scores) / len(scores) for scores in groups.values()]
+    return [sum(sum(scores) for scores in groups.values()) / len(records), sum(means) / len(means)] if records else []
 
 
 def _headline(spec: Mapping[str, JSON], records: Sequence[Record], result: Mapping[str, JSON]) -> float | None:
