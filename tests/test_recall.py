@@ -18,11 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from qwen_eval.__main__ import main
 from qwen_eval.config import EvalSpec, ModelSpec, check
+from qwen_eval.core import ModelError
 from qwen_eval.engines.cache import EngineSlot
 from qwen_eval.models import fingerprint
 from qwen_eval.models.fingerprint import directory_fingerprint
+from qwen_eval.models.hidden import read_head
 from qwen_eval.models.hub import ASSETS
+from qwen_eval.profile.config import ProfileSpec
+from qwen_eval.profile.grid import run_spec
 from qwen_eval.quantize.command import main as quantize
+from qwen_eval.runs.store import differences
 
 Command = Callable[..., tuple[int, str, str]]
 ASKS = ("task=toy", "task.num=4", "task.max_new_tokens=2")
@@ -202,6 +207,23 @@ def test_a_server_that_is_gone_is_not_what_was_run(
     assert code == 2
     assert "http://127.0.0.1:9/v1: no server answers" in error
     assert error.count("\n") == 1
+
+
+def test_a_stored_head_is_read_of_the_checkpoint_that_was_run(nano: Path) -> None:
+    spec, digest = ModelSpec(name="m", path=str(nano)), directory_fingerprint(nano)
+    assert read_head(spec, fingerprint=digest).shape == (4096, 192)
+    change_every_weight(nano)
+    with pytest.raises(ModelError, match="is another checkpoint now"):
+        read_head(spec, fingerprint=digest)
+
+
+def test_measured_speed_is_of_the_checkpoint_at_hand(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(nano.parent)
+    spec = ProfileSpec(model=ModelSpec(name="m", path="nano"))
+    before = run_spec(spec)["decides"]
+    assert before == run_spec(spec)["decides"]
+    change_every_weight(nano)
+    assert differences(before, run_spec(spec)["decides"])[0].startswith("weights: sample:")
 
 
 # --- the fingerprint -------------------------------------------------------------------------------------------------

@@ -60,16 +60,22 @@ class HiddenStates:
             raise DataError(f"{path}: not readable ({error}); run again with tag=NAME keep_hidden=true") from None
 
 
-def read_head(spec: ModelSpec) -> Tensor:
-    """The lm_head [V,E] of a model as stored, without loading the rest."""
+def read_head(spec: ModelSpec, *, fingerprint: str) -> Tensor:
+    """The lm_head [V,E] of a model as stored, without loading the rest; ModelError for another checkpoint."""
     from qwen_eval.models.checkpoint import TensorFiles, checkpoint_names
     from qwen_eval.models.config import ModelConfig
+    from qwen_eval.models.fingerprint import model_fingerprint
     from qwen_eval.models.hub import checkpoint_dir
     from qwen_eval.models.load import read_config
 
     if spec.weights == "random":
         raise ModelError(f"model {spec.name}: random weights have no stored lm_head; KL divergence needs a checkpoint")
     directory = checkpoint_dir(spec)
+    found = model_fingerprint(spec, directory)
+    if found != fingerprint:
+        raise ModelError(
+            f"{directory}: is another checkpoint now ({found}) than the run's ({fingerprint or 'unknown'})"
+        )
     config = ModelConfig.from_hf(read_config(directory, spec))
     (source,) = checkpoint_names(config, "embed" if config.tie_embeddings else "head")
     return TensorFiles(directory).read(f"{source}.weight", (config.vocab_size, config.hidden_size))

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from qwen_eval import core
 from qwen_eval.core import JSON, ConfigError, ModelError, QwenEvalError, StoreError
+from qwen_eval.models.fingerprint import model_fingerprint
+from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.profile.cells import Cell, cells, to_json
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.runs.provenance import deciding_versions, provenance
@@ -65,7 +67,8 @@ def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
     fields = dataclasses.asdict(spec)
     how = {key: value for key, value in fields.items() if key not in (*GRID, *PLACES)}
     config = {**fields, "task": {"name": TASK}}
-    decides = {**how, "packages": deciding_versions()}
+    weights = model_fingerprint(spec.model, checkpoint_dir(spec.model))
+    decides = {**how, "weights": weights, "packages": deciding_versions()}
     return {"format": FORMAT, "kind": "profile", "config": config, "decides": decides, "provenance": provenance()}
 
 
