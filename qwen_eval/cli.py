@@ -262,9 +262,9 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     if isinstance(node, DictConfig) and is_plain:
         kind = OmegaConf.get_type(node)
         known = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
-        for name in node:
+        for name in map(str, node):
             if known is not None and name not in known:
-                raise ConfigError(_no_such_key(str(name), prefix, known))
+                raise ConfigError(_no_such_key(name, prefix, known))
             yield from _leaves(node._get_node(name), f"{prefix}{name}.")
     elif isinstance(node, ListConfig) and is_plain:
         for index in range(len(node)):

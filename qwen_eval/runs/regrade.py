@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> RegradeSpec:
-    given = {}
+    given: dict[str, str] = {}
     known = [field.name for field in dataclasses.fields(RegradeSpec)]
     for argument in argv:
         key, equals, value = argument.partition("=")
