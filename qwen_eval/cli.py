@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_eval.config import EngineSpec, ModelSpec, nearest, not_one_of
+from qwen_eval.config import EngineSpec, ModelSpec, check_values, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.tasks.registry import TASKS, task_class
 
@@ -94,6 +94,7 @@ def _settle_model(spec: Any) -> None:
         return
     from qwen_eval.models.naming import anonymous, settle
 
+    check_values(spec)  # before anything is looked for, let alone fetched
     given = {_key(override) for override in HydraConfig.get().overrides.task}
     if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
         given.add("model")  # by an experiment

@@ -248,6 +248,15 @@ def test_a_hostile_file_is_one_line_at_once(
     assert time.perf_counter() - start < 10  # two seconds a command, on a busy machine
 
 
+def test_a_link_in_place_of_the_lock_empties_nothing(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("keep me")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(StoreError, match=r"/r: Too many levels of symbolic links"):
+        run(tmp_path)
+    assert (tmp_path / "precious").read_text() == "keep me"
+
+
 def test_a_stored_configuration_reads_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", "hunter2")
     directory = run(tmp_path).directory

@@ -54,6 +54,12 @@ def test_a_directory_alone_names_the_model_and_says_that_it_chats(tmp_path: Path
     assert (model["name"], model["chat"], model["asset"], model["arch"]) == ("my-tune", True, None, {})
 
 
+def test_random_weights_of_a_directory_have_its_shape(tmp_path: Path, command: Command) -> None:
+    code, error = command("model.path=my-tune", "model.weights=random")
+    assert code == 0, error
+    assert (stored_model(tmp_path)["name"], stored_model(tmp_path)["arch"]) == ("my-tune", {})
+
+
 def test_what_the_user_says_of_the_directory_stands(tmp_path: Path, command: Command) -> None:
     code, error = command("model.path=my-tune", "model.name=best", "model.chat=false")
     assert code == 0, error

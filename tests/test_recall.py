@@ -15,6 +15,7 @@ import torch
 import toy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import write_tiny_qwen2
 
 from qwen_eval.__main__ import main
 from qwen_eval.config import EvalSpec, ModelSpec, check
@@ -96,6 +97,17 @@ def test_replaced_weights_of_the_same_size_and_time_are_another_checkpoint(comma
     assert code == 2
     assert digest_of(nano.parent / "r") in error
     assert directory_fingerprint(nano) in error
+
+
+@pytest.mark.parametrize("engine", ["native", "hf"])
+def test_every_engine_knows_its_checkpoint_again(command: Command, tmp_path: Path, engine: str) -> None:
+    write_tiny_qwen2(tmp_path / "qwen2")
+    asks = (f"engine={engine}", "model.path=qwen2", "model.dtype=fp32", "run_dir=r")
+    assert command(*asks)[0] == 0
+    assert digest_of(tmp_path / "r") == directory_fingerprint(tmp_path / "qwen2")
+    assert "was finished before" in command(*asks)[1]
+    change_every_weight(tmp_path / "qwen2")
+    assert command(*asks)[0] == 2
 
 
 def test_a_replaced_checkpoint_does_not_keep_its_old_engine(nano: Path) -> None:

@@ -30,11 +30,15 @@ def settle(model: ModelSpec, given: frozenset[str]) -> ModelSpec:
     ModelError for a directory of another shape than the named model's.
     """
     has_place = model.path is not None or "model.hub_id" in given or ("model" not in given and model.hub_id is not None)
-    if model.weights == "random" or not has_place:
+    if not has_place:
         return model
+    is_fetched = model.path is not None or model.weights != "random"  # random weights need no file of a hub
     if "model" not in given:
         model = anonymous(model, model.path or str(model.hub_id), given)
-        return model if "model.chat" in given else replace(model, chat=is_chat(checkpoint_dir(model)))
+        is_said = "model.chat" in given or not is_fetched
+        return model if is_said else replace(model, chat=is_chat(checkpoint_dir(model)))
+    if model.weights == "random":
+        return model
     if "model.name" in given:
         return replace(model, arch={})  # the user knows that it is another one
     check_shape(model, checkpoint_dir(model))
