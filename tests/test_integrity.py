@@ -24,6 +24,7 @@ from qwen_eval.runs.evaluate import Outcome, evaluate
 from qwen_eval.runs.integrity import damage_of
 from qwen_eval.runs.regrade import RegradeSpec, regrade
 from qwen_eval.runs.regrade import main as regrade_command
+from qwen_eval.runs.seal import sealed
 from qwen_eval.runs.store import read_run
 
 Change = Callable[[Path], None]
@@ -246,6 +247,37 @@ def test_a_hostile_file_is_one_line_at_once(
     with contextlib.suppress(StoreError):
         run(tmp_path)
     assert time.perf_counter() - start < 10  # two seconds a command, on a busy machine
+
+
+@pytest.mark.parametrize("value", [[], {}, "x", -1, 10**400])
+@pytest.mark.parametrize("key", ["n", "value", "low", "num_clusters"])
+def test_a_sealed_result_of_other_types_is_damaged(tmp_path: Path, key: str, value: Any) -> None:
+    directory = run(tmp_path).directory
+    result = json.loads((directory / "result.json").read_text())
+    row = result if key == "n" else result["metrics"]["accuracy"]
+    row[key] = value
+    spec_json = json.loads((directory / "spec.json").read_text())
+    forged = sealed(result, spec_json, directory / "records.jsonl")
+    (directory / "result.json").write_text(json.dumps(forged))
+    damage = damage_of(directory)
+    assert (damage is None) is (value == -1 and key in ("value", "low"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sample_id", []), ("sample_id", 3), ("num_prompt_tokens", ["x"]), ("num_prompt_tokens", 3), ("grade", []),
+        ("score", "x"), ("score", 10**400), ("answers", "x"), ("answers", [{}]), ("text", []), ("text", None),
+    ],
+)  # fmt: skip
+def test_a_record_of_other_types_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    directory = report_runs.write_run(tmp_path, report_runs.answered([1, 0]))
+    rows = [json.loads(line) for line in (directory / "records.jsonl").read_text().splitlines()]
+    owner = {"score": rows[1]["grade"], "text": rows[1]["answers"][0]["completions"][0]}.get(key, rows[1])
+    owner[key] = value
+    (directory / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(StoreError, match=r"records\.jsonl, line 2: not (a record|JSON)"):
+        read_run(directory)
 
 
 def test_a_link_in_place_of_the_lock_empties_nothing(tmp_path: Path) -> None:

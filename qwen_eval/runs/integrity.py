@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qwen_eval.core import JSON, Record, StoreError
 from qwen_eval.runs.seal import SEAL, broken_parts
-from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, metric_from_json, read_json, read_records
+from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, is_count, metric_from_json, read_json, read_records
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.tasks.registry import TaskContext, build
 
@@ -58,7 +58,9 @@ def damage_of(directory: Path) -> Damage | None:
 
 
 def _has_metrics(result: Mapping[str, JSON]) -> bool:
-    """Whether what it calls metrics and rates can be read; a profile or a failed run may have none."""
+    """Whether what it calls metrics, rates and n can be read; a profile or a failed run may have none."""
+    if result.get("n") is not None and not is_count(result["n"]):
+        return False
     try:
         for section in ("metrics", "rates"):
             for row in (result.get(section) or {}).values():

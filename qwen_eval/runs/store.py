@@ -290,9 +290,8 @@ def _checked(record: Record) -> Record:
     grade = record.grade
     texts = (record.sample_id, record.group, record.cluster, *record.prompts, *record.prompt_sha256, *grade.flags)
     is_sound = all(isinstance(text, str) for text in texts) and isinstance(grade.values, dict)
-    is_sound &= all(isinstance(number, int) for number in record.num_prompt_tokens)
-    scores = (grade.score, grade.score_upstream)
-    is_sound &= all(score is None or isinstance(score, (int, float)) for score in scores)
+    is_sound &= all(map(is_count, record.num_prompt_tokens))
+    is_sound &= all(score is None or _is_number(score) for score in (grade.score, grade.score_upstream))
     if not is_sound:
         raise TypeError("a field of another type")
     return record
@@ -332,10 +331,14 @@ def _answer_from_json(row: dict[str, JSON]) -> Answer:
     if kind == "completions":
         items = ({**item, "token_ids": tuple(item["token_ids"])} for item in row["completions"])
         completions = Completions(completions=tuple(Completion(**item) for item in items))
-        if not completions.completions or not all(isinstance(item.text, str) for item in completions.completions):
-            raise TypeError("a completion without text")
+        if not completions.completions or not all(map(_is_completion, completions.completions)):
+            raise TypeError("a completion of other types")
         return completions
     raise ValueError(f"answer of type {kind!r}")
+
+
+def _is_completion(item: Completion) -> bool:
+    return isinstance(item.text, str) and isinstance(item.finish_reason, str) and is_count(item.num_tokens)
 
 
 def metric_to_json(metric: Metric) -> dict[str, JSON]:
@@ -356,10 +359,20 @@ def metric_to_json(metric: Metric) -> dict[str, JSON]:
 
 def metric_from_json(row: Mapping[str, JSON]) -> Metric:
     """KeyError or TypeError for what is no metric."""
+    counts = [row["n"], *(row[key] for key in ("num_clusters",) if row.get(key) is not None)]
     numbers = [row[key] for key in ("value", "low", "high") if row.get(key) is not None]
-    if not isinstance(row["n"], int) or not all(isinstance(number, (int, float)) for number in numbers):
+    if not all(is_count(count) for count in counts) or not all(map(_is_number, numbers)):
         raise TypeError(f"a metric of other types: {_short(dict(row))}")
     return Metric(**{**row, "value": float("nan") if row["value"] is None else row["value"]})
+
+
+def is_count(value: JSON) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 53
+
+
+def _is_number(value: JSON) -> bool:
+    """A float, or a whole number that is one: JSON's have no bound."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
 
 
 def _pack(code: str, values: tuple[float, ...]) -> str:
