@@ -149,6 +149,11 @@ def test_a_damaged_result_is_made_again_from_the_records(tmp_path: Path, name: s
     assert run(tmp_path).was_finished
 
 
+def test_a_run_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert regrade_command(["run=a", "run=b"]) == 2
+    assert "run= is given twice: a and b" in capsys.readouterr().err
+
+
 def test_an_untouched_run_is_intact_wherever_it_is_copied(tmp_path: Path) -> None:
     directory = run(tmp_path).directory
     copy = Path(shutil.copytree(directory, tmp_path / "copy"))

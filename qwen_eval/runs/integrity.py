@@ -38,6 +38,8 @@ def refuse_damaged(directory: Path | str) -> None:
 
 def damage_of(directory: Path) -> Damage | None:
     """What is wrong with a run; None for an intact or unfinished one. StoreError where there is none."""
+    if not (directory / SPEC).exists():
+        raise StoreError(f"{directory}: not a run directory, it has no {SPEC}")
     spec = read_json(directory / SPEC)
     if spec.get("format", FORMAT) != FORMAT:
         version = f"format {str(spec.get('format'))[:20]}, this version reads {FORMAT}"
