@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import ConfigError, Metric, QwenEvalError
@@ -19,6 +20,9 @@ from qwen_eval.report.kld import Divergence
 from qwen_eval.report.obstacles import obstacles
 from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share, speed_ratio
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, find_runs, profile_cells, speeds_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HIDDEN = "hidden"  # where a run with keep_hidden=true keeps its final hidden states
 MAX_GROUPS = 40
@@ -243,7 +247,7 @@ def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]
     kept = [side.run.path / HIDDEN for side in (first, second)]
     if not all(path.is_dir() for path in kept):
         return None, []
-    from qwen_eval.models.hidden import HiddenStates, read_head
+    from qwen_eval.models.hidden import HiddenStates
     from qwen_eval.report.kld import divergence_of_texts
 
     states = [HiddenStates(path) for path in kept]
@@ -252,10 +256,17 @@ def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]
     if not texts:
         return None, ["no KLD: the two runs kept no text of the same tokens"]
     try:
-        heads = read_head(_model_spec(first.run)), read_head(_model_spec(second.run))
+        heads = _head_of(first.run), _head_of(second.run)
         return divergence_of_texts(states[0], states[1], heads, texts), []
     except (QwenEvalError, OSError) as error:
         return None, [f"no KLD: {error}"]
+
+
+def _head_of(run: LoadedRun) -> Tensor:
+    """The lm_head of the very checkpoint of a run; ModelError where another one lies there now."""
+    from qwen_eval.models.hidden import read_head
+
+    return read_head(_model_spec(run), fingerprint=str(run.engine_info.get("weights") or ""))
 
 
 def _model_spec(run: LoadedRun) -> ModelSpec:
