@@ -237,7 +237,7 @@ class Grade:
     `extracted` is the answer our extractor read, `extracted_upstream` what the official script's would read and
     `score_upstream` the score with it: both always recorded where they exist. `values` holds further numbers that
     `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
-    "no_answer".
+    "no_answer", "overlong" (only its end was read), "grading_timeout".
     """
 
     score: float | None

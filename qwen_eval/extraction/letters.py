@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from qwen_eval.extraction.symptoms import answer_part
+
 LETTERS = "ABCD"
 
 # --- as it is concluded --------------------------------------------------------------------------------------------
 
 _FULL_WIDTH = str.maketrans({0xFF21 + i: chr(65 + i) for i in range(26)} | {0xFF41 + i: chr(97 + i) for i in range(26)})
-_THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm|bf)\s*\{\s*([^{}]*?)\s*\}")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\(?([^{}]*?)\)?\s*\}")
 _SMALL = re.compile(r"(?im)(\b(?:option|choice|answer(?: is)?:?)\s*[(\"']?)([a-d])(?=[)\"']?\s*[.。]?\s*$)")
@@ -296,9 +297,7 @@ def _only(mentions: Iterator[_Mention] | list[_Mention]) -> str | None:
 
 def _plain(reply: str) -> str:
     """What is said after any thinking, without markup; nothing when the thinking never ended."""
-    text = _THINKING.sub("", reply.translate(_FULL_WIDTH))
-    if "<think>" in text:
-        return ""
+    text = answer_part(reply).translate(_FULL_WIDTH)
     text = _BOXED.sub(r" the answer is \1 ", _LATEX_TEXT.sub(r"\1", text))
     return _SMALL.sub(lambda m: m[1] + m[2].upper(), _unmarked(text))
 
