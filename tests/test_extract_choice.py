@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_eval.extraction import letters as extract
-from qwen_eval.extraction.letters import concluded_letter, official_ceval_letter, official_mmlu_letter
+from qwen_eval.extraction import official_letters as extract
+from qwen_eval.extraction.letters import concluded_letter
+from qwen_eval.extraction.official_letters import official_ceval_letter, official_mmlu_letter
 
 CITIES = ("Paris", "London", "Berlin", "Madrid")
 ACIDS = ("Ascorbic acid", "Acid", "A and B only", "None of the above")

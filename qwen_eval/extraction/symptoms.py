@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from qwen_eval.core import Completion, Completions, Turn
@@ -10,6 +11,10 @@ LOOP_TAIL = 2_000  # characters of the end that are looked at
 LOOP_CHARACTERS = 80  # a repetition shorter than this is emphasis, a table rule or a round number
 LOOP_REPEATS = 4
 READ_CHARACTERS = 20_000  # of the end of an answer: a bound on what a hostile or looping reply costs its reader
+
+_NEXT_QUESTION = re.compile(r"\s*\**(?:Question|Q|Human|User|问题|题目|问)\s?\d{0,4}\**[:：]")
+_BLANK_OR_MARK = re.compile(r"[?？]\s*$|_{2,}|[(（]\s{0,9}[)）]")
+_OPTION_A = re.compile(r"\s*[(（]?A\s?[.．、:：)）]")
 
 REASONING_START, REASONING_END = "<think>", "</think>"
 
@@ -28,6 +33,25 @@ def answer_part(reply: str) -> str:
 
 def _behind_reasoning(reply: str) -> str:
     return reply.rpartition(REASONING_END)[2].partition(REASONING_START)[0]
+
+
+def before_next_question(text: str) -> str:
+    """The answer alone, where the model goes on with questions of its own: "C\\n\\nQuestion: ...".
+
+    A line that asks and is followed by an option A counts as such a question, when something stands before it.
+    """
+    lines = text.split("\n")
+    is_begun = False
+    for i, line in enumerate(lines):
+        if is_begun and (_NEXT_QUESTION.match(line) or _asks_and_offers(lines[i : i + 3])):
+            return "\n".join(lines[:i])
+        is_begun = is_begun or bool(line.strip())
+    return text
+
+
+def _asks_and_offers(lines: list[str]) -> bool:
+    following = next((line for line in lines[1:] if line.strip()), "")
+    return bool(_BLANK_OR_MARK.search(lines[0]) and _OPTION_A.match(following))
 
 
 def cut(text: str, stops: Iterable[str]) -> str:

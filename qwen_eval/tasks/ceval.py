@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qwen_eval.core import JSON, Record
 from qwen_eval.data.sources import Row
-from qwen_eval.extraction.letters import official_ceval_letter
+from qwen_eval.extraction.official_letters import official_ceval_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
 from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT
 

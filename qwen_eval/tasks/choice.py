@@ -58,7 +58,7 @@ class ChoiceSpec(TaskSpec):
 class ChoiceTask(ABC):
     """One exam: subclasses are its tables (subjects, categories, templates) and how its rows are read."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     splits: ClassVar[tuple[str, ...]] = ("test",)
     bundled: ClassVar[str]
     hub_archive: ClassVar[str | None] = None

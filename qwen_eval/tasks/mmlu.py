@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qwen_eval.core import JSON, DataError
 from qwen_eval.data.sources import HubSource, Row, printed_by_pandas
-from qwen_eval.extraction.letters import official_mmlu_letter
+from qwen_eval.extraction.official_letters import official_mmlu_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
 from qwen_eval.tasks.prompts import MMLU_BASE, MMLU_CHAT
 
