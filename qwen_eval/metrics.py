@@ -15,7 +15,7 @@ from qwen_eval.core import Completions, Grade, Metric, Record
 
 ALPHA = 0.05
 FLAGS = ("truncated", "empty", "looping", "no_answer")
-RARE_FLAGS = ("overlong", "grading_timeout")  # a rate only where one was seen
+RARE_FLAGS = ("overlong", "grading_timeout", "cut_prompt")  # a rate only where one was seen
 
 Clusters = Sequence[Hashable] | None
 Interval = tuple[float, float]

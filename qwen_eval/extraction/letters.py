@@ -102,11 +102,13 @@ _CORRECT = re.compile(
 # What a list says of its options: "B. nucleus - correct", "B ✓", "| B | wrong |".
 _SAID_OF_IT = r"(?:(?:this\s+)?(?:option|statement|one)?\s*(?:is|was)\s+|选?项|说法|是|为)?(?:the\s+)?"
 _LEAD = rf"[\s:：\-–—|.．、,，)）\]】(（\"'“”]*{_SAID_OF_IT}\s*"
+_NO_PAIR = r"\b(?!, ?(?:true|false|right|wrong)\b)"  # "True, False" is an option, no verdict
 _RIGHT = re.compile(
-    rf"{_LEAD}(?:(?:correct|right|true)\b(?!,)|正确|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))", re.IGNORECASE
+    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|正确|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
+    re.IGNORECASE,
 )
 _WRONG = re.compile(
-    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false)\b(?!,)|不正确|不对|错|有误|[✗✘❌✖×])",
+    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|不正确|不对|错|有误|[✗✘❌✖×])",
     re.IGNORECASE,
 )
 _AT_END = re.compile(r"(?:[-–—:：(（\[|]|->|→|=)\s*([^-–—:：(（\[|\n]{1,20})\s*$", re.MULTILINE)
@@ -187,7 +189,7 @@ class _Reply:
         words = self.options.get(mention.letters[0], "").casefold()
         following = self.text[mention.end : mention.end + 4 + len(words)].casefold()
         at = following.find(words) if words else -1
-        return mention.end if at < 0 or following[:at].strip(" .:)*") else mention.end + at + len(words)
+        return mention.end if at < 1 or following[:at].strip(" .:：、)）") else mention.end + at + len(words)
 
     def is_supposed(self, mention: _Mention) -> bool:
         """Only considered: "if the answer is A", "is it A?"."""

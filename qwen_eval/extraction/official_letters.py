@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-from qwen_eval.extraction.letters import LETTERS
+from string import ascii_uppercase
 
 FIRST_CHARACTERS = 100_000  # from the beginning: more than the scripts' own runs can generate
 
@@ -67,7 +66,7 @@ def ceval_processed(reply: str, question: str, choices: Sequence[str]) -> str:
 
 
 def _longest_first(choices: Sequence[str]) -> list[tuple[str, str]]:
-    return sorted(zip(LETTERS, choices), key=lambda item: -len(item[1]))
+    return sorted(zip(ascii_uppercase, choices), key=lambda item: -len(item[1]))
 
 
 def _first_match(patterns: Sequence[str], text: str, choices: Sequence[str]) -> str:
@@ -77,6 +76,6 @@ def _first_match(patterns: Sequence[str], text: str, choices: Sequence[str]) -> 
     from thefuzz import process, utils  # slow to import, and seldom needed
 
     if not utils.full_process(text):  # nothing to compare: every option is as unlike it, the first one is taken
-        return LETTERS[0]
+        return "A"
     best: str = process.extractOne(text, list(choices))[0]
-    return LETTERS[list(choices).index(best)]
+    return ascii_uppercase[list(choices).index(best)]
