@@ -20,6 +20,8 @@ CUE = re.compile(r"\banswer\b[^.:\n]{0,40}?(?:\bis\b|:)", re.IGNORECASE)
 
 _OPTION_LINE = re.compile(r"^\(([A-R])\) ?(.*)$", re.MULTILINE)
 _BRACKETS = r"[\[\](){}<>]"
+_CUES = 10  # of the last ones
+_END = 2_000  # characters in which the number that a reply ends on is looked for
 _NUMBER_WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
@@ -76,8 +78,8 @@ def _plain(reply: str) -> str:
 
 def _statements(text: str) -> Iterator[str]:
     """What stands behind each cue, the last first: the rest of its line, or the block below where the line is empty."""
-    for match in reversed(list(CUE.finditer(text))):
-        line, _, below = text[match.end() : match.end() + 2_000].partition("\n")
+    for match in reversed(list(CUE.finditer(text))[-_CUES:]):
+        line, _, below = text[match.end() : match.end() + _END].partition("\n")
         yield line if line.strip(" .:*") else below.lstrip("\n").split("\n\n")[0]
 
 
@@ -148,7 +150,7 @@ def _number(reply: str) -> str | None:
         return str(_NUMBER_WORDS.index(named[0])) if named else None
 
     found = _first_found(_plain(reply), read)
-    return found if found is not None else read(reply)
+    return found if found is not None else read(reply[-_END:])
 
 
 _LATEX_BRACKETS = {r"\{": "{", r"\}": "}", r"\langle": "<", r"\rangle": ">", r"\lbrace": "{", r"\rbrace": "}"}

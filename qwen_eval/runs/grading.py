@@ -32,10 +32,12 @@ def graded(task: Task, sample: Sample, turns: Sequence[Turn], *, seconds: float 
             return task.grade(sample, turns)
     except GradingTimeout:
         grade = task.grade(sample, [_emptied(turn) for turn in turns])
-        lost = {"score": None if grade.score is None else 0.0}
-        if grade.score_upstream is not None:
-            lost["score_upstream"] = 0.0
-        return dataclasses.replace(grade, **lost, flags=(*grade.flags, TIMED_OUT))
+        return dataclasses.replace(
+            grade,
+            score=None if grade.score is None else 0.0,
+            score_upstream=None if grade.score_upstream is None else 0.0,
+            flags=(*grade.flags, TIMED_OUT),
+        )
 
 
 @contextmanager
