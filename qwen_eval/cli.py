@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from qwen_eval.config import EngineSpec, ModelSpec, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.tasks.registry import TASKS, task_class
+from qwen_eval.terminal import plain_text
 
 PACKAGE = Path(__file__).parent
 NUMBER_LIST = re.compile(r"\d+(,\d+)+")
@@ -24,6 +25,7 @@ FOREIGN = re.compile(r"[^\x00-\x7f]|[ =]")
 SYNTAX = re.compile(r"[\[\]{}()'\",$]")  # a list, a sweep or quotes: the writer knows the grammar
 PLAIN_KEY = re.compile(r"[+~]*[a-z_]\w*([./]\w+)*")
 LISTS_IN_TEXT = ("model.window",)  # text to Hydra, but "2048,4096" in it is one value and no sweep
+TEXTS = ("model.system",)  # a sentence: no comma, quote or bracket in it is grammar
 ENGINE_GROUPS = ("model", "engine", "protocol")
 
 Job = Callable[[Any], None]
@@ -82,7 +84,7 @@ def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
 
 def _tell(line: str) -> str:
     line = " ".join(line.split())
-    print(line, file=sys.stderr, flush=True)
+    print(plain_text(line), file=sys.stderr, flush=True)
     return line
 
 
@@ -160,12 +162,20 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     name = key.lstrip("+~")
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
+    if name in TEXTS and value and value != "null" and value[0] not in "'\"":
+        return f"{key}={_quote_sentence(value)}"
     if not equals or not PLAIN_KEY.fullmatch(key):
         return argument
     is_plain = value and value != "null" and not value.startswith(("[", "{", "${", "choice(", "range("))
     if name in keys and is_plain:
         return f"{key}=[{','.join(map(_quote, value.split(',')))}]"
     return f"{key}={_quote(value)}"
+
+
+def _quote_sentence(value: str) -> str:
+    """In Hydra's quotes: backslashes are doubled only before a quote, where they would escape it."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def _quote(value: str) -> str:

@@ -22,6 +22,8 @@ ATTENTIONS = ("auto", "sdpa", "flash", "eager")
 HUBS = ("huggingface", "modelscope")
 PROTOCOLS = ("robust", "upstream")
 WEIGHTS = ("checkpoint", "random")
+THINKING = ("auto", "on", "off")
+SAMPLING = ("task", "checkpoint")
 
 
 def _switch(value: str) -> str:
@@ -52,6 +54,8 @@ class ModelSpec:
     asset: str | None = None  # a checkpoint embedded in the package, e.g. qwen-nano
     weights: str = "checkpoint"  # or random: shapes of `arch` or of the checkpoint's config.json, marked as such
     chat: bool = False  # an instruction-tuned checkpoint: tasks ask in chat form
+    system: str | None = None  # the system message of chats that bring none; null: the checkpoint's own default
+    thinking: str = "auto"  # auto: as the chat template does by itself | on | off: by the template's own switch
     dtype: str = "auto"  # auto: the checkpoint's on CUDA; on CPU bf16 where the CPU multiplies it natively, else fp32
     quant: str = "none"
     kv_cache: str = "auto"
@@ -65,6 +69,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         self.logn = _switch(self.logn)
+        self.thinking = {"true": "on", "false": "off"}.get(_switch(self.thinking), self.thinking)
 
 
 @dataclass(kw_only=True)
@@ -100,6 +105,8 @@ class TaskSpec:
     seed: int = 1234
     subjects: list[str] = field(default_factory=list)  # only these groups
     max_new_tokens: int = 512
+    thinking_tokens: int = 32768  # added to max_new_tokens where the model thinks before it answers
+    sampling: str = "task"  # checkpoint: generated texts are drawn as the model's generation_config.json says
 
 
 @dataclass(kw_only=True)
@@ -130,10 +137,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ATTENTIONS,
     "model.hub": HUBS,
     "model.weights": WEIGHTS,
+    "model.thinking": THINKING,
     "model.logn": ("auto", "true", "false"),
     "model.rope.dynamic_ntk": ("auto", "true", "false"),
     "task.data": ("auto", "bundled", "hub"),
     "task.mode": ("auto", "base", "chat"),
+    "task.sampling": SAMPLING,
     "engine.name": ("native", "hf", "openai", "vllm", "fake"),
     "protocol": PROTOCOLS,
     "sandbox": ("auto", "bubblewrap", "namespaces", "unsafe"),
@@ -142,6 +151,7 @@ AT_LEAST: dict[str, int] = {
     "task.limit": 1,
     "task.shots": -1,  # -1: the official number of the task
     "task.max_new_tokens": 1,
+    "task.thinking_tokens": 0,
     "engine.max_batch_tokens": 1,
     "engine.max_batch_size": 1,
     "engine.prefill_chunk": 1,

@@ -7,6 +7,7 @@ answer: `Choose -> ChoiceLogprobs`, `Score -> TokenLogprobs`, `Generate -> Compl
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 JSON: TypeAlias = Any  # what json.dumps takes; mypy cannot say it shorter
 Protocol_: TypeAlias = Literal["robust", "upstream"]
-FinishReason: TypeAlias = Literal["stop", "eos", "length"]
+FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite"]
 
 
 class QwenEvalError(Exception):
@@ -45,9 +46,20 @@ class StoreError(QwenEvalError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A function that the model calls. `arguments` is the JSON text it wrote."""
+
+    name: str
+    arguments: str = "{}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
-    role: Literal["system", "user", "assistant"]
+    """One turn of a chat. `tool_calls` go with the assistant; a message of the role "tool" is what a call gave back."""
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +67,9 @@ class Prompt:
     """Exactly one of: raw `text`, a chat (`messages`), or exact token `ids`.
 
     Never a pre-rendered chat string: ChatML is tokenised piecewise, so that text that looks like a special token stays
-    text. `prefill` is the beginning of the assistant's reply (chat only). `parse_special` lets surface forms of special
-    tokens in raw text become special tokens, as Qwen v1's default `tokenizer(text)` does.
+    text. `prefill` is the beginning of the assistant's reply (chat only). `tools` are the JSON schemas, as text, of the
+    functions that a chat offers; the checkpoint's template says how they are shown. `parse_special` lets surface forms
+    of special tokens in raw text become special tokens, as Qwen v1's default `tokenizer(text)` does.
     """
 
     text: str | None = None
@@ -64,11 +77,16 @@ class Prompt:
     ids: tuple[int, ...] | None = None
     prefill: str = ""
     parse_special: bool = False
+    tools: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = (self.text is not None) + bool(self.messages) + (self.ids is not None)
         assert given == 1, f"a prompt is text, messages or ids, exactly one of them; {given} given"
-        assert not self.prefill or self.messages, "prefill goes with messages"
+        assert self.messages or not (self.prefill or self.tools), "prefill and tools go with messages"
+
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.tools) or any(message.role == "tool" or message.tool_calls for message in self.messages)
 
     @staticmethod
     def raw(text: str, *, parse_special: bool = False) -> Prompt:
@@ -183,7 +201,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """`text` is cut before the stop string; `token_ids` are all generated tokens, including what ended it."""
+    """`text` is cut before the stop string; `token_ids` are all generated tokens, including what ended it.
+
+    `finish_reason` "non-finite": the logits held NaN or an infinity, so the sample failed.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -206,6 +227,15 @@ def ids_sha256(ids: Sequence[int]) -> str:
 
 
 Answer: TypeAlias = ChoiceLogprobs | TokenLogprobs | Completions
+
+
+def is_finite(answer: Answer) -> bool:
+    """False where NaN or an infinity is among the numbers, or ended a text: such an answer says nothing."""
+    if isinstance(answer, Completions):
+        return all(item.finish_reason != "non-finite" for item in answer.completions)
+    if isinstance(answer, TokenLogprobs):
+        return all(map(math.isfinite, answer.logprobs))
+    return all(map(math.isfinite, (*answer.logprobs, *answer.logits, answer.logsumexp or 0.0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +367,15 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class LocatesNonFinite(Protocol):
+    """An engine that can look into its model for where numbers overflow."""
+
+    def locate_non_finite(self, request: Request) -> str:
+        """Where NaN or infinity first arises in this request's forward, with the dtype: "layers.3 in float16"."""
+        ...
 
 
 class Task(Protocol):

@@ -112,6 +112,16 @@ def test_a_switch_is_written_plainly(tmp_path: Path, command: Command) -> None:
     assert (model["logn"], model["rope"]["dynamic_ntk"]) == ("false", "true")
 
 
+@pytest.mark.parametrize(
+    "text", ["You're terse, and count.", "Answer in \\\\boxed{}, [x]", 'Say "\\\\', "null", "你好 = 1"]
+)
+def test_a_system_message_is_a_sentence_and_no_grammar(tmp_path: Path, command: Command, text: str) -> None:
+    done = command("task=toy", "model=toy", "engine=fake", f"model.system={text}", "model.thinking=off", "run_dir=r")
+    assert done.returncode == 0, done.stderr
+    model = json.loads((tmp_path / "r" / "spec.json").read_text())["config"]["model"]
+    assert (model["system"], model["thinking"]) == (None if text == "null" else text, "off")
+
+
 def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path, command: Command) -> None:
     grid = ["-m", "task=toy", "task.levels=1,2", "protocol=robust,upstream", "model=toy,toy-chat", "engine=fake"]
     done = command(*grid)

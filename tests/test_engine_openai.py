@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 
 from qwen_eval.config import EngineSpec, ModelSpec
-from qwen_eval.core import ChoiceLogprobs, Choose, Completions, EngineError, Generate, Prompt, Sampling, Score
+from qwen_eval.core import (
+    ChoiceLogprobs,
+    Choose,
+    Completions,
+    EngineError,
+    Generate,
+    Message,
+    Prompt,
+    Sampling,
+    Score,
+    ToolCall,
+)
 from qwen_eval.engines import open_engine
 
 pytest.importorskip("openai")
@@ -127,6 +138,26 @@ def test_a_choice_the_server_does_not_name_is_never_guessed(server: Server) -> N
     server.has_logprobs = False
     with pytest.raises(EngineError, match="gives no log-probabilities"):
         list(engine_at(server).run([Choose(prompt=Prompt.raw("Q"), choices=("A", "C"))]))
+
+
+def test_system_message_thinking_and_tools_reach_the_server(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    model = ModelSpec(name="m", hub_id="Qwen/X", system="Count.", thinking="off")
+    engine = open_engine(EngineSpec(name="openai", base_url=url), model)
+    call = Message(role="assistant", content="", tool_calls=(ToolCall(name="add", arguments='{"a": 1}'),))
+    chat = (Message(role="user", content="1+2?"), call, Message(role="tool", content="3"))
+    tool = {"type": "function", "function": {"name": "add"}}
+    prompt = Prompt(messages=chat, tools=(json.dumps(tool),))
+    list(engine.run([Generate(prompt=prompt, max_new_tokens=9)]))
+    _, body = server.seen[0]
+    assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "tool"]
+    assert body["messages"][0]["content"] == "Count."
+    (made,) = body["messages"][2]["tool_calls"]
+    assert made["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert body["messages"][3]["tool_call_id"] == made["id"]
+    assert body["tools"] == [tool]
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert engine.render(prompt).text.startswith("[system]\nCount.\n[user]\n1+2?")
 
 
 def test_a_busy_server_is_asked_again(server: Server) -> None:

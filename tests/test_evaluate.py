@@ -15,7 +15,16 @@ import pytest
 import toy
 
 from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec, check
-from qwen_eval.core import ConfigError, EngineError, StoreError
+from qwen_eval.core import (
+    Answer,
+    ChoiceLogprobs,
+    Completion,
+    Completions,
+    ConfigError,
+    EngineError,
+    StoreError,
+    TokenLogprobs,
+)
 from qwen_eval.engines.fake import FakeEngine
 from qwen_eval.runs.evaluate import Outcome, evaluate
 from qwen_eval.runs.regrade import RegradeSpec, regrade
@@ -74,6 +83,29 @@ def test_a_failure_keeps_what_was_graded_and_the_same_command_goes_on(tmp_path: 
     assert len(engine.calls) < 40
     assert outcome.result["run"]["num_resumed"] > 0
     assert metrics_section(tmp_path / "r") == metrics_section(tmp_path / "whole")
+
+
+NAN, INFINITY = float("nan"), float("inf")
+OVERFLOWS: list[Answer] = [
+    ChoiceLogprobs(logprobs=(NAN, NAN), num_tokens=(1, 1), logits=(NAN, NAN), logsumexp=NAN),
+    ChoiceLogprobs(logprobs=(-1.0, -INFINITY), num_tokens=(2, 2)),
+    ChoiceLogprobs(logprobs=(-1.0, -1.0), num_tokens=(1, 1), logits=(1.0, 1.0), logsumexp=INFINITY),
+    TokenLogprobs(token_ids=(1, 2), logprobs=(-1.0, NAN)),
+    Completions(completions=(Completion(text="!!", finish_reason="non-finite", num_tokens=2),)),
+]
+
+
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_a_run_with_non_finite_answers_is_not_finished_and_counts_them(tmp_path: Path, overflow: Answer) -> None:
+    bad = FakeEngine(lambda request: overflow if "toy/3" in str(request.prompt) else None)
+    with pytest.raises(EngineError, match=r"^11 of 40 samples failed: non-finite logits \(toy/3: .*not finished"):
+        run_with(spec(tmp_path), bad)
+    run = tmp_path / "r"
+    assert not (run / "result.json").exists()
+    good = FakeEngine()
+    assert run_with(spec(tmp_path), good).n == 40
+    assert len({str(request.prompt) for request in good.calls}) >= 11  # the failed ones alone are asked again
+    assert len(good.calls) < 40
 
 
 def test_a_finished_run_is_recalled_without_loading_an_engine(tmp_path: Path) -> None:

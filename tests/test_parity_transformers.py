@@ -23,6 +23,8 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 256,
     "initializer_range": 0.3,  # wide: greedy choices must not hang on rounding
 }
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+QWEN2: dict[str, Any] = {"model_type": "qwen2", "num_key_value_heads": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4, "tie_word_embeddings": False},
     "qwen2.5 grouped, tied": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -38,7 +40,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 20,
         "max_window_layers": 1,
     },
+    "qwen2 windows by layer_types": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen2 yarn, ramp not truncated": {**QWEN2, "rope_scaling": {**YARN, "truncate": False}},
+    "qwen2 yarn with scales": {**QWEN2, "rope_scaling": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}},
+    "qwen2 yarn with one scale": {**QWEN2, "rope_scaling": {**YARN, "mscale": 1.5}},
+    "qwen2 yarn with its factor stated": {**QWEN2, "rope_scaling": {**YARN, "attention_factor": 1.7}},
+    "qwen2 yarn with other betas": {**QWEN2, "rope_scaling": {**YARN, "beta_fast": 8, "beta_slow": 2}},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+    "qwen3 with biases": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True},
 }
 
 

@@ -18,7 +18,6 @@ from qwen_eval.models.tokenizer import (
     HfTokenizer,
     QwenTokenizer,
     StreamDecoder,
-    default_system_of,
     load_tokenizer,
     pad_left,
     read_ranks,
@@ -372,20 +371,6 @@ def chats() -> list[tuple[Message, ...]]:
     single = [(user,) for user in users] + [(system, user) for user in users]
     plain = Message(role="assistant", content="\nNo")
     return [*single, (users[0], plain, users[2]), (system, users[0], reply, users[1], plain, users[3])]
-
-
-@pytest.mark.parametrize(
-    ("template", "system"),
-    [
-        (QWEN2_TEMPLATE, "You are a helpful assistant."),
-        (QWEN2_TEMPLATE.replace("\\n", "\n"), "You are a helpful assistant."),
-        ("{{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}", "You are Qwen."),
-        ("{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}", None),  # Qwen3: only what is given
-        ("", None),
-    ],
-)
-def test_the_default_system_message_is_the_templates(template: str, system: str | None) -> None:
-    assert default_system_of(template) == system
 
 
 def test_a_tokenizer_without_chat_tokens_refuses_chats(tmp_path: Path, small_json: str) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import tarfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from qwen_eval.core import DataError
+
+# Archives may be anybody's; the largest official file unpacked is MMLU's data.tar with 166 MB, of files below 60 MB.
+MAX_FILE_BYTES = 256 << 20
+MAX_DIRECTORY_BYTES = 8 << 20  # of a zip: some 80,000 files
+MAX_TAR_FILES = 20_000
+CELL_BYTES = 8  # at least, of a cell as an object
 
 
 class Files(Protocol):
@@ -32,7 +41,7 @@ class Folder:
         return [p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()]
 
     def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        return read_file(self.root / name)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class SingleFile:
         return [self.file.name]
 
     def read(self, name: str) -> bytes:
-        return self.file.read_bytes()
+        return read_file(self.file)
 
 
 @dataclass(frozen=True)
@@ -59,31 +68,109 @@ class Zip:
         return name in self.names()
 
     def names(self) -> list[str]:
-        with zipfile.ZipFile(self.file) as archive:
+        with self._open() as archive:
             return [i.filename for i in archive.infolist() if not i.is_dir()]
 
     def read(self, name: str) -> bytes:
-        with zipfile.ZipFile(self.file) as archive:
-            return archive.read(name)
+        with self._open() as archive:
+            entry = archive.getinfo(name)
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
+                raise DataError(f"{self.file}: {name!r} is encrypted or packed by another method than deflate")
+            _check_size(entry.file_size, f"{self.file}: {name!r}")
+            with archive.open(entry) as stream:
+                return stream.read(entry.file_size + 1)  # without a number it unpacks all, whatever size is stated
+
+    def _open(self) -> zipfile.ZipFile:
+        with self.file.open("rb") as stream:
+            size = _directory_bytes(stream)
+        if size > MAX_DIRECTORY_BYTES:
+            raise DataError(f"{self.file}: lists {size} bytes of names, more than {MAX_DIRECTORY_BYTES}; no benchmark")
+        return zipfile.ZipFile(self.file)
+
+
+def _directory_bytes(stream: IO[bytes]) -> int:
+    """The size of a zip's list of files as its last record states it: reading the list takes far more memory."""
+    stream.seek(0, io.SEEK_END)
+    stream.seek(max(0, stream.tell() - (1 << 16) - 22))
+    tail = stream.read()
+    at = tail.rfind(b"PK\5\6")
+    return int.from_bytes(tail[at + 12 : at + 16], "little") if at >= 0 else 0
 
 
 @dataclass(frozen=True)
 class Tar:
+    """Plain or packed by gzip."""
+
     file: Path
 
     def exists(self, name: str) -> bool:
         return name in self.names()
 
     def names(self) -> list[str]:
-        with tarfile.open(self.file) as archive:
-            return [m.name.removeprefix("./") for m in archive.getmembers() if m.isfile()]
+        with self._open() as archive:
+            return [member.name.removeprefix("./") for member in self._members(archive)]
 
     def read(self, name: str) -> bytes:
-        with tarfile.open(self.file) as archive:
-            member = next(m for m in archive.getmembers() if m.name.removeprefix("./") == name)
+        with self._open() as archive:
+            member = next(m for m in self._members(archive) if m.name.removeprefix("./") == name)
+            _check_size(member.size, f"{self.file}: {name!r}")
             stream = archive.extractfile(member)
             assert stream is not None, name
             return stream.read()
+
+    def _members(self, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+        found: list[tarfile.TarInfo] = []
+        for number, member in enumerate(archive):
+            if number >= MAX_TAR_FILES:
+                raise DataError(f"{self.file}: more than {MAX_TAR_FILES} files; not the archive of a benchmark")
+            if member.isfile():
+                found.append(member)
+        return found
+
+    def _open(self) -> tarfile.TarFile:
+        with self.file.open("rb") as stream:
+            is_packed = stream.read(2) == GZIP
+        if not is_packed:
+            return tarfile.open(self.file, "r:")
+        return tarfile.open(fileobj=io.BytesIO(gunzip(self.file.read_bytes(), str(self.file))))
+
+
+GZIP = b"\x1f\x8b"
+
+
+def read_file(path: Path) -> bytes:
+    _check_size(path.stat().st_size, str(path))
+    return path.read_bytes()
+
+
+def gunzip(packed: bytes, place: str) -> bytes:
+    """The content, all members; DataError where it is longer than a file may be, before it is unpacked further."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{place}: cannot be read ({error})") from None
+    _check_size(len(content), place)
+    return content
+
+
+def check_parquet(raw: bytes, place: str) -> None:
+    """DataError where the footer states more than can be read: a million equal rows take a few bytes.
+
+    OSError or ValueError of pyarrow for what is no parquet.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    footer = ParquetFile(io.BytesIO(raw)).metadata
+    num_bytes = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+    _check_size(max(num_bytes, footer.num_rows * footer.num_columns * CELL_BYTES), place)
+
+
+def _check_size(num_bytes: int, place: str) -> None:
+    if num_bytes > MAX_FILE_BYTES:
+        raise DataError(
+            f"{place}: more than {MAX_FILE_BYTES} bytes unpacked; not a file of a benchmark, nothing was read"
+        )
 
 
 def files_at(path: Path) -> Files:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
 import hashlib
 import io
 import json
@@ -29,7 +28,7 @@ from typing import Any, Literal, overload
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Sample
-from qwen_eval.data.files import Files, Folder, files_at
+from qwen_eval.data.files import GZIP, Files, Folder, check_parquet, files_at, gunzip
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 DATA_KINDS = ("auto", "bundled", "hub")
@@ -93,7 +92,7 @@ class Source:
         name, text = self._load(*candidates)
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self._place(name)}: not JSON ({error})") from None
 
     def jsonl(self, *candidates: str) -> list[dict[str, JSON]]:
@@ -110,6 +109,7 @@ class Source:
 
         name, raw = self._read(*candidates)
         try:
+            check_parquet(raw, self._place(name))
             rows = pandas.read_parquet(io.BytesIO(raw)).to_dict("records")
             return [{str(key): value for key, value in row.items()} for row in rows]
         except (OSError, ValueError) as error:  # pyarrow's errors are among these
@@ -169,7 +169,7 @@ class Source:
             raise DataError(f"{self.origin}: no {' or '.join(candidates)} there; {self._how}")
         try:
             raw = self._files.read(name)
-            content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+            content = gunzip(raw, self._place(name)) if raw[:2] == GZIP else raw
         except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise DataError(f"{self._place(name)}: cannot be read ({error})") from None
         self._digests[name] = hashlib.sha256(content).hexdigest()
@@ -178,7 +178,7 @@ class Source:
     def _json_line(self, name: str, line: int, text: str) -> dict[str, JSON]:
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self._place(name)} line {line}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{self._place(name)} line {line}: {type(row).__name__}, an object expected")

@@ -9,6 +9,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+from qwen_eval.models.generation_config import sampling_of
+from qwen_eval.models.lora import refuse_adapter
 
 BATCH_SIZE = 8
 SCORE_CHUNK = 512  # tokens whose logits over the whole vocabulary are held at once
@@ -45,16 +48,25 @@ Item = TypeVar("Item", bound="tuple[Any, ...]")
 class HfEngine:
     """Answers requests with `model` (a transformers causal LM) and its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = BATCH_SIZE, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: HfTokenizer,
+        *,
+        batch_size: int = BATCH_SIZE,
+        weights: str | None = None,
+    ) -> None:
         from transformers import GenerationConfig
 
-        self.tokenizer = HfTokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self._chat_facts = self.tokenizer.facts
         self._model = model.eval()
         self._batch_size = batch_size
         self._weights = weights
         self._takes = set(inspect.signature(model.forward).parameters)
-        self._eos_ids = _eos_ids(model, tokenizer)
-        self._pad_id = next(i for i in (tokenizer.pad_token_id, *self._eos_ids, 0) if i is not None)
+        self._eos_ids = _eos_ids(model, tokenizer.inner)
+        self._pad_id = next(i for i in (tokenizer.inner.pad_token_id, *self._eos_ids, 0) if i is not None)
+        self._sampling = sampling_of(model.generation_config.to_diff_dict()) if model.generation_config else None
         # the checkpoint's own defaults (a repetition penalty of 1.05 in Qwen2.5) would fill what requests leave at 1.0
         model.generation_config = GenerationConfig()
 
@@ -68,6 +80,8 @@ class HfEngine:
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "attention": getattr(self._model.config, "_attn_implementation", None),
             "max_length": getattr(self._model.config, "max_position_embeddings", None),
+            **self._chat_facts,
+            "sampling": self._sampling,
             **({"weights": self._weights} if self._weights else {}),
         }
 
@@ -185,15 +199,23 @@ class HfEngine:
 
     @torch.inference_mode()
     def _generate(self, batch: Sequence[Generate]) -> list[Completion]:
-        from transformers import StoppingCriteriaList
+        from transformers import LogitsProcessorList, StoppingCriteriaList
 
         inputs = self._padded([self.tokenizer.render(request.prompt) for request in batch])
         width = inputs["input_ids"].shape[1]
-        stops = StoppingCriteriaList([StopStrings(self.tokenizer, batch[0].stop, width)] if batch[0].stop else [])
+        overflow = Overflow(len(batch), self._model.device)
+        stops = [StopStrings(self.tokenizer, batch[0].stop, width)] if batch[0].stop else []
         out = self._model.generate(
-            **inputs, generation_config=self._generation_config(batch[0]), stopping_criteria=stops
+            **inputs,
+            generation_config=self._generation_config(batch[0]),
+            logits_processor=LogitsProcessorList([overflow]),
+            stopping_criteria=StoppingCriteriaList([*stops, overflow.ends]),
         )
-        return [self._completion(row[width:], request) for row, request in zip(out.tolist(), batch)]
+        completions = [self._completion(row[width:], request) for row, request in zip(out.tolist(), batch)]
+        return [
+            replace(item, finish_reason="non-finite") if has_overflowed else item
+            for item, has_overflowed in zip(completions, overflow.rows_B.tolist())
+        ]
 
     def _generation_config(self, request: Generate) -> Any:
         from transformers import GenerationConfig
@@ -262,6 +284,20 @@ class HfEngine:
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
 
 
+class Overflow:
+    """Watches the logits of a batch; a row with NaN or an infinity ends there. Read by the host once, at the end."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.rows_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.rows_B |= ~torch.isfinite(scores).all(-1)
+        return scores.masked_fill(self.rows_B[:, None], 0.0)  # sampling from NaN would end the whole batch
+
+    def ends(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return self.rows_B
+
+
 class StopStrings:
     """Ends a row once the text generated for it has a stop string; `width` tokens are the prompt."""
 
@@ -286,12 +322,26 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     with one_line(where):
         loaded = _load(model, where, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    check_vocabulary(loaded, tokenizer, where)
     weights = f"random:{model.seed}" if model.weights == "random" else None
-    return HfEngine(loaded, tokenizer, batch_size=spec.max_batch_size or BATCH_SIZE, weights=weights)
+    size = spec.max_batch_size or BATCH_SIZE
+    chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
+    return HfEngine(loaded, chat, batch_size=size, weights=weights)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
+    """ModelError where the tokenizer has ids that the embedding has no rows for."""
+    num_rows, num_ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if num_ids > num_rows:
+        raise ModelError(
+            f"{where}: the tokenizer has {num_ids} ids, the embedding only {num_rows} rows "
+            "(vocab_size in config.json); use the tokenizer that belongs to these weights"
+        )
 
 
 def _where(model: ModelSpec) -> str:
     if model.path is not None:
+        refuse_adapter(Path(model.path), "hf")
         if not (Path(model.path) / "config.json").is_file():
             raise ModelError(f"model.path={model.path}: no config.json there; pass the directory of a checkpoint")
         return model.path

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from qwen_eval.core import EngineError, Message, Prompt
+from qwen_eval.core import JSON, ConfigError, EngineError, Prompt
+from qwen_eval.models.segments import pattern_of, texts_of
+from qwen_eval.models.template import ChatTemplate, named_tokens, templates_of
+from qwen_eval.models.tokenizer import is_control
 
 
 class HfTokenizer:
-    def __init__(self, tokenizer: Any) -> None:
+    """Chats are rendered as in the native engine, so that both ask the same; see `ChatTemplate`."""
+
+    def __init__(self, tokenizer: Any, *, system: str | None = None, thinking: str = "auto") -> None:
         self.inner = tokenizer
-        added = [str(token) for token in tokenizer.get_added_vocab()] or ["\0"]
-        self._special = re.compile("|".join(re.escape(text) for text in sorted(added, key=len, reverse=True)))
+        added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
+        special = {str(t): i for i, t in added.items() if getattr(t, "special", False) or is_control(str(t))}
+        if unmarked := [text for text, i in special.items() if not getattr(added[i], "special", False)]:
+            tokenizer.add_tokens(unmarked, special_tokens=True)  # published as plain: they stay text in a text too
+        self.special_tokens: Mapping[str, int] = special
+        self._special = pattern_of(special)
+        self.template = self._chat_template(system, thinking)
+
+    def _chat_template(self, system: str | None, thinking: str) -> ChatTemplate | None:
+        templates = templates_of(self.inner.chat_template, "the tokenizer")
+        if not templates and thinking == "on":
+            raise ConfigError("model.thinking=on: this checkpoint has no chat template with such a switch; use auto")
+        if not templates:
+            return None
+        variables = named_tokens(dict(self.inner.special_tokens_map))
+        return ChatTemplate(
+            templates, variables=variables, special=self.special_tokens, system=system, thinking=thinking
+        )
+
+    @property
+    def facts(self) -> dict[str, JSON]:
+        """What decides how chats are rendered, for the result."""
+        return {} if self.template is None else self.template.facts
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids without BOS or EOS."""
@@ -29,27 +55,20 @@ class HfTokenizer:
         if prompt.ids is not None:
             return list(prompt.ids)
         if prompt.text is not None:
-            return self._beginning() + self.encode(prompt.text, parse_special=prompt.parse_special)
-        if any(self._special.search(message.content) for message in prompt.messages):
-            return self._render_piecewise(prompt)
-        return self.encode(self._template(prompt.messages), parse_special=True) + self.encode(prompt.prefill)
-
-    def _beginning(self) -> list[int]:
-        first = self.inner("a")["input_ids"][:1]
-        return [int(first[0])] if first and first[0] == self.inner.bos_token_id else []
-
-    def _render_piecewise(self, prompt: Prompt) -> list[int]:
-        """The template around marks that stand for the contents, which are then encoded as plain text."""
-        marks = [f"content{number:04d}mark" for number in range(len(prompt.messages))]
-        messages = tuple(Message(role=m.role, content=mark) for m, mark in zip(prompt.messages, marks))
-        contents = {mark: message.content for mark, message in zip(marks, prompt.messages)}
-        ids: list[int] = []
-        for piece in re.split(f"({'|'.join(marks)})", self._template(messages)):
-            ids += self.encode(contents[piece]) if piece in contents else self.encode(piece, parse_special=True)
-        return ids + self.encode(prompt.prefill)
-
-    def _template(self, messages: Sequence[Message]) -> str:
-        if not self.inner.chat_template:
+            return self.beginning_ids + self.encode(prompt.text, parse_special=prompt.parse_special)
+        if self.template is None:
             raise EngineError("this checkpoint has no chat template; ask it in base form with task.mode=base")
-        rows = [{"role": message.role, "content": message.content} for message in messages]
-        return str(self.inner.apply_chat_template(rows, tokenize=False, add_generation_prompt=True))
+        if any(self._special.search(text) for text in texts_of(prompt)):
+            return self.template.encode(prompt, self)
+        rendered = self.template.text(prompt)  # whole: a tokenizer may begin each text with a blank of its own
+        chat = rendered.removesuffix(prompt.prefill) if prompt.prefill else rendered
+        return self.encode(chat, parse_special=True) + self.encode(prompt.prefill)
+
+    @cached_property
+    def beginning_ids(self) -> list[int]:
+        with_ends, plain = ([int(i) for i in self._ids_of_a(ends)] for ends in (True, False))
+        return with_ends[: with_ends.index(plain[0])] if plain[:1] and plain[0] in with_ends else []
+
+    def _ids_of_a(self, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.inner("a", add_special_tokens=add_special_tokens)["input_ids"]
+        return ids

@@ -5,6 +5,7 @@ Texts from both endpoints; choices where the server gives log-probabilities; no 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -21,11 +22,14 @@ from qwen_eval.core import (
     EngineError,
     FinishReason,
     Generate,
+    Message,
     Prompt,
     Rendered,
     Request,
     Score,
 )
+from qwen_eval.models.segments import Chat
+from qwen_eval.models.template import THINKING_SWITCH, with_system
 
 MAX_RETRIES = 5  # of connection errors, 408, 409, 429 and 5xx, with growing pauses
 TIMEOUT_S = 600.0
@@ -35,8 +39,11 @@ TOP_LOGPROBS = 20  # the most a server gives
 class OpenAiEngine:
     """Asks `model` at `client` (an `openai.OpenAI`), `concurrency` requests in flight."""
 
-    def __init__(self, client: Any, model: str, *, concurrency: int = 16) -> None:
+    def __init__(
+        self, client: Any, model: str, *, concurrency: int = 16, system: str | None = None, thinking: str = "auto"
+    ) -> None:
         self._client, self._api_model, self._concurrency = client, model, concurrency
+        self._system, self._thinking = system, thinking
 
     tokenizer = None  # the server keeps it to itself
 
@@ -49,6 +56,7 @@ class OpenAiEngine:
             "api_model": self._api_model,
             "weights": f"api:{self._api_model}",
             "not_applied": ["max_prompt_tokens"],  # only the server can count tokens
+            "thinks": {"on": True, "off": False}.get(self._thinking),  # None: as the server's template does
         }
 
     def render(self, prompt: Prompt) -> Rendered:
@@ -57,7 +65,8 @@ class OpenAiEngine:
             raise EngineError("engine=openai takes text or messages, not token ids; use engine=native, hf or vllm")
         if prompt.text is not None:
             return Rendered(text=prompt.text, ids=())
-        parts = [f"[{message.role}]\n{message.content}" for message in prompt.messages]
+        messages = with_system(prompt.messages, self._system)
+        parts = [f"[{message.role}]\n{message.content}" for message in messages]
         return Rendered(text="\n".join([*parts, f"[assistant]\n{prompt.prefill}"]), ids=())
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
@@ -112,11 +121,14 @@ class OpenAiEngine:
 
     def _ask(self, prompt: Prompt, options: Mapping[str, Any]) -> Any:
         if prompt.messages:
-            messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+            messages = api_messages(with_system(prompt.messages, self._system))
+            if self._thinking != "auto":
+                options = with_body(options, chat_template_kwargs={THINKING_SWITCH: self._thinking == "on"})
+            if prompt.tools:
+                options = {**options, "tools": [json.loads(tool) for tool in prompt.tools]}
             if prompt.prefill:  # vLLM's and SGLang's words for "continue this message"
                 messages.append({"role": "assistant", "content": prompt.prefill})
-                body = {"add_generation_prompt": False, "continue_final_message": True, **options.get("extra_body", {})}
-                options = {**options, "extra_body": body}
+                options = with_body(options, add_generation_prompt=False, continue_final_message=True)
             return self._client.chat.completions.create(model=self._api_model, messages=messages, **options)
         text = self.render(prompt).text
         return self._client.completions.create(model=self._api_model, prompt=text, **options)
@@ -140,6 +152,24 @@ class OpenAiEngine:
         return ChoiceLogprobs(
             logprobs=tuple(found[choice] for choice in request.choices), num_tokens=(1,) * len(request.choices)
         )
+
+
+def api_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in OpenAI's form, where a call has an id and what it gave back names it; results come in order."""
+    rows = Chat.of(messages).with_argument_text().rows
+    open_ids: list[str] = []
+    for i, row in enumerate(rows):
+        if row["role"] == "tool" and open_ids:
+            row["tool_call_id"] = open_ids.pop(0)
+        for j, call in enumerate(row.get("tool_calls", ())):
+            call["id"] = f"call_{i}_{j}"
+            open_ids.append(call["id"])
+    return rows
+
+
+def with_body(options: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """Words that are no part of OpenAI's own API; vLLM's and SGLang's servers know them."""
+    return {**options, "extra_body": {**options.get("extra_body", {}), **fields}}
 
 
 def _completion(choice: Any, request: Generate, num_tokens: int) -> Completion:
@@ -175,7 +205,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     make: Callable[..., Any] = openai.OpenAI
     client = make(base_url=spec.base_url, api_key=key or "none", max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
     name = spec.api_model or model.hub_id or model.name
-    return OpenAiEngine(client, name, concurrency=spec.concurrency)
+    return OpenAiEngine(client, name, concurrency=spec.concurrency, system=model.system, thinking=model.thinking)
 
 
 def _line(error: BaseException) -> str:

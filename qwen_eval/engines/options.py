@@ -9,12 +9,13 @@ from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import ConfigError
 
 # The native engine honours every key of a model; the others these, beside names and places.
-CHANGES_NUMBERS = ("dtype", "quant", "kv_cache", "rope", "logn", "window", "attention", "weights")
+MODEL_KEYS = ("dtype", "quant", "kv_cache", "rope", "logn", "window", "attention", "weights")
+CHANGES_NUMBERS = (*MODEL_KEYS, "system", "thinking")
 HONOURED = {
     "native": CHANGES_NUMBERS,
-    "hf": ("dtype", "quant", "attention", "weights"),
-    "vllm": ("dtype", "quant"),
-    "openai": (),  # the server decided all of them when it was started
+    "hf": ("dtype", "quant", "attention", "weights", "system", "thinking"),
+    "vllm": ("dtype", "quant", "system", "thinking"),
+    "openai": ("system", "thinking"),  # the server decided the others when it was started
     "fake": CHANGES_NUMBERS,  # has no model: nothing to dishonour
 }
 TUNED_BY = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwen_eval.config import EngineSpec, ModelSpec
@@ -23,6 +25,7 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+from qwen_eval.models.lora import refuse_adapter
 
 DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BATCH = 512  # requests handed over at once: their answers are stored before the next ones are asked
@@ -31,15 +34,16 @@ BATCH = 512  # requests handed over at once: their answers are stored before the
 class VllmEngine:
     """Answers requests with `llm` (a `vllm.LLM`). Choices and scores are read from the prompt's log-probabilities."""
 
-    def __init__(self, llm: Any, make_sampling: Any) -> None:
+    def __init__(self, llm: Any, tokenizer: HfTokenizer, make_sampling: Any) -> None:
         self._llm, self._make_sampling = llm, make_sampling
-        self.tokenizer = HfTokenizer(llm.get_tokenizer())
+        self.tokenizer = tokenizer
+        self._chat_facts = self.tokenizer.facts
 
     @property
     def info(self) -> Mapping[str, JSON]:
         import vllm
 
-        return {"engine": "vllm", "version": vllm.__version__}
+        return {"engine": "vllm", "version": vllm.__version__, **self._chat_facts}
 
     def render(self, prompt: Prompt) -> Rendered:
         ids = tuple(self.tokenizer.render(prompt))
@@ -83,6 +87,7 @@ class VllmEngine:
             top_k=sampling.top_k or -1,
             repetition_penalty=sampling.repetition_penalty,
             seed=None if sampling.is_greedy else sampling.seed,
+            logprobs=0,  # of the drawn tokens alone: their sum shows NaN, which the text does not
         )
 
     def _answer(self, request: Request, outputs: Sequence[Any]) -> Answer:
@@ -110,6 +115,8 @@ def _completion(item: Any, request: Generate) -> Completion:
     reason: FinishReason = "length"
     if item.finish_reason == "stop":
         reason = "stop" if item.stop_reason in request.stop else "eos"
+    if item.cumulative_logprob is not None and not math.isfinite(item.cumulative_logprob):
+        reason = "non-finite"
     ids = tuple(item.token_ids)
     return Completion(text=item.text, finish_reason=reason, num_tokens=len(ids), token_ids=ids)
 
@@ -120,6 +127,8 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise EngineError("engine=vllm needs the package vllm: pip install 'qwen_eval[vllm]'") from error
+    if model.path is not None:
+        refuse_adapter(Path(model.path), "vllm")
     where = model.path or model.hub_id
     if where is None:
         raise EngineError(f"model={model.name}: engine=vllm needs model.path=DIR or model.hub_id=ORGANISATION/NAME")
@@ -131,4 +140,6 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         options["max_num_seqs"] = spec.max_batch_size
     if model.quant in ("nf4", "int8"):
         raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
-    return VllmEngine(LLM(model=where, **options), SamplingParams)
+    llm = LLM(model=where, **options)
+    tokenizer = HfTokenizer(llm.get_tokenizer(), system=model.system, thinking=model.thinking)
+    return VllmEngine(llm, tokenizer, SamplingParams)

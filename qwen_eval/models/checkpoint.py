@@ -7,23 +7,23 @@ weights of the shape. Every tensor is checked for name, shape and finiteness; wh
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.quant import gptq
+from qwen_eval.models.quant import gptq, kernels
 from qwen_eval.models.quant.gptq import GptqConfig
-from qwen_eval.models.transformer import SplitLinear, Transformer
+from qwen_eval.models.transformer import SplitLinear, Transformer, dense_linear
+from qwen_eval.models.weight_files import Tensors, open_weights, weight_files
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FULL_DIGEST_BYTES = 4 * 2**30
 # Buffers that old checkpoints carry and nobody reads.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "logn_tensor")
@@ -68,47 +68,17 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: dict[str, Path] = {}  # tensor name -> file
-        self._opened: dict[Path, Any] = {}
+        self._opened: dict[Path, Tensors] = {}
         self._used: set[str] = set()
-        for file in self._shards():
+        for file in weight_files(directory):
             for name in self._open(file).keys():  # noqa: SIM118  (safe_open is not a mapping)
+                if name in self.files:
+                    raise ModelError(f"{directory}: {name} is in both {self.files[name].name} and {file.name}")
                 self.files[name] = file
 
-    def _shards(self) -> list[Path]:
-        for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            index = self.directory / index_name
-            if index.exists():
-                return self._indexed(index)
-        # a directory may hold other tensors too (adapters, optimiser state): the usual names come first
-        for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.bin"):
-            found = sorted(p for p in self.directory.glob(pattern) if p.name != "training_args.bin")
-            if found:
-                return found
-        raise ModelError(f"{self.directory}: no *.safetensors or *.bin weights in this directory")
-
-    def _indexed(self, index: Path) -> list[Path]:
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index}: not a shard index ({error})") from None
-        missing = [name for name in names if not (self.directory / name).is_file()]
-        if missing:
-            raise ModelError(f"{self.directory}: shard {missing[0]} is missing ({len(missing)} of {len(names)} shards)")
-        return [self.directory / name for name in names]
-
-    def _open(self, file: Path) -> Any:
+    def _open(self, file: Path) -> Tensors:
         if file not in self._opened:
-            try:
-                if file.suffix == ".safetensors":
-                    self._opened[file] = safe_open(str(file), framework="pt")
-                else:
-                    self._opened[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-                raise ModelError(
-                    f"{file}: truncated or damaged ({str(error).splitlines()[0]}); fetch it again"
-                ) from None
-            except Exception as error:  # UnpicklingError and friends: torch raises what the pickle provokes
-                raise ModelError(f"{file}: not a plain weight file ({type(error).__name__}); refused") from None
+            self._opened[file] = open_weights(file)
         return self._opened[file]
 
     def __contains__(self, name: str) -> bool:
@@ -118,11 +88,14 @@ class TensorFiles:
         """The tensor, checked for shape (where one is expected) and for NaN and infinities."""
         if name not in self.files:
             raise ModelError(f"{self.directory}: tensor {name} is missing")
-        opened = self._open(self.files[name])
-        tensor: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
         self._used.add(name)
+        return self._checked(self._open(self.files[name]).get_tensor(name), name, shape)
+
+    def _checked(self, tensor: Tensor, name: str, shape: Sequence[int] | None = None) -> Tensor:
         if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise ModelError(f"{name}: shape {list(tensor.shape)} in the checkpoint, {list(shape)} by config.json")
+        if tensor.dtype not in (*FLOATS, torch.int32) or (shape is not None and tensor.dtype not in FLOATS):
+            raise ModelError(f"{name}: {tensor.dtype} is not read natively; only fp32, fp16, bf16 and GPTQ are")
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ModelError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
         return tensor
@@ -150,7 +123,14 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
-BuildQuantised = Callable[[str, Mapping[str, Tensor]], nn.Module]  # (name, packed tensors) -> module
+class BuildQuantised(Protocol):
+    """From the packed tensors of a linear: a module that computes with them, or its dense weight."""
+
+    def __call__(self, name: str, tensors: Mapping[str, Tensor], /) -> nn.Module: ...
+
+    def dense(self, name: str, tensors: Mapping[str, Tensor], /) -> Tensor: ...
+
+
 BuildFromDense = Callable[[str, Tensor, Tensor | None], nn.Module]  # (name, weight, bias) -> module
 
 
@@ -170,9 +150,10 @@ def _meta() -> Iterator[None]:
         yield
 
 
-def load(directory: Path, config: ModelConfig, placement: Placement) -> tuple[Transformer, TensorFiles]:
+def load(source: Path | TensorFiles, config: ModelConfig, placement: Placement) -> tuple[Transformer, TensorFiles]:
     """A ready `Transformer` in inference mode; ModelError names what is wrong with the checkpoint."""
-    files = TensorFiles(directory)
+    files = TensorFiles(source) if isinstance(source, Path) else source
+    config = as_stored(config, files)
     with _meta():
         model = Transformer(config)
     for name, module in list(model.named_modules()):
@@ -183,21 +164,53 @@ def load(directory: Path, config: ModelConfig, placement: Placement) -> tuple[Tr
     _load_head(model, files, config, placement)
     leftover = files.unused()
     if leftover and not (config.tie_embeddings and leftover == ["lm_head.weight"]):
-        raise ModelError(f"{directory}: tensor {leftover[0]} has no place in this model ({len(leftover)} such)")
+        raise ModelError(f"{files.directory}: tensor {leftover[0]} has no place in this model ({len(leftover)} such)")
     return model.eval().requires_grad_(False), files
 
 
+def as_stored(config: ModelConfig, files: TensorFiles) -> ModelConfig:
+    """transformers' rule: a stored head that differs from the embeddings is used, whatever tie_word_embeddings says."""
+    embed, head = (f"{checkpoint_names(config, name)[0]}" for name in ("embed", "head"))
+    if not config.tie_embeddings or not (f"{head}.weight" in files or f"{head}.qweight" in files):
+        return config
+    if f"{head}.weight" in files and f"{embed}.weight" not in files:
+        return config
+    is_same = f"{head}.weight" in files and torch.equal(files.read(f"{embed}.weight"), files.read(f"{head}.weight"))
+    return config if is_same else replace(config, tie_embeddings=False)
+
+
 def _load_head(model: Transformer, files: TensorFiles, config: ModelConfig, placement: Placement) -> None:
+    (source,) = checkpoint_names(config, "head")
+    _refuse_nonzero_bias(files, [source])
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
+    elif f"{source}.qweight" in files:
+        weight = _place(read_head(files, config, placement), placement)
+        model.set_submodule("head", kernels.DequantisedLinear(weight, None))
     else:
         _load_weight(model, "head", model.head, files, config, placement)
+
+
+def read_head(files: TensorFiles, config: ModelConfig, placement: Placement) -> Tensor:
+    """The output matrix [V, E] in the precision it is stored in; a GPTQ-packed one dequantised."""
+    shape = (config.vocab_size, config.hidden_size)
+    (source,) = checkpoint_names(config, "head")
+    if as_stored(config, files).tie_embeddings and f"{source}.weight" not in files:
+        (source,) = checkpoint_names(config, "embed")
+    if f"{source}.qweight" not in files:
+        return files.read(f"{source}.weight", shape)
+    weight = _packed_builder(placement, source).dense(source, _packed_tensors(files, source))
+    if tuple(weight.shape) != shape:
+        raise ModelError(f"{source}: packed weights of {list(weight.shape)}, {list(shape)} by config.json")
+    return weight
 
 
 def _load_weight(
     model: Transformer, name: str, module: nn.Module, files: TensorFiles, config: ModelConfig, placement: Placement
 ) -> None:
     (source,) = checkpoint_names(config, name)
+    if name == "embed" and config.tie_embeddings and f"{source}.weight" not in files:
+        (source,) = checkpoint_names(config, "head")  # tied weights may be stored under either name
     assert isinstance(module.weight, Tensor)
     weight = files.read(f"{source}.weight", module.weight.shape)
     module.weight = nn.Parameter(_place(weight, placement), requires_grad=False)
@@ -217,8 +230,12 @@ def _load_linear(
     placement: Placement,
 ) -> None:
     sources = checkpoint_names(config, name)
-    if placement.packed is not None and any(f"{source}.qweight" in files for source in sources):
-        parts = [placement.packed(source, _packed_tensors(files, source)) for source in sources]
+    if any(f"{source}.qweight" in files for source in sources):
+        shapes, has_bias = _part_shapes(config, sources, module), module.bias is not None
+        parts = [
+            _load_part(files, source, shape, has_bias=has_bias, placement=placement)
+            for source, shape in zip(sources, shapes)
+        ]
         model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
         return
     weight = _joined(files, sources, "weight", _part_shapes(config, sources, module))
@@ -233,6 +250,33 @@ def _load_linear(
     module.weight = nn.Parameter(_place(weight, placement), requires_grad=False)
     if bias is not None:
         module.bias = nn.Parameter(_place(bias, placement), requires_grad=False)
+
+
+def _load_part(
+    files: TensorFiles, source: str, shape: Sequence[int], *, has_bias: bool, placement: Placement
+) -> nn.Module:
+    """One linear of a checkpoint in which some are packed: its own tensors say whether it is."""
+    if not has_bias:
+        _refuse_nonzero_bias(files, [source])
+    bias = files.read(f"{source}.bias", shape[:1]) if has_bias else None
+    if f"{source}.qweight" in files:
+        module = _packed_builder(placement, source)(source, _packed_tensors(files, source))
+        assert isinstance(module, kernels.QuantisedLinear), type(module)
+        packed = [module.out_features, module.in_features]
+        if packed != list(shape):
+            raise ModelError(f"{source}: packed weights of {packed}, {list(shape)} by config.json")
+        return module
+    linear = dense_linear(source, shape[1], shape[0], has_bias)
+    linear.weight = nn.Parameter(_place(files.read(f"{source}.weight", shape), placement), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(_place(bias, placement), requires_grad=False)
+    return linear
+
+
+def _packed_builder(placement: Placement, source: str) -> BuildQuantised:
+    if placement.packed is None:
+        raise ModelError(f"{source}.qweight: packed, but neither config.json nor quantize_config.json says how")
+    return placement.packed
 
 
 def _packed_tensors(files: TensorFiles, source: str) -> dict[str, Tensor]:
@@ -256,7 +300,7 @@ def _refuse_nonzero_bias(files: TensorFiles, sources: Sequence[str]) -> None:
     """Converters write zero biases for every linear; a bias that is not zero means that config.json is wrong."""
     for source in sources:
         if f"{source}.bias" in files and bool(files.read(f"{source}.bias").any()):
-            raise ModelError(f"{source}.bias: the checkpoint has this bias, config.json says there is none")
+            raise ModelError(f"{source}.bias: the checkpoint has this bias, a model of this config.json has none")
 
 
 def num_parameters(config: ModelConfig) -> int:

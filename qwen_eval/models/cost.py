@@ -52,9 +52,9 @@ def block_linears(config: ModelConfig) -> tuple[LinearShape, ...]:
     shapes = [(name, size, outputs, config.qkv_bias) for name, outputs in qkv]
     shapes += [
         ("attn.o", width, size, config.out_bias),
-        ("mlp.up", size, config.mlp_size, config.out_bias),
-        ("mlp.gate", size, config.mlp_size, config.out_bias),
-        ("mlp.down", config.mlp_size, size, config.out_bias),
+        ("mlp.up", size, config.mlp_size, config.mlp_bias),
+        ("mlp.gate", size, config.mlp_size, config.mlp_bias),
+        ("mlp.down", config.mlp_size, size, config.mlp_bias),
     ]
     return tuple(LinearShape(name=n, inputs=i, outputs=o, bias=b) for n, i, o, b in shapes)
 

@@ -62,14 +62,16 @@ class HiddenStates:
 
 def read_head(spec: ModelSpec) -> Tensor:
     """The lm_head [V,E] of a model as stored, without loading the rest."""
-    from qwen_eval.models.checkpoint import TensorFiles, checkpoint_names
+    from qwen_eval.models import checkpoint
     from qwen_eval.models.config import ModelConfig
     from qwen_eval.models.hub import checkpoint_dir
-    from qwen_eval.models.load import read_config
+    from qwen_eval.models.load import placement_of, read_config
+    from qwen_eval.models.lora import base_of
+    from qwen_eval.models.merged import open_tensors
 
     if spec.weights == "random":
         raise ModelError(f"model {spec.name}: random weights have no stored lm_head; KL divergence needs a checkpoint")
     directory = checkpoint_dir(spec)
-    config = ModelConfig.from_hf(read_config(directory, spec))
-    (source,) = checkpoint_names(config, "embed" if config.tie_embeddings else "head")
-    return TensorFiles(directory).read(f"{source}.weight", (config.vocab_size, config.hidden_size))
+    fields = read_config(base_of(directory), spec)
+    placement = placement_of(spec, fields, base_of(directory))
+    return checkpoint.read_head(open_tensors(directory), ModelConfig.from_hf(fields), placement)

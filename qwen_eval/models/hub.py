@@ -18,6 +18,8 @@ from qwen_eval.core import ConfigError, ModelError
 
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ("*.safetensors", "*.bin", "*.json", "*.tiktoken", "merges.txt", "*.jinja")
+# The first that is there holds the weights, as in transformers: an index beside a whole file is a leftover.
+ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TIMEOUT_S = 8.0  # for the first word of a hub; downloads take the time they take
 MODELSCOPE_HOST = "www.modelscope.cn"
 
@@ -45,7 +47,7 @@ def local_dir(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ModelError(f"model.path={path}: not a directory; it must hold config.json, weights and tokenizer files")
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(f"model.path={path}: no config.json there; copy the checkpoint's files into one directory")
     return folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,14 @@ import torch
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
+from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
-from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.config import ModelConfig, read_fields
+from qwen_eval.models.generation_config import read_json, sampling_of
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
+from qwen_eval.models.lora import base_of, tokenizer_dir
+from qwen_eval.models.merged import open_tensors
 from qwen_eval.models.quant import bnb, gptq, kernels
 from qwen_eval.models.quant.gptq import GptqConfig
 from qwen_eval.models.runner import ModelRunner
@@ -35,35 +38,64 @@ class Opened:
 def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: int = 1024) -> Opened:
     """Load `spec`; ModelError or ConfigError names what is wrong. Quantised layers name the kernel they got."""
     directory = checkpoint_dir(spec)
-    fields = read_config(directory, spec)
+    base = base_of(directory)
+    fields = read_config(base, spec)
     config = with_overrides(ModelConfig.from_hf(fields), spec)
+    placement = placement_of(spec, fields, base)
+    tokenizer = load_tokenizer(tokenizer_dir(directory), system=spec.system, thinking=spec.thinking)
+    check_vocabulary(tokenizer, config, directory)
+    model, digest = _weights(spec, directory, config, placement)
+    is_int8 = spec.kv_cache == "int8"
+    codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if is_int8 else PlainCodec(placement.dtype)
+    forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
+    packed = placement.packed
+    quant = f"gptq-int{packed.config.bits}" if isinstance(packed, gptq.Builder) else spec.quant
+    facts = {**_facts(spec, model, digest, placement.device), "quant": quant}
+    facts |= tokenizer.template.facts if tokenizer.template else {}
+    facts["sampling"] = sampling_of(read_json(base / "generation_config.json"))
+    facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head])  # choices read rows of the head
+    return Opened(forward=forward, tokenizer=tokenizer, facts=facts)
+
+
+def placement_of(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) -> Placement:
+    """Device, dtype and packing of the weights. `directory` is that of config.json."""
     device = choose_device(spec.device)
-    packed_config = read_quant(spec, fields, directory)
-    dtype = choose_dtype(spec.dtype, fields, device, is_packed=packed_config is not None)
-    check_quant(spec, packed_config)
-    placement = Placement(
+    packed = read_quant(spec, fields, directory)
+    dtype = choose_dtype(spec.dtype, fields, device, is_packed=packed is not None)
+    check_quant(spec, packed)
+    check_cache(spec, fields)
+    return Placement(
         device=device,
         dtype=dtype,
-        packed=gptq.builder(packed_config, dtype=dtype, device=device) if packed_config else None,
+        packed=gptq.builder(packed, dtype=dtype, device=device) if packed else None,
         from_dense=_bnb_builder(spec.quant, dtype, device),
     )
-    model, digest = _weights(spec, directory, config, placement)
-    codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if spec.kv_cache == "int8" else PlainCodec(dtype)
-    forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
-    quant = f"gptq-int{packed_config.bits}" if packed_config else spec.quant
-    facts = {**_facts(spec, model, digest, device), "quant": quant}
-    return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=facts)
+
+
+def check_vocabulary(tokenizer: ChatTokenizer, config: ModelConfig, directory: Path) -> None:
+    """ModelError where the tokenizer has ids that the embedding has no rows for: prompts would end in a traceback."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only {config.vocab_size} rows "
+            "(vocab_size in config.json); use the tokenizer that belongs to these weights"
+        )
+
+
+def check_cache(spec: ModelSpec, fields: Mapping[str, Any]) -> None:
+    """Qwen v1's own switch for the int8 cache changes numbers: it must be asked for here too."""
+    if fields.get("use_cache_quantization") and spec.kv_cache != "int8":
+        raise ModelError(
+            f"config.json: use_cache_quantization=true, but model.kv_cache={spec.kv_cache}; pass model.kv_cache=int8, "
+            "or set it to false there"
+        )
 
 
 def read_config(directory: Path, spec: ModelSpec) -> dict[str, Any]:
     """config.json of the checkpoint; for random weights `model.arch` on top, or alone without a checkpoint."""
     if spec.weights == "random" and spec.arch and spec.path is None and spec.asset is None:
         return dict(spec.arch)
-    try:
-        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'config.json'}: not readable as JSON ({error})") from None
-    return {**fields, **spec.arch} if spec.weights == "random" else dict(fields)
+    fields = read_fields(directory / "config.json")
+    return {**fields, **spec.arch} if spec.weights == "random" else fields
 
 
 def with_overrides(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
@@ -168,7 +200,7 @@ def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: P
     if spec.weights == "random":
         packing = read_quant(spec, spec.arch, directory)
         return random_model(config, placement, spec.seed, packing=packing), f"random:{spec.seed}"
-    model, files = load(directory, config, placement)
+    model, files = load(open_tensors(directory), config, placement)
     return model, files.digest()
 
 

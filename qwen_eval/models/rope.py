@@ -36,14 +36,26 @@ def yarn_frequencies(dim: int, base: float, yarn: Yarn) -> tuple[Tensor, float]:
     def dimension_of(rotations: float) -> float:
         return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(dimension_of(yarn.beta_fast)), 0)
-    high = min(math.ceil(dimension_of(yarn.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    low, high = dimension_of(yarn.beta_fast), dimension_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2).float() - low) / ((high - low) or 0.001)).clamp(0, 1)
     plain = inverse_frequencies(dim, base)
-    factor = yarn.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
-    return plain / yarn.factor * ramp + plain * (1 - ramp), factor
+    return plain / yarn.factor * ramp + plain * (1 - ramp), _attention_factor(yarn)
+
+
+def _attention_factor(yarn: Yarn) -> float:
+    """The factor on cos and sin: as stated, else from the two scales (where both are there), else from `factor`."""
+
+    def scaled(mscale: float) -> float:
+        return 0.1 * mscale * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return scaled(yarn.mscale) / scaled(yarn.mscale_all_dim)
+    return scaled(1.0)
 
 
 def logn_factors(positions: Tensor, train_length: int, window: int | None = None) -> Tensor:

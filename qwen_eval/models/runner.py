@@ -73,6 +73,26 @@ class ModelRunner:
             prefix.advance(len(part))
             yield hidden
 
+    @torch.inference_mode()
+    def first_non_finite(self, ids: Sequence[int]) -> str:
+        """The first module whose output for these tokens holds NaN or infinity: "layers.3 in float16"."""
+        found: list[str] = []
+
+        def look(name: str, output: Tensor) -> None:
+            if not found and not bool(torch.isfinite(output).all()):
+                found.append(f"{name} in {str(output.dtype).removeprefix('torch.')}")
+
+        watched = {"embed": self.model.embed, "norm": self.model.norm}
+        watched |= {f"layers.{i}": layer for i, layer in enumerate(self.model.layers)}
+        hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: look(n, out)) for n, m in watched.items()]
+        try:
+            for hidden in self.extend(self.empty_prefix(), ids, len(ids), want_hidden=True):
+                look("head", self.model.logits(hidden[-1:]))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else f"after the prompt, in {str(self.model.dtype).removeprefix('torch.')}"
+
     def grown(self, parent: Prefix | None, ids: Sequence[int], total_length: int) -> Prefix:
         """A new prefix: the parent's tokens, then `ids`."""
         prefix = self.empty_prefix() if parent is None else parent.fork()

@@ -1,7 +1,8 @@
 """Tokenizers: Qwen v1's from `qwen.tiktoken`, those of Qwen1.5 and later from `tokenizer.json`.
 
-Chats are tokenised piecewise: text that looks like a special token inside a message stays text. Token ids above the
-last special token are padding of the embedding matrix: they decode to nothing.
+Chats follow the checkpoint's own template; Qwen v1 has none and is asked in ChatML. Text that looks like a special
+token inside a message stays text. Token ids above the last special token are padding of the embedding matrix: they
+decode to nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import codecs
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from qwen_eval.core import DataError, Message, ModelError, Prompt
+from qwen_eval.core import ConfigError, DataError, Message, ModelError, Prompt
+from qwen_eval.models.generation_config import end_ids_of, read_json
+from qwen_eval.models.template import ChatTemplate, named_tokens, read_templates, with_system
 
 Errors: TypeAlias = Literal["replace", "ignore", "strict"]
 
@@ -46,7 +49,8 @@ class ChatTokenizer:
 
     special_tokens: dict[str, int]
     vocab_size: int
-    default_system: str | None  # the system message of a chat that has none
+    system: str | None = None  # put before a chat that has no system message of its own
+    template: ChatTemplate | None = None  # None: ChatML
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         raise NotImplementedError
@@ -61,6 +65,7 @@ class ChatTokenizer:
 
     @property
     def endoftext_id(self) -> int:
+        """What stands between two texts."""
         return self._special(ENDOFTEXT)
 
     @property
@@ -92,12 +97,19 @@ class ChatTokenizer:
         skipped = self.special_ids if skip_special else frozenset[int]()
         return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", errors)
 
+    @property
+    def beginning_ids(self) -> list[int]:
+        """What the tokenizer itself puts before a raw text: its BOS, where it has one."""
+        return []
+
     def render(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt, ChatML built piecewise and ending in the assistant's header and the prefill."""
+        """The token ids of a prompt; a chat ends in the assistant's header and the prefill."""
         if prompt.ids is not None:
             return list(prompt.ids)
         if prompt.text is not None:
-            return self.encode(prompt.text, parse_special=prompt.parse_special)
+            return self.beginning_ids + self.encode(prompt.text, parse_special=prompt.parse_special)
+        if self.template is not None:
+            return self.template.encode(prompt, self)
         ids: list[int] = []
         newline = self.encode("\n")
         for message in self._messages(prompt):
@@ -109,7 +121,9 @@ class ChatTokenizer:
         if prompt.ids is not None:
             return self.decode(prompt.ids)
         if prompt.text is not None:
-            return prompt.text
+            return self.decode(self.beginning_ids) + prompt.text
+        if self.template is not None:
+            return self.template.text(prompt)
         blocks = [f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in self._messages(prompt)]
         return "".join(blocks) + f"{IM_START}assistant\n{prompt.prefill}"
 
@@ -123,9 +137,10 @@ class ChatTokenizer:
         raise NotImplementedError
 
     def _messages(self, prompt: Prompt) -> tuple[Message, ...]:
-        if self.default_system is None or prompt.messages[0].role == "system":
-            return prompt.messages
-        return (Message(role="system", content=self.default_system), *prompt.messages)
+        """The chat as ChatML shows it."""
+        if prompt.has_tools:
+            raise ModelError("this checkpoint has no chat template, so it cannot be shown tools; ask it in ReAct form")
+        return with_system(prompt.messages, self.system)
 
     def _special(self, token: str) -> int:
         if token not in self.special_tokens:
@@ -140,10 +155,12 @@ class QwenTokenizer(ChatTokenizer):
     become specials); `encode_direct` is what its GSM8K and HumanEval scripts for base models call.
     """
 
-    default_system = V1_SYSTEM
-
-    def __init__(self, ranks: dict[bytes, int], *, num_extra_tokens: int = NUM_EXTRA_TOKENS) -> None:
+    def __init__(
+        self, ranks: dict[bytes, int], *, num_extra_tokens: int = NUM_EXTRA_TOKENS, system: str | None = None
+    ) -> None:
         import tiktoken
+
+        self.system = V1_SYSTEM if system is None else system
 
         specials = [ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(num_extra_tokens))]
         self.num_ranks = len(ranks)
@@ -196,30 +213,57 @@ class QwenTokenizer(ChatTokenizer):
 
 
 class HfTokenizer(ChatTokenizer):
-    """Byte-level BPE of a `tokenizer.json`: Qwen1.5, 2, 2.5 and 3.
+    """Byte-level BPE of a `tokenizer.json`: Qwen1.5, 2, 2.5, 3 and what was trained from them.
 
-    Their chat templates tokenise a block as one string ("user\\n" + content): a message that begins with a line break
-    gives other ids than under v1. `template` is the checkpoint's Jinja text: facts are read
-    from it, it is never executed.
+    Without a chat template it is asked in ChatML, where a block is one string ("user\\n" + content): a message that
+    begins with a line break gives other ids than under v1. `end_ids` end every completion.
     """
 
-    def __init__(self, content: str, *, template: str = "", pad_token: str = ENDOFTEXT) -> None:
-        from tokenizers import Tokenizer, decoders
+    def __init__(self, content: str, *, tokens: Mapping[str, str] | None = None, end_ids: Iterable[int] = ()) -> None:
+        from tokenizers import AddedToken, Tokenizer, decoders
 
         self._tokenizer = Tokenizer.from_str(content)
         if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
             raise ModelError("tokenizer.json is not a byte-level one as Qwen's are; use engine=hf for this model")
         self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
         added = self._tokenizer.get_added_tokens_decoder()
+        special = {i: token.content for i, token in added.items() if token.special or is_control(token.content)}
+        self._tokenizer.add_special_tokens(
+            [AddedToken(text, special=True, normalized=False) for text in special.values()]
+        )
         self._added = {i: token.content.encode() for i, token in added.items()}
-        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.special_tokens = {text: i for i, text in special.items()}
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.default_system = default_system_of(template)
-        self._drops_reasoning = "</think>" in template
-        self._pad_token = pad_token
+        self._named = dict(tokens or {})
+        self._ends = frozenset(end_ids) | self._ids_of("eos_token")
         can_cut = json.dumps(PRETOKEN)[1:-1] in content
         self._cut = _SAFE_CUT.split if can_cut else lambda text: [text]
         self._encode_paragraph = lru_cache(maxsize=4096)(self._encode_text)
+
+    @property
+    def endoftext_id(self) -> int:
+        """`<|endoftext|>`, else the tokenizer's own end of a text (DeepSeek-R1-Distill)."""
+        ids = self._ids_of("eos_token")
+        return super().endoftext_id if ENDOFTEXT in self.special_tokens or not ids else min(ids)
+
+    @cached_property
+    def beginning_ids(self) -> list[int]:
+        with_ends, plain = (self._tokenizer.encode("a", add_special_tokens=whether).ids for whether in (True, False))
+        return list(with_ends[: with_ends.index(plain[0])])
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        return super().eos_ids | self._ends
+
+    def end_ids(self, prompt: Prompt) -> frozenset[int]:
+        ends = self._ends | (super().end_ids(prompt) if ENDOFTEXT in self.special_tokens else self._ends)
+        if not ends:
+            raise ModelError("the checkpoint names no end token: neither its tokenizer nor generation_config.json does")
+        return ends
+
+    def _ids_of(self, name: str) -> frozenset[int]:
+        found = self._tokenizer.token_to_id(self._named[name]) if name in self._named else None
+        return frozenset() if found is None else frozenset((found,))
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """NFC and the paragraph memory as in `QwenTokenizer`. Tokens such as `<think>` count as text: always parsed."""
@@ -241,7 +285,7 @@ class HfTokenizer(ChatTokenizer):
 
     @property
     def pad_id(self) -> int:
-        return self.special_tokens.get(self._pad_token, self.endoftext_id)
+        return min(self._ids_of("pad_token"), default=self.endoftext_id)
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
@@ -255,24 +299,13 @@ class HfTokenizer(ChatTokenizer):
     def encode_block(self, role: str, content: str) -> list[int]:
         return self.encode(f"{role}\n{content}")
 
-    def _messages(self, prompt: Prompt) -> tuple[Message, ...]:
-        messages = super()._messages(prompt)
-        if not self._drops_reasoning:
-            return messages
-        return tuple(without_reasoning(m) if m.role == "assistant" else m for m in messages)
 
+def is_control(token: str) -> bool:
+    """Whether an added token is written as only a template writes: `<|fim_prefix|>`, `<｜User｜>`, unlike `<think>`.
 
-def default_system_of(template: str) -> str | None:
-    """The system message a chat template gives to a chat without one; None when it gives none (Qwen3)."""
-    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\n\\]+)<\|im_end\|>", template)
-    return found.group(1) if found else None
-
-
-def without_reasoning(message: Message) -> Message:
-    """An earlier reply of Qwen3 as its template shows it again: without what stands up to `</think>`."""
-    if "</think>" not in message.content:
-        return message
-    return Message(role=message.role, content=message.content.split("</think>")[-1].lstrip("\n"))
+    Published tokenizers do not mark all of them as special; in a text they stay text all the same.
+    """
+    return re.fullmatch(r"<[|｜].*[|｜]>", token, re.DOTALL) is not None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -332,23 +365,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
-def load_tokenizer(path: Path) -> ChatTokenizer:
+def load_tokenizer(path: Path, *, system: str | None = None, thinking: str = "auto") -> ChatTokenizer:
     """The tokenizer of a checkpoint directory: `qwen.tiktoken` (Qwen v1) or `tokenizer.json` (later ones).
 
-    A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says `"num_extra_tokens": N`.
+    `system` goes before chats without a system message, None leaves the checkpoint's own; `thinking` on or off asks
+    the template for it. A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says
+    `"num_extra_tokens": N`.
     """
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "tokenizer_config.json")
@@ -356,20 +378,32 @@ def load_tokenizer(path: Path) -> ChatTokenizer:
         num_extra = config.get("num_extra_tokens", NUM_EXTRA_TOKENS)
         if type(num_extra) is not int or num_extra < 0:
             raise ModelError(f"{folder}/tokenizer_config.json: num_extra_tokens={num_extra!r} is not a count")
-        return QwenTokenizer(read_ranks(ranks), num_extra_tokens=num_extra)
+        _refuse_thinking(thinking)
+        return QwenTokenizer(read_ranks(ranks), num_extra_tokens=num_extra, system=system)
     if (file := folder / "tokenizer.json").is_file():
-        return _load_hf(file, config)
+        return _load_hf(file, config, system, thinking)
     raise ModelError(f"{folder}: no qwen.tiktoken and no tokenizer.json; copy the checkpoint's tokenizer files there")
 
 
-def _load_hf(file: Path, config: dict[str, Any]) -> HfTokenizer:
-    jinja = file.parent / "chat_template.jinja"  # where newer releases of transformers save it
-    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template", "")
-    pad = config.get("pad_token") or ENDOFTEXT
-    pad_token = pad["content"] if isinstance(pad, dict) else pad
+def _refuse_thinking(thinking: str) -> None:
+    if thinking == "on":
+        raise ConfigError("model.thinking=on: this checkpoint has no chat template with such a switch; use auto")
+
+
+def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: str) -> HfTokenizer:
+    tokens = named_tokens(config)
     try:
-        return HfTokenizer(file.read_text(encoding="utf-8"), template=template or "", pad_token=pad_token)
+        content = file.read_text(encoding="utf-8")
+        tokenizer = HfTokenizer(content, tokens=tokens, end_ids=end_ids_of(file.parent))
     except ModelError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read
         raise ModelError(f"{file}: not a readable tokenizer ({error}); get the file again") from error
+    tokenizer.system = system
+    if templates := read_templates(file.parent, config):
+        tokenizer.template = ChatTemplate(
+            templates, variables=tokens, special=tokenizer.special_tokens, system=system, thinking=thinking
+        )
+    else:
+        _refuse_thinking(thinking)
+    return tokenizer

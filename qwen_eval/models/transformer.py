@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.dense import product
+from qwen_eval.models.dense import Linear
 from qwen_eval.models.rope import Rotation
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (name, in features, out features, bias)
@@ -30,9 +30,9 @@ class Attend(Protocol):
         ...
 
 
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: weights are loaded, and drawing them on the meta device imports torch's compiler (2 to 6 s)."""
 
 
 def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:
@@ -93,7 +93,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
         super().__init__()
-        size, width, bias = config.hidden_size, config.mlp_size, config.out_bias
+        size, width, bias = config.hidden_size, config.mlp_size, config.mlp_bias
         self.up = make_linear(f"{name}.up", size, width, bias)
         self.gate = make_linear(f"{name}.gate", size, width, bias)
         self.down = make_linear(f"{name}.down", width, size, bias)
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, make_linear: MakeLinear = dense_linear) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, f"layers.{i}", make_linear) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)

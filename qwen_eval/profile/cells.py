@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qwen_eval.config import ModelSpec, RopeSpec
-from qwen_eval.core import JSON, ConfigError, ModelError
-from qwen_eval.models.config import ModelConfig
+from qwen_eval.core import JSON, ConfigError
+from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.cost import Cost
 from qwen_eval.profile.config import ProfileSpec
 
@@ -85,12 +84,10 @@ def shape_fields(model: ModelSpec) -> dict[str, Any]:
     if model.path is None and model.asset is None:
         raise ConfigError(f"model={model.name}: no shape to plan with; give model.path= or model.arch")
     from qwen_eval.models.hub import asset_dir, local_dir
+    from qwen_eval.models.lora import base_of
 
     directory = local_dir(model.path) if model.path is not None else asset_dir(str(model.asset))
-    try:
-        fields: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'config.json'}: not readable as JSON ({error})") from None
+    fields = read_fields(base_of(directory) / "config.json")
     return {**fields, **model.arch} if model.weights == "random" else fields
 
 

@@ -24,6 +24,7 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, QwenEvalError, Sampling
 from qwen_eval.engines.native.generation import Generator, Row
 from qwen_eval.engines.native.scoring import is_out_of_memory
+from qwen_eval.models.config import read_fields
 from qwen_eval.models.device import DTYPES, Device, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.load import Opened, choose_device, open_forward
@@ -152,7 +153,7 @@ def published_sampling(spec: ProfileSpec) -> Sampling:
     fields["repetition_penalty"] = PUBLISHED_CHAT_PENALTY if spec.model.chat else 1.0
     path = checkpoint_dir(spec.model) / "generation_config.json"
     if spec.model.weights != "random" and path.is_file():
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = read_fields(path)
         fields |= {key: said[key] for key in fields if said.get(key) is not None}
         if said.get("do_sample") is False:
             fields["temperature"] = 0.0

@@ -93,9 +93,13 @@ def check(spec: QuantizeSpec) -> None:
 
 
 def _plain_config(source: Path) -> dict[str, Any]:
+    from qwen_eval.models.config import read_fields
+    from qwen_eval.models.lora import is_adapter
     from qwen_eval.models.quant.gptq import read_config
 
-    fields: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if is_adapter(source):
+        raise ModelError(f"{source}: a LoRA adapter; merge it into its base (merge_and_unload of peft) and pass that")
+    fields = read_fields(source / "config.json")
     if read_config(fields, source) is not None:
         raise ModelError(f"{source}: is quantised already; quantise its BF16 original")
     return fields

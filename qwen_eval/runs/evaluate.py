@@ -15,8 +15,10 @@ from qwen_eval.core import (
     Answer,
     Completions,
     Engine,
+    EngineError,
     HasArtifacts,
     HasNotes,
+    LocatesNonFinite,
     Metric,
     QwenEvalError,
     Record,
@@ -26,6 +28,7 @@ from qwen_eval.core import (
     TokenLogprobs,
     Turn,
     ids_sha256,
+    is_finite,
 )
 from qwen_eval.engines.options import check_options
 from qwen_eval.runs.grading import graded
@@ -46,6 +49,8 @@ from qwen_eval.tasks.registry import TaskContext, build
 # Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
 PLACES = {"task": ("path",), "model": ("path", "hub")}
 ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and threads change speed alone
+
+MOST_CUT = 0.05  # of the replies
 
 OpenEngine = Callable[[EvalSpec], Engine]
 
@@ -98,12 +103,20 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         section = _run_section(meter, time.perf_counter() - start, num_resumed=len(done))
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
-        warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ())]
+        warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ()), *cut_replies(result["rates"])]
         warnings += length_warnings(records, engine.info)
         result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
         write_artifacts(task, records, run.path)
         run.finish(result)
         return _outcome(run.path, result, was_finished=False)
+
+
+def cut_replies(rates: Mapping[str, JSON]) -> list[str]:
+    """One warning where so many replies met the limit of new tokens that the score is not the model's."""
+    cut = rates.get("truncated", {}).get("value", 0.0)
+    if not cut > MOST_CUT:
+        return []
+    return [f"{100 * cut:.1f} % of the replies were cut at the limit of new tokens; raise task.max_new_tokens"]
 
 
 def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
@@ -115,13 +128,14 @@ def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
         setattr(engine, "keep_hidden", kept)  # noqa: B010  (only the native engine has it)
 
 
-def task_context(spec: EvalSpec, engine: Engine | None) -> TaskContext:
+def task_context(spec: EvalSpec, engine: Engine | None, *, facts: Mapping[str, JSON] | None = None) -> TaskContext:
+    """`facts`: what the engine of a finished run said of itself, where none is open."""
     return TaskContext(
         protocol=spec.protocol,
         is_chat=spec.model.chat if spec.task.mode == "auto" else spec.task.mode == "chat",
         tokenizer=engine.tokenizer if engine else None,
         sandbox=spec.sandbox,
-        model_facts=dict(engine.info) if engine else {},
+        model_facts=dict(engine.info) if engine else dict(facts or {}),
     )
 
 
@@ -150,6 +164,7 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
             "num_samples": len(samples),
             "requests_sha256": requests_sha256(task, samples),
             "weights": weights_digest(spec.model, info),
+            "chat_template": info.get("chat_template"),
             "packages": deciding_versions(),
         },
         "provenance": provenance(),
@@ -170,8 +185,12 @@ def ask(
     *,
     num_done: int = 0,
 ) -> Meter:
-    """Ask all samples together, turn by turn, and hand each graded one to `keep` at once."""
+    """Ask all samples together, turn by turn, and hand each graded one to `keep` at once.
+
+    EngineError at the end where any failed on non-finite numbers: they are not stored, and the run is not finished.
+    """
     meter = Meter()
+    failed: list[tuple[Sample, Request]] = []
     upcoming: list[tuple[_Conversation, Request]] = []
 
     def advance(conversation: _Conversation) -> None:
@@ -193,13 +212,31 @@ def ask(
             num_answers = 0
             for index, answer in engine.run([request for _, request in asked]):
                 conversation, request = asked[index]
+                num_answers += 1
+                if not is_finite(answer):
+                    failed.append((conversation.sample, request))
+                    continue
                 conversation.turns.append(Turn(request=request, answer=answer))
                 advance(conversation)
-                num_answers += 1
             assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
     finally:
         progress.stop()
+    if failed:
+        raise EngineError(failure(engine, failed, len(samples)))
     return meter
+
+
+def failure(engine: Engine, failed: Sequence[tuple[Sample, Request]], num_asked: int) -> str:
+    """What failed, where the numbers overflow, and the way out; the first failed sample is looked into."""
+    sample, request = failed[0]
+    dtype = str(engine.info.get("dtype", "of unknown dtype"))
+    where = engine.locate_non_finite(request) if isinstance(engine, LocatesNonFinite) else f"a layer in {dtype}"
+    ways_out = {"float16": "model.dtype=bf16 or fp32", "bfloat16": "model.dtype=fp32"}
+    way_out = f"try {ways_out[dtype]}" if dtype in ways_out else "look into the weights or the server"
+    return (
+        f"{len(failed)} of {num_asked} samples failed: non-finite logits ({sample.id}: NaN or infinity from {where}); "
+        f"the others are stored, the run is not finished; {way_out}"
+    )
 
 
 class Meter:
@@ -280,7 +317,7 @@ def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:
     if not result or not stored:
         return None
     try:
-        task = build(spec.task, task_context(spec, None))
+        task = build(spec.task, task_context(spec, None, facts=result["engine"]))
         now = run_spec(spec, task, selected(task, spec), result["engine"])
     except QwenEvalError:  # a task that needs the tokenizer; the slow way says what is wrong if anything is
         return None

@@ -79,6 +79,8 @@ class ChoiceTask(ABC):
         self._check()
         self.is_chat = context.is_chat if spec.mode == "auto" else spec.mode == "chat"
         self.is_upstream = context.protocol == "upstream"
+        if spec.sampling != "task" and not self.is_chat:
+            raise ConfigError(f"task.sampling={spec.sampling}: base models are asked for letters, which are not drawn")
         self.source = open_source(spec, bundled=self.bundled, hub_archive=self.hub_archive)
 
     def _check(self) -> None:
@@ -198,13 +200,18 @@ class ChoiceTask(ABC):
 
     # --- asking ---
 
+    @property
+    def reply_tokens(self) -> int:
+        return self.context.reply_tokens(self.spec, is_chat=self.is_chat)
+
     def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
         if turns:
             return None
         shots = [row.cells for row in self._shots[sample.group]]
         if self.is_chat:
             prompt = chat_shots(self.chat_template, shots, sample.data)
-            return Generate(prompt=prompt, max_new_tokens=self.spec.max_new_tokens)
+            sampling = self.context.sampling(self.spec)
+            return Generate(prompt=prompt, max_new_tokens=self.reply_tokens, sampling=sampling)
         head = {"subject": sample.group.replace("_", " ")}
         return Choose(
             # Upstream tokenises raw text with special tokens allowed, so a question that shows one becomes one.

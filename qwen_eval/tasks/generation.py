@@ -96,6 +96,10 @@ class GenerativeTask(ABC, Generic[SpecT]):
         return Sampling()
 
     @property
+    def reply_tokens(self) -> int:
+        return self.context.reply_tokens(self.spec, is_chat=self.is_chat)
+
+    @property
     def num_completions(self) -> int:
         return 1
 
@@ -104,9 +108,9 @@ class GenerativeTask(ABC, Generic[SpecT]):
             return None
         return Generate(
             prompt=self.prompt(sample),
-            max_new_tokens=self.spec.max_new_tokens,
+            max_new_tokens=self.reply_tokens,
             stop=() if self.is_chat or self.is_upstream else self.stops(),
-            sampling=self.sampling(sample),
+            sampling=self.context.sampling(self.spec, self.sampling(sample)),
             n=self.num_completions,
         )
 

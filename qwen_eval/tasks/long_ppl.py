@@ -66,6 +66,8 @@ class LongPpl:
     def __init__(self, spec: LongPplSpec, context: TaskContext):
         self.tokenizer = context.required_tokenizer(spec.name, " and gives no log-probabilities of given text")
         _check(spec)
+        if spec.sampling != "task":
+            raise ConfigError(f"task.sampling={spec.sampling}: {spec.name} scores text and draws none")
         self.spec, self.context, self.name = spec, context, spec.name
         self.preset = PRESETS[spec.preset]
         self.prefix = end_of_text(self.tokenizer)

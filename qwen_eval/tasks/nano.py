@@ -85,7 +85,8 @@ class Nano(GenerativeTask[Spec]):
             space = "" if sample.data["language"] == "zh" else " "
             return Choose(prompt=prompt, choices=tuple(space + letter for letter in ex.LETTERS))
         stop = () if self.is_chat else STOPS[kind]
-        return Generate(prompt=prompt, max_new_tokens=self.spec.max_new_tokens, stop=stop)
+        limit, sampling = self.reply_tokens, self.context.sampling(self.spec)
+        return Generate(prompt=prompt, max_new_tokens=limit, stop=stop, sampling=sampling)
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         answer = turns[0].answer

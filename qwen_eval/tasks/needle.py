@@ -147,7 +147,8 @@ class Needle:
             return None
         stop = () if self.context.is_chat else STOPS
         prompt = Prompt(ids=self.buried(sample).ids)
-        return Generate(prompt=prompt, max_new_tokens=self.spec.max_new_tokens, stop=stop)
+        limit = self.context.reply_tokens(self.spec, is_chat=self.context.is_chat)
+        return Generate(prompt=prompt, max_new_tokens=limit, stop=stop, sampling=self.context.sampling(self.spec))
 
     def buried(self, sample: Sample) -> Buried:
         """The prompt of a cell, with the places of its needles."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_eval.config import TaskSpec
-from qwen_eval.core import JSON, ConfigError, Task, Tokenizer
+from qwen_eval.core import JSON, ConfigError, Sampling, Task, Tokenizer
 
 TASKS = {
     "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
@@ -38,6 +38,20 @@ class TaskContext:
     tokenizer: Tokenizer | None = None
     sandbox: str = "auto"
     model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
+
+    def reply_tokens(self, spec: TaskSpec, *, is_chat: bool) -> int:
+        """The most new tokens of a reply: the task's own, and room to think where the model does so in a chat."""
+        thinks = is_chat and bool(self.model_facts.get("thinks"))
+        return spec.max_new_tokens + (spec.thinking_tokens if thinks else 0)
+
+    def sampling(self, spec: TaskSpec, own: Sampling | None = None) -> Sampling:
+        """How texts are drawn: as the task says, or as the model's generation_config.json does."""
+        if spec.sampling == "task":
+            return own or Sampling()
+        found = self.model_facts.get("sampling")
+        if not found:
+            raise ConfigError("task.sampling=checkpoint: the engine knows no generation_config.json; use sampling=task")
+        return Sampling(**found, seed=spec.seed)
 
     def required_tokenizer(self, task: str, why: str) -> Tokenizer:
         """The tokenizer, for tasks that count in tokens. Raises ConfigError where the engine has none."""

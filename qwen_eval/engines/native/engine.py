@@ -111,6 +111,9 @@ class NativeEngine:
             yield index, answer
             start = time.perf_counter()
 
+    def locate_non_finite(self, request: Request) -> str:
+        return self.forward.first_non_finite(self._render_ids(request.prompt))
+
     def close(self) -> None:
         del self.forward, self.scorer.forward, self.generator.forward
         if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
 from qwen_eval.engines.native.prefix_tree import Node, build
-from qwen_eval.engines.native.sampling import draw, generator_of
+from qwen_eval.engines.native.sampling import NON_FINITE, draw, generator_of, greedy_tokens
 from qwen_eval.engines.native.scoring import is_out_of_memory
 from qwen_eval.models.kv_cache import Prefix, Slots
 from qwen_eval.models.runner import ModelRunner
@@ -243,8 +243,11 @@ class _Batch:
     @torch.inference_mode()
     def _accept(self, rows: Sequence[Row], hidden_BE: Tensor) -> None:
         logits_BV = self.forward.model.logits(hidden_BE)
-        greedy = logits_BV.argmax(-1).tolist()
+        greedy = greedy_tokens(logits_BV).tolist()
         for i, row in enumerate(rows):
+            if greedy[i] == NON_FINITE:
+                row.finish_reason = "non-finite"
+                continue
             token = greedy[i] if row.is_plain_greedy else row.choose(logits_BV[i])
             row.accept(token, self.owner.tokenizer.token_bytes(token))
         self.owner.generated_tokens += len(rows)

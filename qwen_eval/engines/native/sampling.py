@@ -12,6 +12,19 @@ from torch import Tensor
 
 from qwen_eval.core import Sampling
 
+NON_FINITE = -1  # in place of a token: the logits held NaN or an infinity
+
+
+def greedy_tokens(logits_BV: Tensor) -> Tensor:
+    """[B] the most likely token of each row, the first of equals; NON_FINITE where the row is no distribution.
+
+    NaN counts as the greatest, so the greatest logit alone shows NaN and infinity: no further pass over the logits, and
+    no further read by the host. A lone -inf is no token that could be chosen.
+    """
+    best_B = logits_BV.argmax(-1)
+    top_B = logits_BV.gather(1, best_B[:, None])[:, 0]
+    return torch.where(torch.isfinite(top_B), best_B, NON_FINITE)
+
 
 def distribution(logits_V: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
     """Probabilities [V] fp32 after all processors. `ids`: prompt and generated tokens, which the penalty looks at."""

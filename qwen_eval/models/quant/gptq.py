@@ -9,9 +9,8 @@ The weight is `scales[g] * (q - zero[g])`.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
+from qwen_eval.models.config import read_fields, shown
 from qwen_eval.models.quant import kernels
 
 BITS = (4, 8)
+SLAB_N = 8192  # outputs dequantised at a time
+HONOURED = "quant_method bits group_size desc_act sym checkpoint_format format dynamic"
+# How the weights were found, and which kernels its authors used; which modules are packed, the tensors say.
+HARMLESS = """
+    damp_percent damp_auto_increment static_groups true_sequential mse uses_act_group_aware act_group_aware model_seqlen
+    dataset tokenizer batch_size pad_token_id max_input_length cache_block_outputs block_name_to_quantize
+    module_name_preceding_first_block modules_in_block_to_quantize modules_to_not_convert lm_head
+    model_name_or_path model_file_base_name meta quantizer version backend
+    use_exllama disable_exllama exllama_config use_cuda_fp16 desc_act_static hyb_act parallel_packing
+"""
+FIXED: dict[str, tuple[Any, ...]] = {
+    "pack_dtype": ("int32", None),
+    "is_marlin_format": (False, None),
+    "adapter": (None, {}),
+    "rotation": (None, False),
+}
 V1, V2 = "gptq", "gptq_v2"  # values of checkpoint_format; v2 stores the zero point itself
 
 
@@ -76,10 +92,7 @@ def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig |
         origin = directory / "quantize_config.json"
         if not origin.is_file():
             return None
-        try:
-            raw = json.loads(origin.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{origin}: not JSON ({error})") from error
+        raw = read_fields(origin)
     if not isinstance(raw, Mapping):
         raise ModelError(f"{origin}: quantisation settings are {type(raw).__name__}, expected an object")
     return _parse(raw, origin)
@@ -88,17 +101,20 @@ def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig |
 def _parse(raw: Mapping[str, Any], origin: Path) -> GptqConfig:
     method = raw.get("quant_method", "gptq")
     if method != "gptq":
-        raise ModelError(f"{origin}: quant_method={method} is not read natively; only gptq is (or use engine=hf)")
+        raise ModelError(
+            f"{origin}: quant_method={shown(method)[1:-1]} is not read natively; only gptq is (or use engine=hf)"
+        )
+    _check_settings(raw, origin)
     bits, group_size = raw.get("bits"), raw.get("group_size", -1)
     if bits not in BITS:
-        raise ModelError(f"{origin}: bits={bits} is not supported; GPTQ checkpoints of 4 or 8 bits are")
-    if not isinstance(group_size, int) or not (group_size == -1 or group_size > 0):
-        raise ModelError(f"{origin}: group_size={group_size}; it is -1 (one group) or a positive number of inputs")
-    layout = raw.get("checkpoint_format") or V1
+        raise ModelError(f"{origin}: bits={shown(bits)} is not supported; GPTQ checkpoints of 4 or 8 bits are")
+    if type(group_size) is not int or not (group_size == -1 or 0 < group_size < 1 << 24):
+        raise ModelError(
+            f"{origin}: group_size={shown(group_size)}; it is -1 (one group) or a positive number of inputs"
+        )
+    layout = raw.get("checkpoint_format") or raw.get("format") or V1
     if layout not in (V1, V2):
-        raise ModelError(f"{origin}: checkpoint_format={layout} is not supported; {V1} and {V2} are")
-    if raw.get("dynamic"):
-        raise ModelError(f"{origin}: settings per module (`dynamic`) are not supported; one setting for all modules is")
+        raise ModelError(f"{origin}: checkpoint_format={shown(layout)[1:-1]} is not supported; {V1} and {V2} are")
     return GptqConfig(
         bits=int(bits),
         group_size=group_size,
@@ -106,6 +122,21 @@ def _parse(raw: Mapping[str, Any], origin: Path) -> GptqConfig:
         sym=bool(raw.get("sym", True)),
         checkpoint_format=str(layout),
     )
+
+
+def _check_settings(raw: Mapping[str, Any], origin: Path) -> None:
+    """Every setting is honoured, harmless or refused, as the fields of config.json are."""
+    if raw.get("dynamic"):
+        raise ModelError(f"{origin}: settings per module (`dynamic`) are not supported; one setting for all modules is")
+    for name, value in raw.items():
+        if name in FIXED and value not in FIXED[name]:
+            raise ModelError(f"{origin}: {name}={shown(value)} is not supported, only {FIXED[name][0]!r}")
+        if value and name not in FIXED and name not in (HONOURED + HARMLESS).split():
+            how = f"quantisation setting {shown(name)[1:-1]}={shown(value)}"
+            raise ModelError(f"{origin}: unknown {how} may change how weights are read; remove it if it does not")
+    for name in ("desc_act", "sym"):
+        if raw.get(name) not in (None, True, False):
+            raise ModelError(f"{origin}: {name}={shown(raw[name])} must be true or false")
 
 
 def check(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> tuple[int, int]:
@@ -157,13 +188,30 @@ def unpack(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "li
     in_features, out_features = check(tensors, config, name=name)
     q_KN = unpack_rows(tensors["qweight"], config.bits)
     zero_GN = unpack_rows(tensors["qzeros"].t(), config.bits).t()[:, :out_features]
-    if config.checkpoint_format == V1:
+    if stored_format(zero_GN, config, name) == V1:
         zero_GN = (zero_GN + 1) & (config.levels - 1)
     group_K = tensors.get("g_idx")
     if group_K is None:
         size = in_features if config.group_size == -1 else config.group_size
         group_K = torch.arange(in_features, device=q_KN.device) // size
     return Codes(q_KN, zero_GN, tensors["scales"], group_K.long())
+
+
+def stored_format(stored_GN: Tensor, config: GptqConfig, name: str) -> str:
+    """The format that the stored zero points are in, which for symmetric weights they show themselves.
+
+    Published checkpoints exist that store 8 (v2) and say `gptq` (v1): believed, every weight would be a step off.
+    """
+    other = {V1: V2, V2: V1}[config.checkpoint_format]
+    half = config.levels // 2
+    if not bool((stored_GN == half - (other == V1)).all()):
+        return config.checkpoint_format
+    if not config.sym:
+        raise ModelError(
+            f"{name}.qzeros: every zero point is stored as {int(stored_GN[0, 0])}, which contradicts sym=false with "
+            f"checkpoint_format={config.checkpoint_format}; set sym=true if the weights are symmetric"
+        )
+    return other
 
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
@@ -234,12 +282,31 @@ def build_linear(
     return kernels.DequantisedLinear(codes.weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
 
 
-def builder(
-    config: GptqConfig, *, dtype: torch.dtype, device: torch.device | str
-) -> Callable[[str, Mapping[str, Tensor]], nn.Module]:
+@dataclass(frozen=True, kw_only=True)
+class Builder:
     """(name, tensors) -> Linear, for loading a whole checkpoint."""
 
-    def build(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-        return build_linear(tensors, config, dtype=dtype, device=device, name=name)
+    config: GptqConfig
+    dtype: torch.dtype
+    device: torch.device | str
 
-    return build
+    def __call__(self, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+        return build_linear(tensors, self.config, dtype=self.dtype, device=self.device, name=name)
+
+    def dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight [out, in] in `dtype`, a slab of outputs at a time: a head unpacks to gigabytes of int32."""
+        in_features, out_features = check(tensors, self.config, name=name)
+        weight_NK = torch.empty(out_features, in_features, dtype=self.dtype)
+        per_word = self.config.per_word
+        for start in range(0, out_features, SLAB_N):
+            outputs = slice(start, min(start + SLAB_N, out_features))
+            words = slice(start // per_word, -(-outputs.stop // per_word))
+            slab = {**tensors, "qweight": tensors["qweight"][:, outputs], "qzeros": tensors["qzeros"][:, words]}
+            slab |= {"scales": tensors["scales"][:, outputs]}
+            slab.pop("bias", None)
+            weight_NK[outputs] = dequantise(slab, self.config, name=name).to(self.dtype)
+        return weight_NK
+
+
+def builder(config: GptqConfig, *, dtype: torch.dtype, device: torch.device | str) -> Builder:
+    return Builder(config=config, dtype=dtype, device=device)
