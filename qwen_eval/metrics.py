@@ -15,6 +15,7 @@ from qwen_eval.core import Completions, Grade, Metric, Record
 
 ALPHA = 0.05
 FLAGS = ("truncated", "empty", "looping", "no_answer")
+RARE_FLAGS = ("overlong", "grading_timeout", "cut_prompt")  # a rate only where one was seen
 
 Clusters = Sequence[Hashable] | None
 Interval = tuple[float, float]
@@ -108,8 +109,9 @@ def rates(records: Iterable[Record]) -> dict[str, Metric]:
     rows = list(records)
     generated = [row for row in rows if any(isinstance(answer, Completions) for answer in row.answers)]
     found: dict[str, Metric] = {}
-    for flag in FLAGS:
-        basis = generated if generated else [row for row in rows if any(flag in r.grade.flags for r in rows)]
+    for flag in (*FLAGS, *RARE_FLAGS):
+        is_seen = any(flag in row.grade.flags for row in rows)
+        basis = generated if generated and (is_seen or flag in FLAGS) else rows if is_seen else []
         if basis:
             found[flag] = share([float(flag in row.grade.flags) for row in basis], higher_is_better=False)
     both = [row.grade for row in rows if row.grade.score_upstream is not None]

@@ -82,6 +82,7 @@ class HfEngine:
             "device": str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "attention": getattr(self._model.config, "_attn_implementation", None),
+            "max_length": getattr(self._model.config, "max_position_embeddings", None),
             **self._chat_facts,
             "sampling": self._sampling,
             **({"weights": self._weights} if self._weights else {}),
@@ -116,9 +117,7 @@ class HfEngine:
             yield index, self._choose_long(prompt, choices)
 
     def _choice_ids(self, request: Choose) -> tuple[list[int], list[list[int]]]:
-        ids = self.tokenizer.render(request.prompt)
-        if request.max_prompt_tokens is not None:
-            ids = ids[-request.max_prompt_tokens :]
+        ids = list(request.kept(tuple(self.tokenizer.render(request.prompt))))
         choices = [self.tokenizer.encode(choice) for choice in request.choices]
         if not ids or not all(choices):
             raise EngineError(f"a prompt and every choice need at least one token: {request.choices!r}")

@@ -76,8 +76,7 @@ class VllmEngine:
         scored = self._make_sampling(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         if isinstance(request, Score):
             return [(ids, scored)]
-        if request.max_prompt_tokens is not None:
-            ids = ids[-request.max_prompt_tokens :]
+        ids = list(request.kept(tuple(ids)))
         return [(ids + self.tokenizer.encode(choice), scored) for choice in request.choices]
 
     def _sampling(self, request: Generate) -> Any:

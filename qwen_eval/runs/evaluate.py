@@ -34,8 +34,10 @@ from qwen_eval.core import (
 )
 from qwen_eval.engines.identity import identity
 from qwen_eval.engines.options import check_options
+from qwen_eval.runs.grading import graded
 from qwen_eval.runs.integrity import damage_of, doubled
 from qwen_eval.runs.progress import Progress
+from qwen_eval.runs.prompt_lengths import CUT_PROMPT, is_cut, length_warnings, read_by_model
 from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256
 from qwen_eval.runs.store import (
     FORMAT,
@@ -112,6 +114,7 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
         warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ()), *cut_replies(result["rates"])]
+        warnings += length_warnings(records, engine.info)
         result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
         write_artifacts(task, records, run.path)
         run.finish(result)
@@ -266,7 +269,10 @@ class Meter:
 
 
 def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn]) -> Record:
-    rendered = [engine.render(turn.request.prompt) for turn in turns]
+    rendered = [read_by_model(engine, turn.request) for turn in turns]
+    grade = graded(task, sample, turns)
+    if any(is_cut(engine, turn.request) for turn in turns):
+        grade = dataclasses.replace(grade, flags=(*grade.flags, CUT_PROMPT))
     return Record(
         sample_id=sample.id,
         group=sample.group,
@@ -276,7 +282,7 @@ def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn])
         prompt_sha256=tuple(ids_sha256(item.ids) for item in rendered),
         num_prompt_tokens=tuple(len(item.ids) for item in rendered),
         answers=tuple(turn.answer for turn in turns),
-        grade=task.grade(sample, turns),
+        grade=grade,
     )
 
 
