@@ -81,7 +81,8 @@ def test_the_table_goes_from_no_trick_to_all_and_tells_each_change(tmp_path: Pat
         "NTK → NTK + LogN + window 256-1024",
     }
     assert deltas["plain → NTK"][0] == 0
-    assert deltas["plain → NTK"][1] == pytest.approx(2.718281828**2.3 - 2.718281828**3.1, rel=1e-6)
+    assert deltas["plain → NTK"][1] == pytest.approx(2.2 - 3.0, rel=1e-6)
+    assert changes.rows[0][4].text.startswith("-55.07 %")  # exp(-0.8) - 1
 
 
 def test_rows_that_read_alike_wear_their_tags_and_no_change_is_told(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def compare_paths(paths: Sequence[str], margins: Margins | None = None) -> list[
 
 
 def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """The same with Holm's p-values over all of them."""
+    """The same with Holm's p-values over all of them; speed is judged by its margin and takes part in no test."""
     items = list(comparisons)
-    p_values = holm([None if c.difference is None else c.difference.p_value for c in items])
+    p_values = holm([None if c.difference is None or c.family == "speed" else c.difference.p_value for c in items])
     return [replace(c, p_adjusted=p) for c, p in zip(items, p_values)]
 
 
@@ -100,13 +100,12 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
     gains = sum(flip.is_gain for flip in same)
     if _differs_in_tokens(a, b):
         notes.append("token ids of the prompts differ though their text does not: another tokenizer or special tokens")
-    reference = abs(base.first.value) if base.first else 0.0
     kld, why_not = _divergence(first, second)
     return replace(
         base,
         difference=difference,
         by_group=_perplexity_by_group(a, b) if base.family == "ppl" else (),
-        margin=margins.of(base.family) * (1.0 if base.family == "share" else reference),
+        margin=_margin(base, margins),
         flips=flips,
         regraded=(gains, len(same) - gains),
         is_identical=all(_is_identical(x, y) for x, y in zip(a, b)),
@@ -119,7 +118,7 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
 def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple[Difference | None, list[str]]:
     """The paired test that fits; None where the benchmark has no score per sample (a corpus score)."""
     if base.family == "ppl":
-        return _perplexity(a, b), []
+        return _perplexity(a, b), ["Δ is over all lengths together"] if len({item.group for item in a}) > 1 else []
     pairs = [(x, y) for x, y in zip(a, b) if x.score is not None and y.score is not None]
     if not pairs:
         return None, ["no score per sample: only identical answers can be told"]
@@ -131,6 +130,14 @@ def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple
     factors = weights or [1.0] * len(pairs)
     weighted = [[w * s for w, s in zip(factors, side)] for side in scores]
     return paired_mean(weighted[0], weighted[1], clusters), notes
+
+
+def _margin(base: Comparison, margins: Margins) -> float:
+    """On the scale of the difference: points of a share, log of a ratio of perplexities, parts of another mean."""
+    margin = margins.of(base.family)
+    if base.family == "ppl":
+        return math.log1p(margin)
+    return margin * (abs(base.first.value) if base.family == "mean" and base.first else 1.0)
 
 
 def _perplexity(a: Sequence[Item], b: Sequence[Item]) -> Difference:
@@ -222,7 +229,7 @@ def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | N
     if not rows:
         return None
     draws = [x.draw for x, _ in rows]
-    return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False)
+    return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False, is_positive=True)
 
 
 def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]]:

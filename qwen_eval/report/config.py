@@ -13,7 +13,7 @@ class MarginsSpec:
     """Changes smaller than these are of no interest: shares absolute (0.01 is one point), the others relative."""
 
     share: float = 0.01
-    ppl: float = 0.001
+    ppl: float = 0.01
     mean: float = 0.01
     speed: float = 0.10
 

@@ -99,7 +99,10 @@ def judgement_table(
     judgements: Sequence[Judgement], *, title: str, sides: tuple[str, str] = ("before", "now")
 ) -> Table:
     """One row a comparison: both scores, Δ with its interval, p, flips both ways, what would show, the verdict."""
-    columns = ("task", "what", "verdict", *sides, "Δ [95 %]", "p (Holm)", "lost / gained", "would show", "why")
+    columns = (
+        "task", "what", "verdict", *sides, "Δ [95 %]", "p (Holm)", "lost / gained", "would show", "by the margin",
+        "why",
+    )  # fmt: skip
     rows = tuple(_row(judgement) for judgement in judgements)
     notes: tuple[str, ...] = (
         "would show: the smallest change for the worse found four times of five at this n and spread.",
@@ -110,11 +113,13 @@ def judgement_table(
 
 def _row(judgement: Judgement) -> tuple[Cell, ...]:
     c = judgement.comparison
+    decision = judgement.decision
     flips = f"{c.losses} / {c.gains}" if c.flips or c.family == "share" else "–"
     return (
         text_cell(c.task), text_cell(c.label), text_cell(WORDS[judgement.verdict], tone=TONES[judgement.verdict]),
         metric_cell(c.first), metric_cell(c.second), delta_cell(c, c.difference), text_cell(p_text(c.p_adjusted)),
-        text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)), text_cell(judgement.why),
+        text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)),
+        text_cell(decision.text if decision else None), text_cell(judgement.why),
     )  # fmt: skip
 
 

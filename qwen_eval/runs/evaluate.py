@@ -14,6 +14,7 @@ from qwen_eval.core import (
     JSON,
     Answer,
     Completions,
+    DrawsLimit,
     Engine,
     HasArtifacts,
     HasNotes,
@@ -127,7 +128,9 @@ def selected(task: Task, spec: EvalSpec) -> list[Sample]:
     from qwen_eval.data.sources import draw
 
     samples = list(task.samples())
-    return samples if spec.task.limit is None else list(draw(samples, spec.task.limit, spec.task.seed))
+    if spec.task.limit is None or isinstance(task, DrawsLimit):
+        return samples
+    return list(draw(samples, spec.task.limit, spec.task.seed))
 
 
 def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mapping[str, JSON]) -> dict[str, JSON]:
