@@ -188,7 +188,7 @@ def ratio_variance(sums: Sequence[float], counts: Sequence[float], groups: Clust
     if groups is not None:
         numbers: dict[Hashable, int] = {}
         index = [numbers.setdefault(group, len(numbers)) for group in groups]
-        totals, sizes = np.bincount(index, weights=totals), np.bincount(index, weights=sizes)
+        totals, sizes = (np.bincount(index, weights=x).astype(np.float64) for x in (totals, sizes))
     totals, sizes = totals[sizes > 0], sizes[sizes > 0]
     if len(totals) < 2:
         return math.nan, 0.0

@@ -90,6 +90,44 @@ def test_clusters_that_move_together_are_one_draw() -> None:
     assert clustered.p_value == pytest.approx(2 / 16)
 
 
+def test_duplicates_are_tested_exactly_as_clusters_of_two() -> None:
+    """MMLU asks some questions twice: the test is exact, has no floor, and is McNemar's where none is."""
+    n, lost, gained = 14_042, 90, 20
+    first = [1.0] * lost + [0.0] * gained + [1.0] * (n - lost - gained)
+    second = [0.0] * lost + [1.0] * gained + [1.0] * (n - lost - gained)
+    twice = [0, 0, *range(2, n)]  # one pair of duplicates, both lost
+    found, alone = paired_share(first, second, twice), paired_share(first, second)
+    assert (alone.test, found.test) == ("exact McNemar", "sign flip of clusters, exact")
+    assert found.num_clusters == n - 1
+    # 88 single losses, one double, 20 gains: of the 2^109 patterns those that lie as far out
+    heads = stats.binom(108, 0.5)
+    expected = sum(heads.pmf(k) for k in range(109) for double in (-2, 2) if abs(2 * k - 108 + double) >= 70) / 2
+    assert found.p_value == pytest.approx(expected)
+    assert found.p_value is not None
+    assert found.p_value < 1e-9
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=2e-4)
+
+
+def test_a_small_p_of_uneven_weights_is_drawn_until_it_is_seen() -> None:
+    """A macro average weighs items by their subject: no whole steps. 150 tasks of Holm need p below 0.0002."""
+    weights = np.random.default_rng(10).uniform(0.5, 2.0, 60)
+    diffs = np.where(np.arange(60) < 47, -1.0, 1.0) * weights
+    found = paired_mean([0.0] * 60, diffs.tolist())
+    assert found.p_value is not None
+    assert found.p_value < 0.0002
+    assert found.p_value == pytest.approx(float(stats.norm.sf(-diffs.sum() / np.sqrt((diffs**2).sum()))) * 2, rel=0.9)
+    assert int(found.test.split()[4].replace(",", "")) > 100_000
+
+
+def test_a_change_of_every_answer_is_not_no_difference() -> None:
+    clusters = [i // 2 for i in range(40)]
+    found = paired_share([1.0] * 40, [0.0] * 40, clusters)
+    assert found.p_value == pytest.approx(2 / 2**20)
+    assert found.low == -1.0
+    assert found.high is not None
+    assert -1.0 < found.high < -0.6
+
+
 def test_no_difference_is_not_certainty() -> None:
     found = paired_share([1.0, 0.0] * 20, [1.0, 0.0] * 20)
     assert found.p_value == 1.0

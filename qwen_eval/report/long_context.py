@@ -65,8 +65,10 @@ def changes(runs: Sequence[LoadedRun]) -> list[Table]:
             if sum(" → " in name for name in names) != 1:
                 continue
             comparison = compare_sides(first, second, Margins())
-            found = dict(comparison.by_group) or {str(n): comparison.difference for n in lengths if len(lengths) == 1}
-            if any(found.values()):
+            found = dict(comparison.by_group)
+            if comparison.difference is not None and len(lengths) == 1:
+                found = {str(lengths[0]): comparison.difference}
+            if found:
                 cells = [delta_cell(comparison, found.get(str(length))) for length in lengths]
                 rows.append((*map(text_cell, (model, *names)), *cells))
     if not rows:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from qwen_eval.metrics import ALPHA, ratio_variance, t_quantile
 
 LEVEL = 0.03  # of the tests: at a level of 5 % every other count of false alarms would be above 5 %
+NORMAL_QUANTILE = 1.959963984540054  # of 0.975
 POWER = 0.85  # promised are 80 %: the spread that goes into it is itself an estimate
 MIN_DRAWS = 7  # all of six differences of one sign have a chance of 2 / 64 = 0.031: no test at LEVEL can say more
 TOO_FEW = f"too few independent draws to test: fewer than {MIN_DRAWS}"
@@ -219,12 +220,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def bonett_price(gains: float, losses: float, n: float, *, alpha: float = ALPHA) -> tuple[float, float]:
+def bonett_price(gains: float, losses: float, n: float, *, quantile: float = NORMAL_QUANTILE) -> tuple[float, float]:
     """Adjusted Wald interval of a paired difference of shares (Bonett & Price 2012): covers at small n, never empty."""
-    from scipy.special import ndtri
-
     up, down = (gains + 1) / (n + 2), (losses + 1) / (n + 2)
-    half = float(ndtri(1 - alpha / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = quantile * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
@@ -328,8 +327,8 @@ def _clustered_answers(diffs: Sequence[float], groups: Sequence[Hashable], gains
         return found
     independent = (gains + losses) / n**2 - found.delta**2 / n
     effective = n * min(1.0, independent / found.error**2) if found.error > 0 else float(found.num_clusters)
-    effective *= (t_quantile(1e6) / t_quantile(found.dof)) ** 2
-    low, high = bonett_price(gains * effective / n, losses * effective / n, effective)
+    up, down = gains * effective / n, losses * effective / n
+    low, high = bonett_price(up, down, effective, quantile=t_quantile(found.dof))
     return replace(found, low=min(low, found.delta), high=max(high, found.delta))
 
 

@@ -15,7 +15,7 @@ from qwen_eval.metrics import t_quantile
 from qwen_eval.report.comparison import Comparison, Verdict
 from qwen_eval.report.paired import LEVEL, POWER, Difference
 
-MOST_MORE = 10_000_000  # beyond that Δ lies on the margin, and no number decides
+MOST_MORE = 1_000_000  # beyond that Δ lies on the margin, and no number decides
 
 Word: TypeAlias = Literal["equivalent", "worse by more than the margin", "better", "not worse", "not decided"]
 
@@ -181,7 +181,7 @@ def _num_more(c: Comparison, difference: Difference, low: float, high: float) ->
     more = difference.num_clusters * (((high - low) / 2 / room) ** 2 - 1)
     if not 1 <= more <= MOST_MORE:
         return None
-    digits = 10 ** max(0, math.floor(math.log10(more)) - 1)  # two digits: it is an estimate
+    digits = int(10 ** max(0, math.floor(math.log10(more)) - 1))  # two digits: it is an estimate
     return math.ceil(more / digits) * digits
 
 
