@@ -2,6 +2,7 @@
 
     python tools/simulate_statistics.py                  # 10,000 draws a cell, some minutes
     python tools/simulate_statistics.py --draws 1000     # a short look
+    python tools/simulate_statistics.py --correlations 0.7 -0.7
 
 A draw is a benchmark of so many documents, their sizes log-normal with the given standard deviation of the logarithm
 (about 0.7 in real collections), and the effect of a change on each: independent of its size, or correlated with the
@@ -54,10 +55,10 @@ class Rates:
     covered: float
 
 
-def cells() -> Iterator[Cell]:
+def cells(correlations: Sequence[float] = CORRELATIONS) -> Iterator[Cell]:
     for documents in NUM_DOCUMENTS:
         for spread in SIZE_SPREADS:
-            for correlation in CORRELATIONS if spread else (0.0,):
+            for correlation in correlations if spread else (0.0,):
                 yield Cell(documents=documents, size_spread=spread, correlation=correlation)
         yield Cell(documents=documents, size_spread=0.0, has_giant=True)
 
@@ -154,13 +155,13 @@ STUDIES: dict[str, Callable[[np.random.Generator, Cell, int], Rates]] = {
 TESTED = ("perplexity ratio", "answers compared")  # the others are intervals alone
 
 
-def table(draws: int, seed: int) -> Iterator[str]:
+def table(draws: int, seed: int, correlations: Sequence[float]) -> Iterator[str]:
     """Lines of Markdown: for each cell the false alarms of the tests and the coverage of the intervals, in per cent."""
     columns = ["perplexity ratio: errors", "covered", "answers compared: errors", "covered"]
     columns += ["one perplexity: covered", "one share: covered"]
     yield f"| documents | sizes | correlation | {' | '.join(columns)} |"
     yield "|---:|---|---:|" + "---:|" * len(columns)
-    for number, cell in enumerate(cells()):
+    for number, cell in enumerate(cells(correlations)):
         found = [study(np.random.default_rng([seed, number]), cell, draws) for study in STUDIES.values()]
         shown = [part for name, rates in zip(STUDIES, found) for part in _shown(rates, name in TESTED)]
         yield f"| {cell.documents} | {cell.sizes} | {cell.correlation:+.1f} | {' | '.join(shown)} |"
@@ -175,8 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=10_000, help="benchmarks drawn in each cell")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--correlations", type=float, nargs="+", default=CORRELATIONS, help="of effects and sizes")
     options = parser.parse_args(argv)
-    for line in table(options.draws, options.seed):
+    for line in table(options.draws, options.seed, options.correlations):
         print(line, flush=True)
 
 

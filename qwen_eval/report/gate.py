@@ -6,6 +6,7 @@ Exit codes: 0 nothing got worse; 1 something did; 3 nothing did, but something c
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,14 +125,17 @@ def _row(judgement: Judgement) -> tuple[Cell, ...]:
 
 
 def delta_cell(c: Comparison, d: Difference | None) -> Cell:
-    """`-1.2 [-4.4, +1.9]` in the unit of the comparison."""
+    """`-1.2 [-4.4, +1.9]` in the unit of the comparison; its values are fractions where that is per cent or points."""
     if d is None:
         return text_cell(None)
     text = shown(c, d.delta, sign=True).removesuffix(" points")
     if d.low is not None and d.high is not None:
         low, high = (shown(c, x, sign=True).removesuffix(" points") for x in (d.low, d.high))
         text += f" [{low}, {high}]"
-    return Cell(text=text, value=d.delta, title=f"{d.test}, n = {d.n:,}, {d.num_clusters:,} independent draws")
+    is_ratio = c.family == "ppl"
+    value, low_end, high_end = (math.expm1(x) if is_ratio and x is not None else x for x in (d.delta, d.low, d.high))
+    title = f"{d.test}, n = {d.n:,}, {d.num_clusters:,} independent draws"
+    return Cell(text=text, value=value, low=low_end, high=high_end, title=title)
 
 
 def junit(report: GateReport) -> str:

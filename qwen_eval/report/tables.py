@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 
 from qwen_eval.core import JSON, Metric
+from qwen_eval.report.references import NOTE, column, differences
 from qwen_eval.report.runs import (
     FACETS,
     LoadedRun,
@@ -24,10 +27,15 @@ MANY = 60  # rows of a by-group table
 
 def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
     """Name -> how to make it; each gives no table where no run has what it shows."""
+
+    @cache
+    def deltas() -> Mapping[Path, Cell]:
+        return differences(runs.finished, _order)
+
     return {
-        "models": lambda: models_by_tasks(runs.finished),
-        "runs": lambda: every_run(runs),
-        "quantisation": lambda: quantisation(runs.finished),
+        "models": lambda: models_by_tasks(runs.finished, deltas()),
+        "runs": lambda: every_run(runs, deltas()),
+        "quantisation": lambda: quantisation(runs.finished, deltas()),
         "categories": lambda: categories(runs.finished),
         "long": lambda: long_context(runs.finished),
         "profile": lambda: profile(runs.profiles),
@@ -36,12 +44,12 @@ def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
     }
 
 
-def every_run(runs: RunSet) -> list[Table]:
+def every_run(runs: RunSet, deltas: Mapping[Path, Cell]) -> list[Table]:
     """One row a run: score, interval, n, protocol, how often answers were cut or unreadable, state."""
     if not runs.evals:
         return []
     columns = ("model", "precision", "task", "metric", "score", "n", "protocol", "truncated", "no answer", "state")
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for run in sorted(runs.evals, key=_order):
         name, metric = run.headline or ("", None)
         state = run.status_note
@@ -52,19 +60,24 @@ def every_run(runs: RunSet) -> list[Table]:
             _rate(run, "truncated"), _rate(run, "no_answer"),
             text_cell(state, tone="" if state == "complete" else "weak" if run.status == "partial" else "bad"),
         ))  # fmt: skip
-    return [Table(name="runs", title="Every run", columns=columns, rows=tuple(rows))]
+    notes: tuple[str, ...] = ()
+    found = column(deltas, sorted(runs.evals, key=_order))
+    if found is not None:  # beside the score
+        columns, notes = (*columns[:5], "Δ", *columns[5:]), (NOTE,)
+        rows = [(*row[:5], delta, *row[5:]) for row, delta in zip(rows, found)]
+    return [Table(name="runs", title="Every run", columns=columns, rows=tuple(rows), notes=notes)]
 
 
-def models_by_tasks(runs: Sequence[LoadedRun]) -> list[Table]:
+def models_by_tasks(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
     """Headline scores in per cent, tasks in the order of the model cards. A cell of another kind than its column's
     most common one (protocol, shots, split, limit, data) wears a letter, and the letter is explained below."""
     if not runs:
         return []
     rows = [((text_cell(label), text_cell(variant)), cells) for (label, variant), cells in _grid(runs, _row_key)]
-    return [_wide("models", "Models × tasks", ("model", "precision"), rows, runs)]
+    return [_wide("models", "Models × tasks", ("model", "precision"), rows, runs, deltas)]
 
 
-def quantisation(runs: Sequence[LoadedRun]) -> list[Table]:
+def quantisation(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
     """Variants of one model under each other, as in the cards' table of quantised models."""
     variants: dict[str, set[str]] = defaultdict(set)
     for run in runs:
@@ -75,7 +88,7 @@ def quantisation(runs: Sequence[LoadedRun]) -> list[Table]:
     grid = _grid(kept, lambda run: (base_name(run.model), run.variant))
     rows = [((text_cell(model), text_cell(variant)), cells) for (model, variant), cells in grid]
     rows.sort(key=lambda row: (row[0][0].text, precision_rank(row[0][1].text)))
-    return [_wide("quantisation", "Precisions of one model", ("model", "precision"), rows, kept)]
+    return [_wide("quantisation", "Precisions of one model", ("model", "precision"), rows, kept, deltas)]
 
 
 def categories(runs: Sequence[LoadedRun]) -> list[Table]:
@@ -194,14 +207,25 @@ def _wide(
     head: tuple[str, ...],
     rows: Sequence[tuple[tuple[Cell, ...], Mapping[str, LoadedRun]]],
     runs: Sequence[LoadedRun],
+    deltas: Mapping[Path, Cell],
 ) -> Table:
+    """A column a task, and beside it the differences to the reference where a model has several rows."""
     marks = Marks(runs)
     tasks = [task for task, _ in _by_task(runs)]
-    body = []
-    for labels, cells in rows:
-        body.append((*labels, *(_score(cells.get(task), marks) for task in tasks)))
-    columns = (*head, *(f"{task} ({marks.column(task)})" for task in tasks))
-    return Table(name=name, title=title, columns=columns, rows=tuple(body), notes=marks.notes)
+    columns, body, has_deltas = list(head), [list(labels) for labels, _ in rows], False
+    for task in tasks:
+        members = [cells.get(task) for _, cells in rows]
+        parts = [(f"{task} ({marks.column(task)})", [_score(run, marks) for run in members])]
+        beside = column(deltas, members)
+        if beside is not None:
+            parts.append((f"Δ {task}", beside))
+            has_deltas = True
+        for title_of_column, cells_of_column in parts:
+            columns.append(title_of_column)
+            for row, cell in zip(body, cells_of_column):
+                row.append(cell)
+    notes = (*marks.notes, NOTE) if has_deltas else marks.notes
+    return Table(name=name, title=title, columns=tuple(columns), rows=tuple(map(tuple, body)), notes=notes)
 
 
 def _score(run: LoadedRun | None, marks: Marks) -> Cell:
