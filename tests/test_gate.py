@@ -290,6 +290,7 @@ def test_accept_makes_today_the_baseline(project: Path) -> None:
         (["runs={old}", "out=x.xml"], "only the gate has verdicts"),
         (["runs={empty}"], "no run under"),
         (["runz=x"], "runz"),
+        (["compare={old},{old}", "margin=150"], "margin=150.0: points or per cent"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

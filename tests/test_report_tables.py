@@ -74,6 +74,15 @@ def test_variants_of_a_model_stand_with_their_paired_difference(tmp_path: Path) 
         )
 
 
+def test_a_margin_decides_what_is_equivalent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right = [1.0] * 300 + [0.0] * 300
+    first = write_run(tmp_path / "a", answered(right))
+    second = write_run(tmp_path / "b", answered([0.0] * 6 + right[6:-6] + [1.0] * 6))
+    for margin, words in (("margin=1", "not decided (about"), ("margin=3", "equivalent within 3.0 points")):
+        assert main([f"compare={first},{second}", margin, "format=md"]) == 0
+        assert words in capsys.readouterr().out
+
+
 def test_a_variant_of_other_prompts_has_no_difference_and_says_why(tmp_path: Path) -> None:
     write_run(tmp_path, answered([1.0, 0.0] * 20))
     write_run(tmp_path, answered([1.0, 0.0] * 20), model="qwen-7b-chat-int4", quant="gptq-int4", benchmark={"shots": 8})

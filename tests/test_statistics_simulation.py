@@ -1,4 +1,4 @@
-"""A short run of tools/simulate_statistics.py: tests keep their level and intervals cover with few, uneven documents."""
+"""A short run of tools/simulate_statistics.py: few and uneven documents, tests at their level, intervals that cover."""
 
 from __future__ import annotations
 

@@ -35,3 +35,4 @@ class ReportSpec:
     num_flips: int = 20  # samples listed by compare in text; HTML lists all
     max_samples: int = 20_000  # samples an HTML file carries
     margins: MarginsSpec = field(default_factory=MarginsSpec)
+    margin: float | None = None  # points of a share, per cent of the others: short for margins.share, .ppl and .mean
