@@ -130,7 +130,7 @@ def delta_cell(c: Comparison, d: Difference | None) -> Cell:
         return text_cell(None)
     text = shown(c, d.delta, sign=True).removesuffix(" points")
     if d.low is not None and d.high is not None:
-        low, high = (shown(c, x, sign=True).removesuffix(" points") for x in (d.low, d.high))
+        low, high = (shown(c, x, sign=True).removesuffix(" points").removesuffix(" %") for x in (d.low, d.high))
         text += f" [{low}, {high}]"
     is_ratio = c.family == "ppl"
     value, low_end, high_end = (math.expm1(x) if is_ratio and x is not None else x for x in (d.delta, d.low, d.high))

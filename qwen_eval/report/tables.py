@@ -48,9 +48,12 @@ def every_run(runs: RunSet, deltas: Mapping[Path, Cell]) -> list[Table]:
     """One row a run: score, interval, n, protocol, how often answers were cut or unreadable, state."""
     if not runs.evals:
         return []
-    columns = ("model", "precision", "task", "metric", "score", "n", "protocol", "truncated", "no answer", "state")
+    columns: tuple[str, ...] = (
+        "model", "precision", "task", "metric", "score", "n", "protocol", "truncated", "no answer", "state",
+    )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
-    for run in sorted(runs.evals, key=_order):
+    members = sorted(runs.evals, key=_order)
+    for run in members:
         name, metric = run.headline or ("", None)
         state = run.status_note
         rows.append((
@@ -61,7 +64,7 @@ def every_run(runs: RunSet, deltas: Mapping[Path, Cell]) -> list[Table]:
             text_cell(state, tone="" if state == "complete" else "weak" if run.status == "partial" else "bad"),
         ))  # fmt: skip
     notes: tuple[str, ...] = ()
-    found = column(deltas, sorted(runs.evals, key=_order))
+    found = column(deltas, members)
     if found is not None:  # beside the score
         columns, notes = (*columns[:5], "Δ", *columns[5:]), (NOTE,)
         rows = [(*row[:5], delta, *row[5:]) for row, delta in zip(rows, found)]
