@@ -37,7 +37,8 @@ def compare_paths(paths: Sequence[str], margins: Margins | None = None) -> list[
             why = f" ({found.unreadable[0].path}: {found.unreadable[0].reason})" if found.unreadable else ""
             raise ConfigError(f"compare: no run under {path}{why}")
     pairs = _pairs(first, second, paths)
-    return adjusted([compare_sides(Side(run=a), Side(run=b), margins or Margins()) for a, b in pairs])
+    margins = margins or Margins()
+    return adjusted([found for a, b in pairs for found in compare_runs(Side(run=a), Side(run=b), margins)])
 
 
 def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
@@ -68,6 +69,24 @@ def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[Lo
 
 
 # --- one pair --------------------------------------------------------------------------------------------------------
+
+
+def compare_runs(first: Side, second: Side, margins: Margins) -> list[Comparison]:
+    """One comparison of two runs; of perplexities one for each length, the headline's first."""
+    found = compare_sides(first, second, margins)
+    if not all(f"ppl/{group}" in first.run.metrics for group, _ in found.by_group) or not found.by_group:
+        return [found]
+    rows = [_of_length(found, first.run, second.run, group, d) for group, d in found.by_group]
+    rows.sort(key=lambda row: row.metric != found.metric)
+    return [replace(rows[0], kld=found.kld), *rows[1:]]
+
+
+def _of_length(c: Comparison, first: LoadedRun, second: LoadedRun, group: str, difference: Difference) -> Comparison:
+    name = f"ppl/{group}"
+    return replace(
+        c, metric=name, label=f"{c.label}, {group} tokens", first=first.metrics.get(name),
+        second=second.metrics.get(name), difference=difference, kld=None,
+    )  # fmt: skip
 
 
 def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
@@ -118,7 +137,9 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
 def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple[Difference | None, list[str]]:
     """The paired test that fits; None where the benchmark has no score per sample (a corpus score)."""
     if base.family == "ppl":
-        return _perplexity(a, b), ["Δ is over all lengths together"] if len({item.group for item in a}) > 1 else []
+        length = base.metric.rpartition("/")[2]  # the headline is one length's: other lengths are `by_group`
+        rows = [(x, y) for x, y in zip(a, b) if x.group == length] or list(zip(a, b))
+        return _perplexity([x for x, _ in rows], [y for _, y in rows]), []
     pairs = [(x, y) for x, y in zip(a, b) if x.score is not None and y.score is not None]
     if not pairs:
         return None, ["no score per sample: only identical answers can be told"]

@@ -77,7 +77,7 @@ class Comparison:
     """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
 
     `difference.delta` is absolute for shares and means and log(ratio) for perplexity and speed; `margin` is on the
-    same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
+    same scale. `by_group` (perplexity only) holds every context length, `difference` the headline's.
     `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
     """
 

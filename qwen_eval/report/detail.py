@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from qwen_eval.core import JSON
 from qwen_eval.report.comparison import Comparison
-from qwen_eval.report.gate import delta_cell, judgement_table
+from qwen_eval.report.gate import judgement_table
 from qwen_eval.report.verdict import joint, judge_all
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
 
@@ -21,23 +21,9 @@ def compare_tables(comparisons: Sequence[Comparison], *, num_flips: int = 20) ->
     if sum(judgement.decision is not None for judgement in judgements) > 1:
         verdicts = replace(verdicts, notes=(*verdicts.notes, f"All tasks: {joint(judgements)}."))
     tables = [verdicts]
-    tables += by_group(comparisons)
     tables += distributions(comparisons)
     for comparison in comparisons:
         tables += flips(comparison, num_flips)
-    return tables
-
-
-def by_group(comparisons: Sequence[Comparison]) -> list[Table]:
-    """Change of perplexity at each context length or in each document group, in per cent."""
-    tables = []
-    for c in comparisons:
-        rows = tuple((text_cell(group), delta_cell(c, d), number_cell(d.n, 0)) for group, d in c.by_group)
-        if rows:
-            title = f"{c.task}: change of perplexity by group"
-            notes = ("For reading: these intervals are 95 % each, the verdict is over all groups together.",)
-            columns = ("group", "PPL [95 %]", "tokens")
-            tables.append(Table(name=f"delta-{c.task}", title=title, columns=columns, rows=rows, notes=notes))
     return tables
 
 

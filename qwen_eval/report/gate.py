@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from qwen_eval.report.baseline import key_of, load_baselines
-from qwen_eval.report.compare import adjusted, compare_sides
+from qwen_eval.report.compare import adjusted, compare_runs
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.paired import Difference
 from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
@@ -56,7 +56,7 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
     for run in found.runs:
         by_key.setdefault(key_of(run), []).append(run)
     sides = load_baselines(baselines)
-    comparisons = [_against(side, by_key.get(key_of(side.run), []), margins) for side in sides]
+    comparisons = [found for side in sides for found in _against(side, by_key.get(key_of(side.run), []), margins)]
     known = {key_of(side.run) for side in sides}
     return GateReport(
         judgements=tuple(judge_all(adjusted(comparisons))),
@@ -65,16 +65,17 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
     )
 
 
-def _against(baseline: Side, candidates: Sequence[LoadedRun], margins: Margins) -> Comparison:
+def _against(baseline: Side, candidates: Sequence[LoadedRun], margins: Margins) -> list[Comparison]:
     if len(candidates) == 1:
-        return compare_sides(baseline, Side(run=candidates[0]), margins)
+        return compare_runs(baseline, Side(run=candidates[0]), margins)
     head = baseline.run.headline
     reason = f"{len(candidates)} runs of it: " + ", ".join(str(run.path) for run in candidates)
-    return Comparison(
+    missing = Comparison(
         task=baseline.run.task, label=f"{baseline.run.label} {baseline.run.variant}", family="share",
         metric=head[0] if head else "", first=head[1] if head else None, second=None,
         obstacles=(reason if candidates else "no run of it was found",), paths=(baseline.run.path,),
     )  # fmt: skip
+    return [missing]
 
 
 # --- what it looks like ----------------------------------------------------------------------------------------------
