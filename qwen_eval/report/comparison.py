@@ -61,6 +61,21 @@ class Flip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Of `num_samples` in both runs, how many agree in the answer itself, in what was read from it, in the score.
+
+    `is_text`: the answers are words; of scored text and of choices they are log-probabilities, to four decimals.
+    None where no sample has a reading or a score (perplexity).
+    """
+
+    num_samples: int
+    same_answers: int
+    same_readings: int | None
+    same_scores: int | None
+    is_text: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """One side of a comparison: a run directory, or a baseline made of one."""
 
@@ -96,6 +111,7 @@ class Comparison:
     flips: tuple[Flip, ...] = ()
     regraded: tuple[int, int] = (0, 0)
     is_identical: bool = False
+    agreement: Agreement | None = None
     choice_kl: Metric | None = None
     kld: Divergence | None = None
     notes: tuple[str, ...] = ()

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qwen_eval.core import QwenEvalError
 from qwen_eval.report.compare import compare_sides
 from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.gate import delta_cell
-from qwen_eval.report.runs import LoadedRun, base_name
+from qwen_eval.report.runs import LoadedRun, base_name, precision_rank
 from qwen_eval.tables import Cell, text_cell
 
 NOTE = "Δ: paired difference to the model's reference [95 %], points of a share, per cent of a perplexity."
 
 
-def differences(runs: Sequence[LoadedRun], order: Callable[[LoadedRun], Any]) -> dict[Path, Cell]:
-    """Path of a run -> its Δ to the first run by `order` of the same model and task; nothing for a model alone."""
+def differences(runs: Sequence[LoadedRun]) -> dict[Path, Cell]:
+    """Path of a run -> its Δ to the run of the highest precision of that model and task; nothing for a model alone."""
     members: dict[tuple[str, str], list[LoadedRun]] = defaultdict(list)
-    for run in sorted(runs, key=order):
+    for run in sorted(runs, key=_rank):
         members[run.task, base_name(run.model)].append(run)
     found: dict[Path, Cell] = {}
     for reference, *others in members.values():
@@ -57,3 +56,8 @@ def _difference(first: Side, run: LoadedRun) -> Cell:
     reference = f"to {first.run.label} {first.run.variant}, {first.run.path}"
     flips = f"{comparison.losses} lost, {comparison.gains} gained"
     return replace(cell, title=f"{reference}: {cell.title}; {flips}")
+
+
+def _rank(run: LoadedRun) -> tuple[int, bool, str]:
+    """The reference first: highest precision with the fewest switches, the default tag."""
+    return precision_rank(run.variant), run.tag != "default", str(run.path)
