@@ -343,6 +343,13 @@ class GradesInBatches(Protocol):
     def grade_many(self, items: Sequence[tuple[Sample, Sequence[Turn]]]) -> list[Grade]: ...
 
 
+@runtime_checkable
+class DrawsLimit(Protocol):
+    """A task whose `samples()` are already those of `limit`: its samples are not to be drawn one by one."""
+
+    draws_limit: Literal[True]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
     """A prompt as the engine sees it. `ids` is empty for engines that never see token ids (remote APIs)."""

@@ -113,9 +113,8 @@ def document_base(rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
 
 def document_rerun(rng: np.random.Generator, base: tuple[Array, NDArray[np.int64]], effect: float) -> Side:
     nll, tokens = base
-    shift = math.log1p(effect / math.exp(nll.sum() / tokens.sum()))
     noise = np.repeat(rng.normal(0, 0.02, 25), 2) + rng.normal(0, 0.01, 50)
-    return side(nll + (shift + noise) * tokens, tokens=tokens, documents=25)
+    return side(nll + (effect + noise) * tokens, tokens=tokens, documents=25)
 
 
 def speed_side(raw: Array) -> Side:

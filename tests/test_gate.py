@@ -13,8 +13,9 @@ import pytest
 from report_runs import answered, chose, documents, record, said, scored, write_profile, write_run
 from reruns import FAMILIES, false_alarms, found_regressions
 
-from qwen_eval.core import ChoiceLogprobs
+from qwen_eval.core import ChoiceLogprobs, Metric
 from qwen_eval.report.__main__ import main
+from qwen_eval.report.compare import adjusted, compare_paths
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.gate import gate as run_gate
 from qwen_eval.report.runs import LoadedRun
@@ -39,8 +40,6 @@ def test_a_regression_of_the_stated_size_is_found_four_times_of_five(family: str
 
 
 def compared(first: Path, second: Path) -> Comparison:
-    from qwen_eval.report.compare import compare_paths
-
     return compare_paths([str(first), str(second)])[0]
 
 
@@ -159,12 +158,20 @@ def test_perplexity_is_told_by_length_too(tmp_path: Path) -> None:
             for i in range(6)
         ]
 
-    found = compared(
-        write_run(tmp_path / "a", rows(0.0), task="long"), write_run(tmp_path / "b", rows(0.1), task="long")
-    )
-    short, long = dict(found.by_group)["1024"], dict(found.by_group)["2048"]
-    assert short.delta == pytest.approx(0.0, abs=1e-3)
-    assert long.delta == pytest.approx(math.exp(2.35) - math.exp(2.25), rel=1e-4)
+    def written(name: str, shift: float) -> Path:
+        values = {n: math.exp(2.25 + shift * (n == 2048)) for n in (2048, 1024)}
+        metrics = {f"ppl/{n}": Metric(value=x, n=6 * n, kind="ppl", higher_is_better=False) for n, x in values.items()}
+        return write_run(tmp_path / name, rows(shift), task="long", metrics=metrics)
+
+    long, short = compare_paths([str(written("a", 0.0)), str(written("b", 0.1))])
+    assert (long.metric, short.metric) == ("ppl/2048", "ppl/1024")
+    for found, delta in ((long, 0.1), (short, 0.0)):
+        assert found.difference is not None
+        assert found.first is not None
+        assert found.second is not None
+        assert found.difference.delta == pytest.approx(delta, abs=1e-6)
+        assert found.second.value / found.first.value == pytest.approx(math.exp(delta), rel=1e-5)  # as shown
+    assert [judge(c).verdict for c in adjusted([long, short])] == ["worse", "unchanged"]
 
 
 def test_a_window_counts_for_the_tokens_its_task_says(tmp_path: Path) -> None:
@@ -291,6 +298,7 @@ def test_accept_makes_today_the_baseline(project: Path) -> None:
         (["runs={old}", "out=x.xml"], "only the gate has verdicts"),
         (["runs={empty}"], "no run under"),
         (["runz=x"], "runz"),
+        (["compare={old},{old}", "margin=150"], "margin=150.0: points or per cent"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

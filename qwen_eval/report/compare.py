@@ -41,13 +41,14 @@ def compare_paths(paths: Sequence[str], margins: Margins | None = None) -> list[
             why = f" ({found.unreadable[0].path}: {found.unreadable[0].reason})" if found.unreadable else ""
             raise ConfigError(f"compare: no run under {path}{why}")
     pairs = _pairs(first, second, paths)
-    return adjusted([compare_sides(Side(run=a), Side(run=b), margins or Margins()) for a, b in pairs])
+    margins = margins or Margins()
+    return adjusted([found for a, b in pairs for found in compare_runs(Side(run=a), Side(run=b), margins)])
 
 
 def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """The same with Holm's p-values over all of them."""
+    """The same with Holm's p-values over all of them; speed is judged by its margin and takes part in no test."""
     items = list(comparisons)
-    p_values = holm([None if c.difference is None else c.difference.p_value for c in items])
+    p_values = holm([None if c.difference is None or c.family == "speed" else c.difference.p_value for c in items])
     return [replace(c, p_adjusted=p) for c, p in zip(items, p_values)]
 
 
@@ -72,6 +73,24 @@ def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[Lo
 
 
 # --- one pair --------------------------------------------------------------------------------------------------------
+
+
+def compare_runs(first: Side, second: Side, margins: Margins) -> list[Comparison]:
+    """One comparison of two runs; of perplexities one for each length, the headline's first."""
+    found = compare_sides(first, second, margins)
+    if not all(f"ppl/{group}" in first.run.metrics for group, _ in found.by_group) or not found.by_group:
+        return [found]
+    rows = [_of_length(found, first.run, second.run, group, d) for group, d in found.by_group]
+    rows.sort(key=lambda row: row.metric != found.metric)
+    return [replace(rows[0], kld=found.kld), *rows[1:]]
+
+
+def _of_length(c: Comparison, first: LoadedRun, second: LoadedRun, group: str, difference: Difference) -> Comparison:
+    name = f"ppl/{group}"
+    return replace(
+        c, metric=name, label=f"{c.label}, {group} tokens", first=first.metrics.get(name),
+        second=second.metrics.get(name), difference=difference, kld=None,
+    )  # fmt: skip
 
 
 def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
@@ -104,13 +123,12 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
     gains = sum(flip.is_gain for flip in same)
     if _differs_in_tokens(a, b):
         notes.append("token ids of the prompts differ though their text does not: another tokenizer or special tokens")
-    reference = abs(base.first.value) if base.first else 0.0
     kld, why_not = _divergence(first, second)
     return replace(
         base,
         difference=difference,
         by_group=_perplexity_by_group(a, b) if base.family == "ppl" else (),
-        margin=margins.of(base.family) * (1.0 if base.family == "share" else reference),
+        margin=_margin(base, margins),
         flips=flips,
         regraded=(gains, len(same) - gains),
         agreement=_agreement(a, b),
@@ -124,7 +142,9 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
 def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple[Difference | None, list[str]]:
     """The paired test that fits; None where the benchmark has no score per sample (a corpus score)."""
     if base.family == "ppl":
-        return _perplexity(a, b), []
+        length = base.metric.rpartition("/")[2]  # the headline is one length's: other lengths are `by_group`
+        rows = [(x, y) for x, y in zip(a, b) if x.group == length] or list(zip(a, b))
+        return _perplexity([x for x, _ in rows], [y for _, y in rows]), []
     pairs = [(x, y) for x, y in zip(a, b) if x.score is not None and y.score is not None]
     if not pairs:
         return None, ["no score per sample: only identical answers can be told"]
@@ -136,6 +156,14 @@ def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple
     factors = weights or [1.0] * len(pairs)
     weighted = [[w * s for w, s in zip(factors, side)] for side in scores]
     return paired_mean(weighted[0], weighted[1], clusters), notes
+
+
+def _margin(base: Comparison, margins: Margins) -> float:
+    """On the scale of the difference: points of a share, log of a ratio of perplexities, parts of another mean."""
+    margin = margins.of(base.family)
+    if base.family == "ppl":
+        return math.log1p(margin)
+    return margin * (abs(base.first.value) if base.family == "mean" and base.first else 1.0)
 
 
 def _perplexity(a: Sequence[Item], b: Sequence[Item]) -> Difference:
@@ -239,7 +267,7 @@ def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | N
     if not rows:
         return None
     draws = [x.draw for x, _ in rows]
-    return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False)
+    return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False, is_positive=True)
 
 
 def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]]:

@@ -25,7 +25,7 @@ class Margins:
     """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them."""
 
     share: float = 0.01
-    ppl: float = 0.001
+    ppl: float = 0.01
     mean: float = 0.01
     speed: float = 0.10
 
@@ -91,8 +91,8 @@ class Side:
 class Comparison:
     """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
 
-    `difference.delta` is absolute for shares and means, ΔPPL for perplexity and log(ratio) for speed; `margin` is on
-    the same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
+    `difference.delta` is absolute for shares and means and log(ratio) for perplexity and speed; `margin` is on the
+    same scale. `by_group` (perplexity only) holds every context length, `difference` the headline's.
     `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
     """
 

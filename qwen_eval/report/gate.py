@@ -6,6 +6,7 @@ Exit codes: 0 nothing got worse; 1 something did; 3 nothing did, but something c
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from qwen_eval.report.baseline import key_of, load_baselines
-from qwen_eval.report.compare import adjusted, compare_sides
+from qwen_eval.report.compare import adjusted, compare_runs
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.paired import Difference
 from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
@@ -55,7 +56,7 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
     for run in found.runs:
         by_key.setdefault(key_of(run), []).append(run)
     sides = load_baselines(baselines)
-    comparisons = [_against(side, by_key.get(key_of(side.run), []), margins) for side in sides]
+    comparisons = [found for side in sides for found in _against(side, by_key.get(key_of(side.run), []), margins)]
     known = {key_of(side.run) for side in sides}
     return GateReport(
         judgements=tuple(judge_all(adjusted(comparisons))),
@@ -64,16 +65,17 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
     )
 
 
-def _against(baseline: Side, candidates: Sequence[LoadedRun], margins: Margins) -> Comparison:
+def _against(baseline: Side, candidates: Sequence[LoadedRun], margins: Margins) -> list[Comparison]:
     if len(candidates) == 1:
-        return compare_sides(baseline, Side(run=candidates[0]), margins)
+        return compare_runs(baseline, Side(run=candidates[0]), margins)
     head = baseline.run.headline
     reason = f"{len(candidates)} runs of it: " + ", ".join(str(run.path) for run in candidates)
-    return Comparison(
+    missing = Comparison(
         task=baseline.run.task, label=f"{baseline.run.label} {baseline.run.variant}", family="share",
         metric=head[0] if head else "", first=head[1] if head else None, second=None,
         obstacles=(reason if candidates else "no run of it was found",), paths=(baseline.run.path,),
     )  # fmt: skip
+    return [missing]
 
 
 # --- what it looks like ----------------------------------------------------------------------------------------------
@@ -99,7 +101,10 @@ def judgement_table(
     judgements: Sequence[Judgement], *, title: str, sides: tuple[str, str] = ("before", "now")
 ) -> Table:
     """One row a comparison: both scores, Δ with its interval, p, flips both ways, what would show, the verdict."""
-    columns = ("task", "what", "verdict", *sides, "Δ [95 %]", "p (Holm)", "lost / gained", "would show", "why")
+    columns = (
+        "task", "what", "verdict", *sides, "Δ [95 %]", "p (Holm)", "lost / gained", "would show", "by the margin",
+        "why",
+    )  # fmt: skip
     rows = tuple(_row(judgement) for judgement in judgements)
     notes: tuple[str, ...] = (
         "would show: the smallest change for the worse found four times of five at this n and spread.",
@@ -111,24 +116,28 @@ def judgement_table(
 
 def _row(judgement: Judgement) -> tuple[Cell, ...]:
     c = judgement.comparison
+    decision = judgement.decision
     flips = f"{c.losses} / {c.gains}" if c.flips or c.family == "share" else "–"
     return (
         text_cell(c.task), text_cell(c.label), text_cell(WORDS[judgement.verdict], tone=TONES[judgement.verdict]),
         metric_cell(c.first), metric_cell(c.second), delta_cell(c, c.difference), p_cell(c.p_adjusted),
-        text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)), text_cell(judgement.why),
+        text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)),
+        text_cell(decision.text if decision else None), text_cell(judgement.why),
     )  # fmt: skip
 
 
 def delta_cell(c: Comparison, d: Difference | None) -> Cell:
-    """`-1.2 [-4.4, +1.9]` in the unit of the comparison."""
+    """`-1.2 [-4.4, +1.9]` in the unit of the comparison; its values are fractions where that is per cent or points."""
     if d is None:
         return text_cell(None)
     text = shown(c, d.delta, sign=True).removesuffix(" points")
     if d.low is not None and d.high is not None:
-        low, high = (shown(c, x, sign=True).removesuffix(" points") for x in (d.low, d.high))
+        low, high = (shown(c, x, sign=True).removesuffix(" points").removesuffix(" %") for x in (d.low, d.high))
         text += f" [{low}, {high}]"
+    is_ratio = c.family == "ppl"
+    value, low_end, high_end = (math.expm1(x) if is_ratio and x is not None else x for x in (d.delta, d.low, d.high))
     title = f"{d.test}, n = {d.n:,}, {d.num_clusters:,} independent draws"
-    return Cell(text=text, value=d.delta, low=d.low, high=d.high, n=d.n, p=d.p_value, title=title)
+    return Cell(text=text, value=value, low=low_end, high=high_end, n=d.n, p=d.p_value, title=title)
 
 
 def junit(report: GateReport) -> str:

@@ -15,6 +15,7 @@ from qwen_eval.core import (
     Answer,
     Completions,
     DataError,
+    DrawsLimit,
     Engine,
     EngineError,
     HasArtifacts,
@@ -157,7 +158,9 @@ def selected(task: Task, spec: EvalSpec) -> list[Sample]:
     twice = doubled([sample.id for sample in samples])
     if twice is not None:
         raise DataError(f"task={spec.task.name}: two samples have the id {twice}; an id must name one row of the data")
-    return samples if spec.task.limit is None else list(draw(samples, spec.task.limit, spec.task.seed))
+    if spec.task.limit is None or isinstance(task, DrawsLimit):
+        return samples
+    return list(draw(samples, spec.task.limit, spec.task.seed))
 
 
 def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mapping[str, JSON]) -> dict[str, JSON]:

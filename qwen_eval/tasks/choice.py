@@ -290,7 +290,7 @@ class ChoiceTask(ABC):
     def averaged(self, scores: Mapping[str, Sequence[float]], draws: Mapping[str, Sequence[Hashable]]) -> Metric:
         """Micro: every question counts the same. Macro: every subject does. `draws` name what was drawn as one."""
         if self.average == "macro":
-            return macro(scores)
+            return macro(scores, {subject: draws[subject] for subject in scores})
         return _share([score for s in scores for score in scores[s]], [draw for s in scores for draw in draws[s]])
 
     def describe(self) -> Mapping[str, JSON]:
