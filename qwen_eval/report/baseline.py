@@ -124,7 +124,11 @@ def _check_fit(run: LoadedRun) -> None:
 
 
 def _what_is_no_number(run: LoadedRun) -> str | None:
-    odd = [f"{item.id}: {item.not_finite}" for item in items_of(run.records).values() if item.not_finite]
+    items = list(items_of(run.records).values())
+    odd = [f"{item.id}: {item.not_finite}" for item in items if item.not_finite]
+    unscored = [item.id for item in items if item.score is None]
+    if 0 < len(unscored) < len(items):  # a benchmark without gold has no score at all
+        odd.append(f"{len(unscored)} of {len(items)} samples have no score, the first is {unscored[0]}")
     odd += [f"{name} is {metric.value}" for name, metric in run.metrics.items() if math.isinf(metric.value)]
     return odd[0] if odd else None
 

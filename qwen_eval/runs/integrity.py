@@ -31,7 +31,9 @@ def damage(run_dir: Path) -> str | None:
         records = list(read_records(run_dir / RECORDS))
         return _wrong_records(records, result) or _wrong_rates(records, result) or _wrong_metrics(records, spec, result)
     except (StoreError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return str(error) if isinstance(error, StoreError) else f"cannot be read ({type(error).__name__}: {error})"
+        if isinstance(error, StoreError):
+            return str(error).removeprefix(f"{run_dir}/")
+        return f"cannot be read ({type(error).__name__}: {error})"
 
 
 def _wrong_records(records: Sequence[Record], result: Mapping[str, JSON]) -> str | None:
