@@ -109,7 +109,7 @@ def rates(records: Iterable[Record]) -> dict[str, Metric]:
     generated = [row for row in rows if any(isinstance(answer, Completions) for answer in row.answers)]
     found: dict[str, Metric] = {}
     for flag in FLAGS:
-        basis = generated if generated else [row for row in rows if any(flag in r.grade.flags for r in rows)]
+        basis = generated or (rows if any(flag in row.grade.flags for row in rows) else [])
         if basis:
             found[flag] = share([float(flag in row.grade.flags) for row in basis], higher_is_better=False)
     both = [row.grade for row in rows if row.grade.score_upstream is not None]
