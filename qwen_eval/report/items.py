@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -125,11 +126,11 @@ COLUMNS: dict[str, Callable[[Item], JSON]] = {
 
 
 def items_to_rows(items: Iterable[Item]) -> tuple[dict[str, JSON], list[Row]]:
-    """A head and rows of JSON values, sorted by id.
+    """A head and rows of JSON values, sorted by id with numbers as numbers.
 
     The head is `{"columns": names, "constants": {name: value}}`: a column that is equal everywhere is in no row.
     """
-    ordered = sorted(items, key=lambda item: item.id)
+    ordered = sorted(items, key=lambda item: _natural(item.id))
     table = {name: [value(item) for item in ordered] for name, value in COLUMNS.items()}
     constants = {name: column[0] for name, column in table.items() if name != "id" and column and _is_constant(column)}
     names = [name for name in COLUMNS if name not in constants]
@@ -163,6 +164,10 @@ def _number(value: float | None, digits: int) -> JSON:
 
 def _float(value: JSON) -> float | None:
     return None if value is None else float(value)
+
+
+def _natural(sample_id: str) -> list[str | int]:
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", sample_id))]
 
 
 def _folder(sample_id: str) -> str:
