@@ -353,6 +353,20 @@ def test_no_mean_over_unlike_cells_is_shown(project: Path) -> None:
     }
 
 
+def test_a_run_whose_spec_cannot_be_read_is_named_and_the_others_are_judged(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = project / "old" / "eval" / "gsm8k" / "qwen-7b-chat" / "default" / "spec.json"
+    spec.write_text(spec.read_text()[:40])
+    found = run_gate(project / "baselines", [str(project / "old")])
+    assert {j.comparison.task: j.verdict for j in found.judgements} == {
+        "gsm8k": "not comparable", "wiki": "unchanged", "decode": "unchanged",
+    }  # fmt: skip
+    assert "spec.json is not JSON" in next(j.why for j in found.judgements if j.comparison.task == "gsm8k")
+    assert main([f"accept={project / 'old'}", f"gate={project / 'new'}"]) == 2
+    assert "spec.json is not JSON" in capsys.readouterr().err
+
+
 def test_accept_makes_today_the_baseline(project: Path) -> None:
     new = project / "new"
     write_run(new, answered([0.0, 0.0, 0.0] * 60, group="g", target="A"))
