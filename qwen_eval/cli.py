@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from qwen_eval.config import EngineSpec, ModelSpec, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.tasks.registry import TASKS, task_class
+from qwen_eval.terminal import plain_text
 
 PACKAGE = Path(__file__).parent
 NUMBER_LIST = re.compile(r"\d+(,\d+)+")
@@ -82,7 +83,7 @@ def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
 
 def _tell(line: str) -> str:
     line = " ".join(line.split())
-    print(line, file=sys.stderr, flush=True)
+    print(plain_text(line), file=sys.stderr, flush=True)
     return line
 
 

@@ -8,12 +8,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_eval import cli
 from qwen_eval.config import EvalSpec, check
 from qwen_eval.core import Engine, Metric
 from qwen_eval.engines.cache import EngineSlot
+
+if TYPE_CHECKING:
+    from qwen_eval.tables import Table
 
 SPEED_TOKENS = 128
 
@@ -102,32 +105,26 @@ def measure_speed(engine: Engine) -> Metric:
 
 
 def show(suite: Suite, lines: Sequence[Line], runs: str, facts: Mapping[str, Any], seconds: float) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from qwen_eval.tables import print_tables
 
-    console = Console()
     parameters = f"{facts['num_parameters'] / 1e6:.1f} M" if "num_parameters" in facts else "few"
-    console.print(suite.title.format(parameters=parameters), highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("", "what", "value", "95 % interval", "n"):
-        is_number = column in ("value", "95 % interval", "n")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     rows = list(lines)
     if "speed" in facts:
         rows.append(Line(cell="generation speed", what="one sequence", metric=facts["speed"]))
-    shown = ""
-    for line in rows:
-        table.add_row("" if line.cell == shown else line.cell, line.what, *_numbers(line.metric))
-        shown = line.cell
-    console.print(table)
-    console.print(f"{seconds:.0f} s, {facts.get('dtype', '')} on {facts.get('device', '')}", highlight=False)
-    console.print(suite.next.format(runs=runs), markup=False, highlight=False, soft_wrap=True)
+    print_tables([suite_table(suite.title.format(parameters=parameters), rows)])
+    print(f"{seconds:.0f} s, {facts.get('dtype', '')} on {facts.get('device', '')}")
+    print(suite.next.format(runs=runs))
 
 
-def _numbers(metric: Metric) -> tuple[str, str, str]:
-    """Value, interval and n, narrow enough for a terminal of 80 columns."""
-    from qwen_eval.runs.summary import cells
+def suite_table(title: str, lines: Sequence[Line]) -> Table:
+    """One row a metric; the name of a cell stands in its first row."""
+    from qwen_eval.runs.summary import metric_cells
+    from qwen_eval.tables import Cell, Table, text_cell
 
-    value, interval, _ = cells(metric)
-    return value, interval.replace(" % to ", " to "), f"{metric.n:,}"
+    rows, before = [], ""
+    for line in lines:
+        name = Cell(text="" if line.cell == before else line.cell)
+        rows.append((name, text_cell(line.what), *metric_cells(line.metric)))
+        before = line.cell
+    columns = ("", "what", "value", "95 % interval", "n")
+    return Table(name="demo", title=title, columns=columns, rows=tuple(rows), num_keys=2)

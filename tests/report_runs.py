@@ -66,6 +66,7 @@ def write_run(
     protocol: str = "robust",
     version: int = 1,
     limit: int | None = None,
+    decides: dict[str, Any] | None = None,
     **model_keys: Any,
 ) -> Path:
     path = root / "eval" / task / model / tag
@@ -78,7 +79,7 @@ def write_run(
             "model": {"name": model, "chat": True, "quant": "none", "kv_cache": "auto", **model_keys},
             "protocol": protocol, "tag": tag, "runs_dir": "runs",
         },
-        "decides": {"task_version": version, "benchmark": facts, "num_samples": len(records)},
+        "decides": {"task_version": version, "benchmark": facts, "num_samples": len(records), **(decides or {})},
         "provenance": {"time": "2026-01-01", "argv": ["secret-place"], "git": None, "packages": {}},
     }  # fmt: skip
     write(path / "spec.json", spec)

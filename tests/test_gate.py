@@ -168,7 +168,7 @@ def test_a_changed_prompt_is_not_comparable_and_named_to_the_character(tmp_path:
         ({"benchmark": {"shots": 5}}, "shots: 0 against 5"),
         ({"benchmark": {"split": "val"}}, "split: test against val"),
         ({"benchmark": {"data_sha256": "def"}}, "data_sha256: abc against def"),
-        ({"benchmark": {"prompt_format": "x"}}, "prompt_format: nothing against x"),
+        ({"benchmark": {"prompt_format": "x"}}, "prompt_format: none against x"),
         ({"protocol": "upstream"}, "protocol: robust against upstream"),
         ({"limit": 20}, "limit: none against 20"),
         ({"version": 2}, "task_version: 1 against 2"),

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from qwen_eval.core import Choose, Generate, Prompt, Sampling, Score
 from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.engines.native.scoring import Scorer
-from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.kv_cache import Int8Codec
@@ -225,21 +224,6 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing() -> None:
     assert refused
     assert engine.info["num_oom"] == len(refused)
     assert [a.best for a in found] == [a.best for a in plain]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_one_bf16_row_is_the_same_product_whatever_the_processor(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    row, weight, added = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((1, 96), (200, 96), (200,)))
-    found = []
-    for has_units in (True, False):
-        monkeypatch.setattr(dense, "has_bf16_units", lambda answer=has_units: answer)
-        with torch.profiler.profile() as profile, torch.inference_mode():
-            found.append(dense.product(row, weight, added if bias else None))
-        kernels = {event.key for event in profile.key_averages()}
-        assert ("aten::linear" in kernels) is has_units
-    assert found[0].shape == found[1].shape == (1, 200)
-    assert (found[0] - found[1]).float().abs().max() <= 2**-8 * found[0].float().abs().max()
 
 
 def test_the_eager_twin_agrees_with_the_fused_kernel() -> None:

@@ -1,4 +1,4 @@
-"""Tables: unlike rows wear a mark, broken runs are named, every rendering holds, and the ledger stands beside ours."""
+"""Tables: unlike runs are footnoted, broken ones named, every rendering holds, and the ledger stands beside ours."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from qwen_eval.core import Metric
 from qwen_eval.metrics import share
 from qwen_eval.report.__main__ import main
 from qwen_eval.report.published import contradictions, ledger, published_tables
-from qwen_eval.report.runs import find_runs, variant_name
+from qwen_eval.report.runs import find_runs, load_run, variant_name
+from qwen_eval.report.settings import differing_settings
 from qwen_eval.report.tables import layouts
-from qwen_eval.tables import Cell, Table, metric_cell, render
+from qwen_eval.tables import Cell, Footnote, Table, all_notes, metric_cell, render
 
 
 def tables(root: Path, name: str) -> list[Table]:
@@ -26,25 +27,98 @@ def shown(table: Table) -> list[list[str]]:
     return [[cell.text for cell in row] for row in table.rows]
 
 
-def test_a_run_of_another_kind_wears_a_mark_that_is_explained(tmp_path: Path) -> None:
+def footnotes(table: Table) -> dict[str, str]:
+    """The footnote of each row's first score, by the name of the row."""
+    return {row[0].text: next((cell.footnote.text for cell in row if cell.footnote), "") for row in table.rows}
+
+
+def test_a_run_with_other_settings_is_footnoted(tmp_path: Path) -> None:
     for model in ("qwen-7b-chat", "qwen-14b-chat"):
         write_run(tmp_path, answered([1.0, 0.0]), model=model)
     write_run(tmp_path, answered([1.0, 1.0]), model="qwen-72b-chat", benchmark={"shots": 8}, protocol="upstream")
     write_run(tmp_path, answered([1.0, 1.0]), model="other", benchmark={"data_sha256": "zzz"})
     (table,) = tables(tmp_path, "models")
-    rows = {row[0]: row[2] for row in shown(table)}
-    assert [rows["qwen-7b-chat"].endswith("]"), rows["qwen-14b-chat"].endswith("]")] == [False, False]
-    notes = {note[:3]: note for note in table.notes}
-    assert "shots 8 (column: 0)" in notes[rows["qwen-72b-chat"][-3:]]
-    assert "protocol upstream (column: robust)" in notes[rows["qwen-72b-chat"][-3:]]
-    assert "other data" in notes[rows["other"][-3:]]
+    found = footnotes(table)
+    assert found["qwen-7b-chat"] == found["qwen-14b-chat"] == ""
+    assert "shots 8 (column: 0)" in found["qwen-72b-chat"]
+    assert "protocol upstream (column: robust)" in found["qwen-72b-chat"]
+    assert "other data" in found["other"]
+    notes = [note for note in all_notes(table) if "other data" in note]
+    assert notes[0][:3] in {row[0]: row[2] for row in shown(table)}["other"]
+
+
+def test_sampling_number_of_samples_and_time_limit_are_footnoted_in_one_table(tmp_path: Path) -> None:
+    greedy = {"temperature": 0.0, "samples_per_problem": 1, "timeout_s": 3.0}
+    changes = {"sampled": {"temperature": 0.8}, "five": {"samples_per_problem": 5}, "slow": {"timeout_s": 9.0}}
+    for model, change in {"a": {}, "b": {}, **changes}.items():
+        write_run(tmp_path, answered([1.0, 0.0]), task="humaneval", model=model, benchmark={**greedy, **change})
+    for layout in ("models", "runs"):
+        (table,) = tables(tmp_path, layout)
+        found = footnotes(table)
+        assert found["a"] == found["b"] == ""
+        assert found["sampled"] == "settings differ: humaneval: temperature 0.8 (column: 0.0)"
+        assert found["five"] == "settings differ: humaneval: samples_per_problem 5 (column: 1)"
+        assert found["slow"] == "settings differ: humaneval: timeout_s 9.0 (column: 3.0)"
+
+
+def test_a_new_task_s_own_key_is_footnoted(tmp_path: Path) -> None:
+    for model, value in (("a", 1), ("b", 1), ("c", 2)):
+        decides = {"task": {"name": "new", "path": f"/data/{model}", "shots": 0, "beam": {"width": value}}}
+        write_run(tmp_path, answered([1.0, 0.0]), task="new", model=model, decides=decides)
+    found = footnotes(tables(tmp_path, "models")[0])
+    assert found == {"a": "", "b": "", "c": "settings differ: new: beam.width 2 (column: 1)"}
+
+
+def test_a_new_section_of_what_decides_is_footnoted(tmp_path: Path) -> None:
+    for model, value in (("a", "x"), ("b", "x"), ("c", "y")):
+        write_run(tmp_path, answered([1.0, 0.0]), model=model, decides={"template": {"sha256": value}})
+    found = footnotes(tables(tmp_path, "models")[0])
+    assert found["c"] == "settings differ: gsm8k: run.template.sha256 y (column: x)"
+
+
+def test_what_follows_from_another_setting_is_told_only_alone(tmp_path: Path) -> None:
+    for model, limit, prompts in (("a", None, "p"), ("b", None, "p"), ("c", 1, "q"), ("d", None, "q")):
+        decides = {"requests_sha256": prompts, "packages": {"torch": "2"}, "engine": {"name": "native"}}
+        write_run(tmp_path, answered([1.0] * (limit or 2)), model=model, limit=limit, decides=decides)
+    found = footnotes(tables(tmp_path, "models")[0])
+    assert found["c"] == "settings differ: gsm8k: limit 1 (column: none)"
+    assert found["d"] == "settings differ: gsm8k: other prompts"
+
+
+def test_engine_and_packages_are_footnoted_and_yet_comparable(tmp_path: Path) -> None:
+    usual = {"engine": {"name": "native", "api_model": None}, "packages": {"torch": "2"}}
+    for model in ("a", "b"):
+        write_run(tmp_path, answered([1.0, 0.0]), model=model, decides=usual)
+    path = write_run(tmp_path, answered([1.0, 0.0]), model="c", decides={**usual, "engine": {"name": "hf"}})
+    first, second = (load_run(p) for p in (path.parent.parent / "a" / "default", path))
+    assert footnotes(tables(tmp_path, "models")[0])["c"] == "settings differ: gsm8k: engine hf (column: native)"
+    assert differing_settings(first, second) == []
+
+
+def test_two_checkpoints_of_one_name_are_two_rows_told_apart_by_their_run(tmp_path: Path) -> None:
+    digests = {"old": "sha256:aaaa1111aaaa", "new": "sha256:bbbb2222bbbb"}
+    for place, weights in digests.items():
+        for task in ("gsm8k", "mmlu"):
+            write_run(tmp_path / place, answered([1.0, 0.0]), task=task, decides={"weights": weights})
+    (table,) = tables(tmp_path, "models")
+    assert table.columns[:3] == ("model", "precision", "run")
+    assert [row[2] for row in shown(table)] == ["new (weights bbbb2222)", "old (weights aaaa1111)"]
+    assert not any("–" in cell for row in shown(table) for cell in row)  # each row has both of its tasks
+
+
+def test_one_directory_of_two_checkpoints_gives_no_row_of_both(tmp_path: Path) -> None:
+    write_run(tmp_path, answered([1.0, 0.0]), task="gsm8k", decides={"weights": "sha256:aaaa1111"})
+    write_run(tmp_path, answered([1.0, 1.0]), task="mmlu", decides={"weights": "sha256:bbbb2222"})
+    (table,) = tables(tmp_path, "models")
+    assert len(table.rows) == 2
+    assert {row[2] for row in shown(table)} == {"gsm8k (weights aaaa1111)", "mmlu (weights bbbb2222)"}
 
 
 def test_a_second_run_of_the_same_cell_hides_none(tmp_path: Path) -> None:
     write_run(tmp_path / "a", answered([1.0, 0.0]))
     write_run(tmp_path / "b", answered([1.0, 1.0]))
     (table,) = tables(tmp_path, "models")
-    assert [row[2].split()[0] for row in shown(table)] == ["50.0", "100.0"]
+    assert [(row[2], row[3].split()[0]) for row in shown(table)] == [("a", "50.0"), ("b", "100.0")]
 
 
 def test_what_cannot_be_used_is_named_and_kept_out_of_the_scores(tmp_path: Path) -> None:
@@ -68,7 +142,7 @@ def test_what_cannot_be_used_is_named_and_kept_out_of_the_scores(tmp_path: Path)
     }  # fmt: skip
     (models,) = tables(tmp_path, "models")
     assert {row[0] for row in shown(models)} == {"qwen-7b-chat", "partial"}
-    assert any("limit" in note for note in models.notes)
+    assert any("limit" in note for note in all_notes(models))
 
 
 def test_the_card_layouts(tmp_path: Path) -> None:
@@ -110,7 +184,10 @@ def test_an_interval_is_shown_as_it_is() -> None:
     assert metric_cell(Metric(value=0.5, n=100, low=0.4, high=0.6)).text == "50.0 ±10.0"
     assert metric_cell(Metric(value=0.98, n=100, low=0.93, high=0.998)).text == "98.0 +1.8/−5.0"
     assert metric_cell(Metric(value=float("nan"), n=0)).text == "–"
-    assert metric_cell(Metric(value=5.5, n=9, kind="ppl", low=5.0, high=6.0), mark=" [a]").text == "5.500 ±0.500 [a]"
+    assert (
+        metric_cell(Metric(value=5.5, n=9, kind="ppl", low=5.0, high=6.0), footnote=Footnote(mark="[a]", text="")).text
+        == "5.500 ±0.500 [a]"
+    )
 
 
 NASTY = Table(
@@ -135,8 +212,10 @@ def test_latex_escapes_what_would_break_it() -> None:
 def test_csv_gives_the_unrounded_value_and_interval(tmp_path: Path) -> None:
     write_run(tmp_path, answered([1.0, 0.0, 0.0]))
     rows = list(csv.DictReader(io.StringIO(render(tables(tmp_path, "runs"), "csv"))))
-    assert float(rows[0]["score (value)"]) == pytest.approx(1 / 3)
-    assert float(rows[0]["score (low)"]) == pytest.approx(0.0084, abs=1e-4)
+    score = next(row for row in rows if row["column"] == "score")
+    assert float(score["value"]) == pytest.approx(1 / 3)
+    assert float(score["low"]) == pytest.approx(0.0084, abs=1e-4)
+    assert (score["n"], score["model"], score["task"], score["table"]) == ("3", "qwen-7b-chat", "gsm8k", "runs")
 
 
 def test_a_terminal_obeys_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,9 @@ for _ in range(7):
     single, one = ask(["Question:"], 33)
     steps.append((one - prefill) / (single[0].num_tokens - 1))
     bandwidths.append(read_bandwidth(repeats=3))
-weights = sum(p.nbytes for n, p in engine.forward.model.named_parameters() if not n.startswith("embed"))
+model = engine.forward.model
+unread = 0 if model.config.tie_embeddings else model.embed.weight.nbytes  # an embedding reads one row a token
+weights = engine.info["weight_bytes"] - unread
 json.dump({{"seconds": seconds, "texts": [c.text for c in found], "tokens": sum(c.num_tokens for c in found),
            "steps": steps, "bandwidths": bandwidths, "weights": weights}},
           open(request["result"], "w"))

@@ -1,30 +1,153 @@
-"""The product of rows with an unquantised weight, by the kernel that measures best."""
+"""Unquantised Linears, multiplied by the kernel that measures best on this machine.
+
+On a CPU a bf16 product has three ways: `linear`, a matrix-vector product for one row, and oneDNN's prepacked weight.
+Which is fastest depends on the processor and the shape, by up to a factor of 2.6, and no list of CPU features says it:
+`prepare` measures each shape once, at load. Layers below `MIN_BYTES` are left alone, so small models always take the
+same kernel and give the same numbers.
+"""
+
+# R rows, N outputs, K inputs
 
 from __future__ import annotations
 
-from functools import cache
+import functools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+Kernel: TypeAlias = Literal["linear", "linear, mv for one row", "oneDNN prepacked"]
+PLAIN: Kernel = "linear"
+VECTOR: Kernel = "linear, mv for one row"
+PREPACKED: Kernel = "oneDNN prepacked"
 
-@cache
-def has_bf16_units() -> bool:
-    """False where the CPU multiplies bf16 by widening it; elsewhere torch's own choice of kernel is left alone."""
-    asked = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch we take
-    found = {"architecture": "unknown"} if asked is None else asked()
-    return found["architecture"] != "x86_64" or bool(found["avx512_bf16"] or found["amx_bf16"])
+MIN_BYTES = 1 << 20
+ROWS = (1, 32)  # what is measured: decoding one sequence, and a small batch
+MARGIN = 0.95  # another kernel than `linear` must be this much faster: noise must not choose
+PASSES = 3
+SAMPLE = 4  # layers of one shape measured in turn, so that a weight does not wait in the cache
+
+_measured: dict[tuple[int, int, int], dict[Kernel, list[float]]] = {}  # by outputs, inputs and threads
 
 
-def product(x_RK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """[R,N] = x weight^T + bias. One bf16 row on a CPU without bf16 units is a matrix-vector product.
+class Linear(nn.Linear):
+    """[R,K] -> [R,N]. Once prepacked, the weight exists in oneDNN's layout only."""
 
-    `linear` is slower there: 14.1 tokens/s against 8.7, decoding 8 layers of the 1.8B's width on two AVX-512 cores
-    (`tools/bench_generation.py --dtype bf16 --hidden 2048 --layers 8`).
+    kernel: Kernel = PLAIN
+    packed: Tensor | None = None
+
+    def forward(self, x_RK: Tensor) -> Tensor:
+        if self.packed is not None:
+            return _prepacked(x_RK, self.packed, self.bias, self.out_features)
+        if self.kernel == VECTOR and len(x_RK) == 1:
+            return _vector(x_RK, self.weight, self.bias)
+        return F.linear(x_RK, self.weight, self.bias)
+
+    def use(self, kernel: Kernel) -> None:
+        """Multiply by `kernel` from now on."""
+        if kernel == PREPACKED:
+            self.packed = _pack(self.weight)
+            del self.weight
+        self.kernel = kernel
+
+
+def prepare(modules: Iterable[nn.Module], *, keep_weight: Sequence[Linear] = ()) -> dict[str, int]:
+    """Choose a kernel for every bf16 Linear on the CPU; returns the number of layers per kernel.
+
+    `keep_weight`: Linears whose plain weight is read elsewhere too; they are not repacked.
     """
-    if len(x_RK) != 1 or x_RK.dtype != torch.bfloat16 or x_RK.device.type != "cpu" or has_bf16_units():
-        return F.linear(x_RK, weight_NK, bias_N)
-    row_K = x_RK[0]
-    product_N = weight_NK.mv(row_K) if bias_N is None else torch.addmv(bias_N, weight_NK, row_K)
-    return product_N[None]
+    by_shape: dict[tuple[int, int], list[Linear]] = defaultdict(list)
+    for module in modules:
+        if isinstance(module, Linear) and _has_choice(module.weight):
+            by_shape[module.out_features, module.in_features].append(module)
+    counts: dict[str, int] = defaultdict(int)
+    for linears in by_shape.values():
+        times = _times(linears)
+        for linear in linears:
+            is_kept = any(linear is kept for kept in keep_weight)
+            linear.use(fastest({k: v for k, v in times.items() if not (is_kept and k == PREPACKED)}))
+            counts[linear.kernel] += 1
+    return dict(counts)
+
+
+def fastest(times: Mapping[Kernel, Sequence[float]]) -> Kernel:
+    """The kernel whose time relative to `linear`, as the geometric mean over `ROWS`, is least and below `MARGIN`."""
+    relative = {
+        kernel: math.prod(own / plain for own, plain in zip(seconds, times[PLAIN])) ** (1 / len(ROWS))
+        for kernel, seconds in times.items()
+    }
+    best = min(relative, key=lambda kernel: relative[kernel])
+    return best if relative[best] < MARGIN else PLAIN
+
+
+def _has_choice(weight_NK: Tensor) -> bool:
+    return weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16 and weight_NK.nbytes >= MIN_BYTES
+
+
+def _times(linears: Sequence[Linear]) -> dict[Kernel, list[float]]:
+    key = (linears[0].out_features, linears[0].in_features, torch.get_num_threads())
+    if key not in _measured:
+        _measured[key] = measure([linear.weight for linear in linears[:SAMPLE]])
+    return _measured[key]
+
+
+@torch.inference_mode()
+def measure(weights_NK: Sequence[Tensor]) -> dict[Kernel, list[float]]:
+    """Seconds of each kernel at each number of rows of `ROWS`, for weights of one shape."""
+    num_outputs = len(weights_NK[0])
+    plain = [_seconds(F.linear, weights_NK, weights_NK[0], rows) for rows in ROWS]
+    vector = _seconds(lambda x, weight: _vector(x, weight, None), weights_NK, weights_NK[0], 1)
+    times: dict[Kernel, list[float]] = {PLAIN: plain, VECTOR: [vector, *plain[1:]]}
+    if can_prepack():
+        packed = [_pack(weight) for weight in weights_NK]
+        product = functools.partial(_prepacked, bias_N=None, num_outputs=num_outputs)
+        times[PREPACKED] = [_seconds(product, packed, weights_NK[0], rows) for rows in ROWS]
+    return times
+
+
+def _seconds(
+    product: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], like_NK: Tensor, rows: int
+) -> float:
+    x_RK = torch.ones(rows, like_NK.shape[1], dtype=like_NK.dtype)
+    product(x_RK, weights[0])  # the first call sets the kernel up
+    best = float("inf")
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        for weight in weights:
+            product(x_RK, weight)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def can_prepack() -> bool:
+    """Whether this torch and this CPU have the prepacked bf16 product. Its operators are private: tried once."""
+    try:
+        weight = torch.eye(32, dtype=torch.bfloat16)
+        found = _prepacked(weight[:2], _pack(weight), None, 32)
+    except (RuntimeError, AttributeError):
+        return False
+    return torch.equal(found, weight[:2])
+
+
+def _pack(weight_NK: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), ROWS[-1])
+    return packed
+
+
+def _prepacked(x_RK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+    if x_RK.numel() == 0:
+        return x_RK.new_empty(*x_RK.shape[:-1], num_outputs)
+    y_RN: Tensor = torch.ops.mkldnn._linear_pointwise(x_RK, packed, bias_N, "none", [], "")
+    return y_RN
+
+
+def _vector(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    row_K = x_1K[0]
+    y_N = weight_NK.mv(row_K) if bias_N is None else torch.addmv(bias_N, weight_NK, row_K)
+    return y_N[None]

@@ -12,6 +12,7 @@ import torch
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
+from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.hub import checkpoint_dir
@@ -52,6 +53,9 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
     quant = f"gptq-int{packed_config.bits}" if packed_config else spec.quant
     facts = {**_facts(spec, model, digest, device), "quant": quant}
+    facts["dense_kernels"] = dense.prepare(
+        model.modules(), keep_weight=[model.head]
+    )  # its rows are also read one by one
     return Opened(forward=forward, tokenizer=load_tokenizer(directory), facts=facts)
 
 

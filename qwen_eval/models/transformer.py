@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.dense import product
+from qwen_eval.models.dense import Linear
 from qwen_eval.models.rope import Rotation
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (name, in features, out features, bias)
@@ -28,11 +28,6 @@ class Attend(Protocol):
         In the last layer `q_NHD` may hold only the rows that `last_rows` of the forward named.
         """
         ...
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
 
 
 def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> nn.Module:

@@ -36,10 +36,10 @@ def profile(spec: ProfileSpec) -> None:
         return
     from qwen_eval.profile.grid import run_grid
     from qwen_eval.report.profile import run_tables, write_plots
-    from qwen_eval.tables import render
+    from qwen_eval.tables import print_tables
 
     path = run_grid(spec)
-    sys.stdout.write(render(run_tables(path, published=spec.published), "terminal"))
+    print_tables(run_tables(path, published=spec.published))
     plots = [plot.name for plot in write_plots(path)]
     print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")
 

@@ -21,6 +21,7 @@ from qwen_eval.profile.cells import Cell, cells, to_json
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.runs.provenance import deciding_versions, provenance
 from qwen_eval.runs.store import FORMAT, RunDirectory
+from qwen_eval.terminal import plain_text
 
 TASK = "speed"
 CHILD = ("-m", "qwen_eval.profile.child")
@@ -110,7 +111,7 @@ def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]])
 
 def _say(spec: ProfileSpec, line: str) -> None:
     if not spec.quiet:
-        print(line, file=sys.stderr, flush=True)
+        print(plain_text(line), file=sys.stderr, flush=True)
 
 
 # --- a cell's own process --------------------------------------------------------------------------------------------

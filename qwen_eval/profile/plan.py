@@ -18,7 +18,8 @@ from qwen_eval.models.device import Device
 from qwen_eval.profile.cells import Cell, cells, cost_of, quant_of, shape_of
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.tables import Cell as Shown
-from qwen_eval.tables import Table, number_cell, text_cell
+from qwen_eval.tables import Table, number_cell, text_cell, to_terminal
+from qwen_eval.terminal import terminal_width
 
 GIB = 2**30
 
@@ -73,7 +74,9 @@ def _cells(spec: ProfileSpec, config: ModelConfig, device: Device, is_packed: bo
         _ceiling(device),
         "original's law: fitted to the published cells (A100, original code, 16-bit cache, batch 1).",
     )
-    return Table(name="plan", title=f"{spec.model.name}: cells", columns=columns, rows=rows, notes=notes)
+    optional = ("original's law GiB", "activations GiB", "cache GiB", "weights GiB", "largest batch")
+    title = f"{spec.model.name}: cells"
+    return Table(name="plan", title=title, columns=columns, rows=rows, notes=notes, optional=optional, num_keys=4)
 
 
 def _row(
@@ -130,6 +133,6 @@ def _gib(value: int | None) -> Shown:
 
 
 def texts(tables: Sequence[Table]) -> str:
-    from qwen_eval.tables import render
-
-    return render(tables, "terminal")
+    """For the terminal at hand."""
+    width = terminal_width()
+    return "\n".join(to_terminal(table, width) for table in tables)

@@ -12,7 +12,7 @@ from qwen_eval import cli
 from qwen_eval.config import not_one_of
 from qwen_eval.core import ConfigError, StoreError
 from qwen_eval.report.config import FORMATS, LAYOUTS, ReportSpec
-from qwen_eval.tables import Table
+from qwen_eval.tables import Table, print_tables, render
 
 if TYPE_CHECKING:
     from qwen_eval.report.comparison import Margins
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ENDINGS = {
     ".md": "md",
     ".csv": "csv",
+    ".json": "json",
     ".tex": "tex",
     ".html": "html",
     ".xml": "junit",
@@ -57,14 +58,16 @@ def run_report(spec: ReportSpec) -> int:
         return _accept(spec)
     report = build(spec)
     for path, form in forms:
-        if path is None:
+        if path is None and form == "terminal":
+            print_tables(report.tables)
+        elif path is None:
             sys.stdout.write(_text(spec, report, form))
         elif form in FIGURES:
             _write(path, _figure(spec, form))
         else:
             _write(path, _text(spec, report, form).encode("utf-8", "replace"))
     if spec.gate and all(path is not None for path, _ in forms):
-        sys.stdout.write(_text(spec, report, "terminal"))
+        print_tables(report.tables)
     return report.exit_code
 
 
@@ -129,11 +132,10 @@ def _accept(spec: ReportSpec) -> int:
     """Write the baselines, and print what they change against those that they replace."""
     from qwen_eval.report.baseline import accept
     from qwen_eval.report.gate import accepted_tables
-    from qwen_eval.tables import render
 
     margins = _margins(spec)
     accepted = accept(spec.accept, Path(spec.gate or BASELINES))
-    sys.stdout.write(render(accepted_tables(accepted, margins), "terminal"))
+    print_tables(accepted_tables(accepted, margins))
     for item in accepted:
         print(f"baseline written: {item.directory}{item.note}")
     return 0
@@ -165,8 +167,6 @@ def _forms(spec: ReportSpec) -> list[tuple[Path | None, str]]:
 
 
 def _text(spec: ReportSpec, report: Report, form: str) -> str:
-    from qwen_eval.tables import render
-
     if form == "junit":
         return report.junit or ""
     if form == "html":

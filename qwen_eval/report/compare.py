@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import ConfigError, Metric, QwenEvalError
 from qwen_eval.metrics import mean
-from qwen_eval.report.comparison import Comparison, Family, Flip, Margins, Side
+from qwen_eval.report.comparison import Agreement, Comparison, Family, Flip, Margins, Side
 from qwen_eval.report.items import Item, choice_kl
 from qwen_eval.report.kld import Divergence
 from qwen_eval.report.obstacles import lost_numbers, obstacles
@@ -121,6 +121,7 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
         regraded=(gains, len(same) - gains),
         without_rereads=_difference(base, a, _with_old_scores(a, b, same))[0] if gains else None,
         rewritten=tuple(x.id for x, y in zip(a, b) if _is_rewritten(x, y)),
+        agreement=_agreement(a, b),
         is_identical=all(_is_identical(x, y) for x, y in zip(a, b)),
         choice_kl=_mean_choice_kl(a, b),
         kld=kld,
@@ -213,6 +214,18 @@ def _is_identical(first: Item, second: Item) -> bool:
     if first.nll is not None and second.nll is not None:
         return math.isclose(first.nll, second.nll, rel_tol=1e-6, abs_tol=1e-5)
     return first.score == second.score and first.extracted == second.extracted
+
+
+def _agreement(first: Sequence[Item], second: Sequence[Item]) -> Agreement:
+    pairs = list(zip(first, second))
+    has_scores = any(item.score is not None for item in first)
+    return Agreement(
+        num_samples=len(pairs),
+        same_answers=sum(x.answer_sha256 == y.answer_sha256 for x, y in pairs),
+        same_readings=sum(x.extracted == y.extracted for x, y in pairs) if has_scores else None,
+        same_scores=sum(x.score == y.score for x, y in pairs) if has_scores else None,
+        is_text=not any(item.choices or item.nll is not None for item in first),
+    )
 
 
 def _differs_in_tokens(first: Sequence[Item], second: Sequence[Item]) -> bool:

@@ -66,6 +66,21 @@ class Flip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Of `num_samples` in both runs, how many agree in the answer itself, in what was read from it, in the score.
+
+    `is_text`: the answers are words; of scored text and of choices they are log-probabilities, to four decimals.
+    None where no sample has a reading or a score (perplexity).
+    """
+
+    num_samples: int
+    same_answers: int
+    same_readings: int | None
+    same_scores: int | None
+    is_text: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """One side of a comparison: a run directory, or a baseline made of one."""
 
@@ -107,6 +122,7 @@ class Comparison:
     without_rereads: Difference | None = None
     rewritten: tuple[str, ...] = ()
     is_identical: bool = False
+    agreement: Agreement | None = None
     choice_kl: Metric | None = None
     kld: Divergence | None = None
     notes: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FORMATS = ("auto", "terminal", "md", "csv", "tex", "html", "junit", "svg", "png")
+FORMATS = ("auto", "terminal", "md", "csv", "json", "tex", "html", "junit", "svg", "png")
 LAYOUTS = ("models", "runs", "quantisation", "categories", "long", "profile", "groups", "problems")
 
 

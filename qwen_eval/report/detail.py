@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from qwen_eval.core import JSON
-from qwen_eval.report.comparison import Comparison
+from qwen_eval.report.comparison import Agreement, Comparison
 from qwen_eval.report.gate import delta_cell, judgement_table
 from qwen_eval.report.verdict import judge_all
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
@@ -17,11 +17,46 @@ MAX_TEXT = 60
 def compare_tables(comparisons: Sequence[Comparison], *, num_flips: int = 20) -> list[Table]:
     judgements = judge_all(list(comparisons))
     tables = [judgement_table(judgements, title="What changed", sides=("first", "second"))]
+    tables += what_was_compared(comparisons)
     tables += by_group(comparisons)
     tables += distributions(comparisons)
     for comparison in comparisons:
         tables += flips(comparison, num_flips)
     return tables
+
+
+def what_was_compared(comparisons: Sequence[Comparison]) -> list[Table]:
+    """How many samples agree in what: the same answer is more than the same reading of it, and that than its score."""
+    rows = []
+    for c in comparisons:
+        found = c.agreement
+        if found is not None:
+            counts = (found.num_samples, found.same_answers, found.same_readings, found.same_scores)
+            numbers = [number_cell(n, 0) for n in counts]
+            rows.append((text_cell(c.task), text_cell(c.label), *numbers, text_cell(finding(found))))
+    columns = ("task", "what", "samples", "same answer", "same reading", "same score", "finding")
+    notes = (
+        "same answer: character for character, of choices and scored text the log-probabilities to four decimals.",
+        "same reading: what was extracted from the answer. A finding is of these samples, not of others.",
+    )
+    title = "What was compared"
+    table = Table(name="compared", title=title, columns=columns, rows=tuple(rows), notes=notes, num_keys=2)
+    return [table] if rows else []
+
+
+def finding(found: Agreement) -> str:
+    """`identical` only where every answer is; else the first of reading and score that has no difference."""
+    n = found.num_samples
+    if found.same_answers == n and found.same_readings in (n, None) and found.same_scores in (n, None):
+        return "identical"
+    what = "in other words" if found.is_text else "with other log-probabilities"
+    if found.same_scores is None or found.same_readings is None:
+        return f"{n - found.same_answers:,} of {n:,} {what}"
+    if found.same_scores < n:
+        return f"{n - found.same_scores:,} of {n:,} scores differ"
+    if found.same_readings < n:
+        return f"no difference in the scores, {n - found.same_readings:,} of {n:,} answers were read differently"
+    return f"no difference in what was read, {n - found.same_answers:,} of {n:,} answers {what}"
 
 
 def by_group(comparisons: Sequence[Comparison]) -> list[Table]:
@@ -51,13 +86,14 @@ def distributions(comparisons: Sequence[Comparison]) -> list[Table]:
             percentiles = [number_cell(kld.percentiles[key], 4) for key in ("50", "99", "99.9", "100")]
         choice = c.choice_kl
         rows.append((
-            text_cell(c.task), _nats(choice.value, choice.low, choice.high) if choice else text_cell(None),
-            _nats(kld.mean, kld.low, kld.high) if kld else text_cell(None), *percentiles,
+            text_cell(c.task), _nats(choice.value, choice.low, choice.high, choice.n) if choice else text_cell(None),
+            _nats(kld.mean, kld.low, kld.high, kld.num_tokens) if kld else text_cell(None), *percentiles,
             Cell(text=f"{kld.top1_agreement:.2%}", value=kld.top1_agreement) if kld else text_cell(None),
             number_cell(kld.num_tokens if kld else choice.n if choice else None, 0),
         ))  # fmt: skip
     notes = ("choice KL: of the distributions over the choices; KLD: over the whole vocabulary, per token.",)
-    return [Table(name="kl", title="Distributions", columns=columns, rows=tuple(rows), notes=notes)]
+    optional = ("median", "99.9 %")
+    return [Table(name="kl", title="Distributions", columns=columns, rows=tuple(rows), notes=notes, optional=optional)]
 
 
 def flips(comparison: Comparison, limit: int) -> list[Table]:
@@ -69,7 +105,7 @@ def flips(comparison: Comparison, limit: int) -> list[Table]:
     rows = []
     for flip in [*lost[:limit], *gained[:limit]]:
         first, second = (f"{_short(item.extracted)} ({item.score:g})" for item in (flip.first, flip.second))
-        note = "read otherwise" if flip.is_reread else ""
+        note = "same words, read differently" if flip.is_reread else ""
         tone = "good" if flip.is_gain else "bad"
         rows.append((
             text_cell(flip.id), text_cell(flip.first.group), text_cell("gained" if flip.is_gain else "lost", tone=tone),
@@ -79,12 +115,13 @@ def flips(comparison: Comparison, limit: int) -> list[Table]:
     hidden = len(comparison.flips) - len(rows)
     notes = (f"{hidden} more; num_flips= shows them.",) if hidden else ()
     title = f"{comparison.task}: {len(lost)} lost, {len(gained)} gained"
-    return [Table(name=f"flips-{comparison.task}", title=title, columns=columns, rows=tuple(rows), notes=notes)]
+    name, optional = f"flips-{comparison.task}", ("note", "group")
+    return [Table(name=name, title=title, columns=columns, rows=tuple(rows), notes=notes, optional=optional)]
 
 
-def _nats(value: float, low: float | None, high: float | None) -> Cell:
+def _nats(value: float, low: float | None, high: float | None, n: int) -> Cell:
     interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
-    return Cell(text=f"{value:.4f}{interval}", value=value)
+    return Cell(text=f"{value:.4f}{interval}", value=value, low=low, high=high, n=n)
 
 
 def _short(value: JSON) -> str:

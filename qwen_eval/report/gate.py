@@ -19,9 +19,9 @@ from qwen_eval.report.compare import adjusted, compare_runs
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.paired import Difference
 from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
-from qwen_eval.report.verdict import Judgement, judge_all, p_text, shown
+from qwen_eval.report.verdict import Judgement, judge_all, shown
 from qwen_eval.runs.integrity import damage
-from qwen_eval.tables import Cell, Table, metric_cell, text_cell
+from qwen_eval.tables import Cell, Table, metric_cell, p_cell, text_cell
 
 MAX_NAMED = 10  # changed samples of one kind that are named in text
 TONES = {"worse": "bad", "better": "good", "not comparable": "bad", "cannot tell": "weak", "unchanged": ""}
@@ -149,7 +149,8 @@ def judgement_table(
         "would show: the smallest change for the worse found four times of five at this n and spread.",
     )
     notes += tuple(f"{j.comparison.task}: {note}" for j in judgements for note in j.comparison.notes)
-    return Table(name="verdicts", title=title, columns=columns, rows=rows, notes=notes)
+    optional = ("would show", "lost / gained", "p (Holm)", *sides)
+    return Table(name="verdicts", title=title, columns=columns, rows=rows, notes=notes, optional=optional, num_keys=2)
 
 
 def changed_samples(judgements: Sequence[Judgement]) -> list[Table]:
@@ -184,7 +185,7 @@ def _row(judgement: Judgement) -> tuple[Cell, ...]:
     flips = f"{c.losses} / {c.gains}" if c.flips or c.family == "share" else "–"
     return (
         text_cell(c.task), text_cell(c.label), text_cell(WORDS[judgement.verdict], tone=TONES[judgement.verdict]),
-        metric_cell(c.first), metric_cell(c.second), delta_cell(c, c.difference), text_cell(p_text(c.p_adjusted)),
+        metric_cell(c.first), metric_cell(c.second), delta_cell(c, c.difference), p_cell(c.p_adjusted),
         text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)), text_cell(judgement.why),
     )  # fmt: skip
 
@@ -197,7 +198,8 @@ def delta_cell(c: Comparison, d: Difference | None) -> Cell:
     if d.low is not None and d.high is not None:
         low, high = (shown(c, x, sign=True).removesuffix(" points") for x in (d.low, d.high))
         text += f" [{low}, {high}]"
-    return Cell(text=text, value=d.delta, title=f"{d.test}, n = {d.n:,}, {d.num_clusters:,} independent draws")
+    title = f"{d.test}, n = {d.n:,}, {d.num_clusters:,} independent draws"
+    return Cell(text=text, value=d.delta, low=d.low, high=d.high, n=d.n, p=d.p_value, title=title)
 
 
 def junit(report: GateReport) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from qwen_eval.core import QwenEvalError
 from qwen_eval.report.plots import plots
 from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.samples import embeddable, sample_data
-from qwen_eval.tables import Cell, Table
+from qwen_eval.tables import Cell, Table, all_notes, html_text
 
 HERE = Path(__file__).parent
 MIN_FILTER_ROWS = 5  # shorter tables need no filter box
@@ -42,7 +41,7 @@ def page(title: str, tables: Sequence[Table], roots: Sequence[str], *, max_sampl
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',
         '<link rel="icon" href="data:,">',
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>",
+        f"<title>{html_text(title)}</title>\n<style>{style}</style>\n</head>\n<body>",
         *body,
         f'<script type="application/json" id="data">{embeddable(data)}</script>',
         f"<script>{script}</script>\n</body>\n</html>\n",
@@ -71,11 +70,11 @@ def _header(title: str, *, has_plots: bool, has_samples: bool) -> str:
     links = [("tables", "Tables", True), ("plots", "Plots", has_plots), ("samples", "Samples", has_samples)]
     listed = "".join(f'<a href="#{name}">{text}</a>' for name, text, is_there in links if is_there)
     toggle = '<button id="theme" type="button" aria-label="Light or dark" title="Light or dark">◐</button>'
-    return f"<header><h1>{escape(title)}</h1><nav>{listed}{toggle}</nav></header>"
+    return f"<header><h1>{html_text(title)}</h1><nav>{listed}{toggle}</nav></header>"
 
 
 def _figure(title: str, svg: str) -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption>{html_text(title)}</figcaption>{svg}</figure>"
 
 
 def _table(table: Table, index: int) -> str:
@@ -85,13 +84,13 @@ def _table(table: Table, index: int) -> str:
         for column, is_number in zip(table.columns, numeric)
     )
     rows = "\n".join(f"<tr>{''.join(_cell(cell, n) for cell, n in zip(row, numeric))}</tr>" for row in table.rows)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    notes = "".join(f"<li>{html_text(note)}</li>" for note in all_notes(table))
     box = ""
     if len(table.rows) >= MIN_FILTER_ROWS:
         box = f'<input type="search" class="filter" placeholder="Filter {len(table.rows)} rows" aria-label="Filter">'
-    anchor = escape(table.name or f"table-{index}")
+    anchor = html_text(table.name or f"table-{index}")
     return (
-        f'<article class="table" id="{anchor}"><div class="bar"><h2>{escape(table.title)}</h2>'
+        f'<article class="table" id="{anchor}"><div class="bar"><h2>{html_text(table.title)}</h2>'
         f'{box}</div><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
         + "</article>"
@@ -101,13 +100,13 @@ def _table(table: Table, index: int) -> str:
 def _heading(column: str) -> str:
     """`"mmlu (5-shot, test)"`: what is in brackets goes small into a second line."""
     name, bracket, rest = column.partition(" (")
-    return f"{escape(name)}<small>{escape(rest.removesuffix(')'))}</small>" if bracket else escape(column)
+    return f"{html_text(name)}<small>{html_text(rest.removesuffix(')'))}</small>" if bracket else html_text(column)
 
 
 def _cell(cell: Cell, is_number: bool) -> str:
     value = "" if cell.value is None else f' data-v="{cell.value!r}"'
-    title = f' title="{escape(cell.title)}"' if cell.title else ""
-    return f"<td{_class('n' if is_number else '', cell.tone)}{value}{title}>{escape(cell.text)}</td>"
+    title = f' title="{html_text(cell.title)}"' if cell.title else ""
+    return f"<td{_class('n' if is_number else '', cell.tone)}{value}{title}>{html_text(cell.text)}</td>"
 
 
 def _class(*names: str) -> str:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from qwen_eval.core import JSON, ConfigError, Metric
-from qwen_eval.report.runs import LoadedRun, precision_name
+from qwen_eval.report.runs import LoadedRun, natural, precision_name, precision_rank
+from qwen_eval.report.settings import Footnotes, run_names, with_runs
 from qwen_eval.tables import NONE, Table, metric_cell, text_cell
+from qwen_eval.terminal import plain_text
 
 LENGTH = re.compile(r"(?:ppl|perplexity)/(\d+)$")
 
@@ -32,21 +34,20 @@ def tricks_of(run: LoadedRun) -> tuple[str, ...]:
 
 def tables(runs: Sequence[LoadedRun]) -> list[Table]:
     """One row a run, the fewest tricks first; then the changes within each model that has several rows."""
-    from qwen_eval.report.tables import Marks
-
     kept = sorted((run for run in runs if perplexities(run)), key=_order)
     if not kept:
         return []
     lengths = _lengths(kept)
-    marks, names = Marks(kept, across_tasks=True), row_names(kept)
+    footnotes, names = Footnotes(kept, across_tasks=True), row_names(kept)
     rows = []
     for run, name in zip(kept, names):
         found = perplexities(run)
-        cells = [metric_cell(found.get(length), mark=marks.of(run)) for length in lengths]
+        cells = [metric_cell(found.get(length), footnote=footnotes.of(run)) for length in lengths]
         rows.append((text_cell(name), text_cell(_precision(run)), text_cell(_tricks(run)), *cells))
     columns = ("model", "precision", "tricks", *map(str, lengths))
-    table = Table(name="long", title="Perplexity by length", columns=columns, rows=tuple(rows), notes=marks.notes)
-    return [table, *changes(kept)]
+    table = Table(name="long", title="Perplexity by length", columns=columns, rows=tuple(rows), num_keys=3)
+    alike = run_names([(f"{name} {_precision(run)} {_tricks(run)}", [run]) for run, name in zip(kept, names)])
+    return [with_runs(table, alike, at=3), *changes(kept)]
 
 
 def changes(runs: Sequence[LoadedRun]) -> list[Table]:
@@ -55,11 +56,11 @@ def changes(runs: Sequence[LoadedRun]) -> list[Table]:
     from qwen_eval.report.comparison import Margins, Side
     from qwen_eval.report.gate import delta_cell
 
-    families: dict[tuple[str, str], list[LoadedRun]] = defaultdict(list)
+    families: dict[tuple[str, ...], list[LoadedRun]] = defaultdict(list)
     for run in runs:
-        families[run.model, _precision(run)].append(run)
+        families[run.model, _precision(run), run.weights].append(run)
     lengths, rows = _lengths(runs), []
-    for labels, members in families.items():
+    for (*labels, _), members in families.items():
         for first, second in combinations([Side(run=run) for run in members], 2):
             names = _tricks(first.run), _tricks(second.run)
             comparison = compare_sides(first, second, Margins())
@@ -73,7 +74,7 @@ def changes(runs: Sequence[LoadedRun]) -> list[Table]:
         Table(
             name="long-changes", title="What each trick changes: ΔPPL", rows=tuple(rows),
             columns=("model", "precision", "from → to", *map(str, lengths)),
-            notes=("95 % intervals, paired over the documents; negative is better.",),
+            notes=("95 % intervals, paired over the documents; negative is better.",), num_keys=3,
         )
     ]  # fmt: skip
 
@@ -85,7 +86,7 @@ def curves(runs: Sequence[LoadedRun], form: str) -> bytes:
     kept = sorted((run for run in runs if len(perplexities(run)) > 1), key=_order)
     if not kept:
         raise ConfigError(f"out=….{form}: no run with perplexities of several lengths; see task=long_ppl")
-    names = [f"{name} {_precision(run)}, {_tricks(run)}" for run, name in zip(kept, row_names(kept))]
+    names = [plain_text(f"{name} {_precision(run)}, {_tricks(run)}") for run, name in zip(kept, row_names(kept))]
     return length_curves(dict(zip(names, map(perplexities, kept))), form)
 
 
@@ -98,8 +99,6 @@ def row_names(runs: Sequence[LoadedRun]) -> list[str]:
 
 def _order(run: LoadedRun) -> tuple[JSON, ...]:
     """Models by name, then precision, then the fewest tricks first."""
-    from qwen_eval.report.tables import natural, precision_rank
-
     precision = _precision(run)
     return natural(run.model), precision_rank(precision), len(tricks_of(run)), _tricks(run), str(run.path)
 

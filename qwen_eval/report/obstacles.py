@@ -6,9 +6,7 @@ from collections.abc import Mapping
 
 from qwen_eval.report.comparison import Family, Side
 from qwen_eval.report.items import Item
-from qwen_eval.report.runs import LoadedRun, differing_facets
-
-SAYS_WHERE = ("origin", "source", "path", "data_origin")  # where rows lay is no difference, their sha256 would be
+from qwen_eval.report.settings import differing_settings
 
 
 def obstacles(first: Side, second: Side, family: Family) -> list[str]:
@@ -20,8 +18,7 @@ def obstacles(first: Side, second: Side, family: Family) -> list[str]:
     ]
     if found:
         return found
-    found = differing_facets(first.run, second.run)
-    found += _benchmark_differences(first.run, second.run)
+    found = differing_settings(first.run, second.run)
     found += _sample_differences(first.items, second.items, family)
     return found
 
@@ -52,14 +49,6 @@ def _excerpt(text: str, at: int, width: int) -> str:
     return (
         f'"{"…" * (start > 0)}{piece}{"…" * (at + width < len(text))}"' if at < len(text) else f'"…{piece}" (its end)'
     )
-
-
-def _benchmark_differences(first: LoadedRun, second: LoadedRun) -> list[str]:
-    from qwen_eval.runs.store import differences
-
-    known = set(first.facets) | set(SAYS_WHERE)
-    a, b = ({k: v for k, v in run.benchmark.items() if k not in known} for run in (first, second))
-    return [change.replace(" → ", " against ") for change in differences(a, b)]
 
 
 def _sample_differences(first: Mapping[str, Item], second: Mapping[str, Item], family: Family) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qwen_eval.core import Metric
 from qwen_eval.report.long_context import perplexities
-from qwen_eval.report.runs import LoadedRun, RunSet, profile_cells, speeds_of
+from qwen_eval.report.runs import LoadedRun, RunSet
 from qwen_eval.report.samples import needle_cells
+from qwen_eval.report.settings import run_names
+from qwen_eval.report.tradeoffs import Tradeoff, tradeoffs
+from qwen_eval.tables import html_text as escape
 
 WIDTH = 680.0
 LEFT, RIGHT, TOP, BOTTOM = 190.0, 24.0, 12.0, 34.0
@@ -23,11 +26,9 @@ def plots(runs: RunSet) -> list[tuple[str, str]]:
         ("Scores with 95 % intervals", score_plot(runs.finished)),
         ("Perplexity by length", length_plot(runs.finished)),
     ]
-    found += [
-        (f"Needle in a haystack: {run.label} {run.variant}", needle_plot(run))
-        for run in runs.finished
-        if _is_needle(run)
-    ]
+    needles = [run for run in runs.finished if _is_needle(run)]
+    names = _names(needles)
+    found += [(f"Needle in a haystack: {names[run.path]}", needle_plot(run)) for run in needles]
     found += [("Quality, speed and memory", tradeoff_plot(runs))]
     return [(title, svg) for title, svg in found if svg]
 
@@ -38,6 +39,7 @@ def score_plot(runs: Sequence[LoadedRun]) -> str:
     if not rows:
         return ""
     rows.sort(key=lambda row: (row[0].task, row[0].label, row[0].variant))
+    names = _names([run for run, _ in rows])
     body, y, tasks = [], TOP, list(dict.fromkeys(run.task for run, _ in rows))
 
     def x(value: float) -> float:
@@ -49,19 +51,19 @@ def score_plot(runs: Sequence[LoadedRun]) -> str:
         for run, metric in rows:
             if run.task == task:
                 y += ROW
-                body += [_label(24, y - 7, f"{run.label} {run.variant}"), *_whisker(x, y - 11, metric, run)]
+                body += [_label(24, y - 7, names[run.path]), *_whisker(x, y - 11, metric, run)]
     axis = [_grid_line(x(t / 100), TOP + 8, y + 4, f"{t}") for t in range(0, 101, 20)]
     return _svg(y + BOTTOM, [*axis, *body], "Scores in per cent with their intervals")
 
 
 def length_plot(runs: Sequence[LoadedRun]) -> str:
     """Perplexity over context length, both logarithmic, one line a run."""
-    series = []
+    series, names = [], _names(runs)
     for run in runs:
         points = sorted((length, metric.value) for length, metric in perplexities(run).items())
         points = [(length, value) for length, value in points if value > 0 and math.isfinite(value)]
         if len(points) > 1:
-            series.append((f"{run.label} {run.variant}", points))
+            series.append((names[run.path], points))
     if not series:
         return ""
     lengths = sorted({length for _, points in series for length, _ in points})
@@ -103,48 +105,40 @@ def needle_plot(run: LoadedRun) -> str:
 
 
 def tradeoff_plot(runs: RunSet) -> str:
-    """Score over decode speed, the area of a dot is its peak memory; models with an evaluation and a profile."""
-    points = _tradeoffs(runs)
-    if not points:
+    """The score of one benchmark over decode speed, the area of a dot is its peak memory; one dot a checkpoint."""
+    found = tradeoffs(runs)
+    if not found.points:
         return ""
-    speeds, scores = [p[1] for p in points], [p[2] for p in points]
-    x = _Scale(0.0, max(speeds) * 1.1, 60, WIDTH - RIGHT)
+    points = found.points
+    x = _Scale(0.0, max(p.tok_per_s for p in points) * 1.1, 60, WIDTH - RIGHT)
+    scores = [p.score for p in points]
     y = _Scale(max(0.0, min(scores) - 0.05), min(1.0, max(scores) + 0.05), 300, 24)
-    top = max(p[3] for p in points) or 1.0
-    body = [_grid_line(x(t), 20, 304, f"{t:g}") for t in _ticks(0.0, max(speeds) * 1.1)]
+    ticks = _ticks(0.0, max(p.tok_per_s for p in points) * 1.1)
+    body = [_grid_line(x(t), 20, 304, f"{t:g}") for t in ticks]
     body += [_level(60, y(t / 100), f"{t}") for t in range(0, 101, 5) if 24 <= y(t / 100) <= 300]
-    for i, (name, speed, score, peak) in enumerate(points):
-        radius = 5 + 16 * math.sqrt(peak / top)
-        tip = f"{name}: {score:.1%} at {speed:,.1f} tokens/s, {peak / 2**30:.2f} GiB"
-        body.append(_dot(x(speed), y(score), i, tip, radius))
-    body += [_label(WIDTH - RIGHT, 332, "tokens/s", "end"), _label(60, 14, "score, %")]
-    return _svg(
-        352 + 20 * len(points), body + _legend([p[0] for p in points], 352), "Quality over speed, area is memory"
-    )
+    top = max(p.peak_bytes for p in points) or 1.0
+    body += [_tradeoff_dot(p, i, x(p.tok_per_s), y(p.score), top) for i, p in enumerate(points)]
+    body += [_label(WIDTH - RIGHT, 332, "tokens/s", "end"), _label(60, 14, f"{found.what}, score in %", width=90)]
+    body += _legend([p.name for p in points], 352)
+    below = 352 + 20 * len(points)
+    body += [_label(60, below + 20 * i, note, width=100) for i, note in enumerate(found.notes)]
+    return _svg(below + 20 * len(found.notes), body, "Quality over speed, area is memory")
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _tradeoffs(runs: RunSet) -> list[tuple[str, float, float, float]]:
-    """(name, decode tokens/s, mean of headline shares, peak bytes) of each model and precision with both."""
-    measured: dict[tuple[str, str], Mapping[str, float]] = {}
-    for run in runs.profiles:
-        cells = [cell for cell in profile_cells(run) if cell.get("new_tokens") and speeds_of(cell)]
-        if cells:
-            speeds = sorted(speeds_of(cells[0]))
-            peak = float(cells[0].get("peak_bytes") or 0)
-            measured[run.model, run.variant] = {"speed": speeds[len(speeds) // 2], "peak": peak}
-    points = []
-    for key, value in measured.items():
-        shares = [
-            r.headline[1].value
-            for r in runs.finished
-            if (r.model, r.variant) == key and r.headline and r.headline[1].kind == "share"
-        ]
-        if shares:
-            points.append((" ".join(key), value["speed"], sum(shares) / len(shares), value["peak"]))
-    return points
+def _tradeoff_dot(point: Tradeoff, index: int, x: float, y: float, top: float) -> str:
+    tip = f"{point.name}: {point.score:.1%} at {point.tok_per_s:,.1f} tokens/s, {point.peak_bytes / 2**30:.2f} GiB"
+    return _dot(x, y, index, tip, 5 + 16 * math.sqrt(point.peak_bytes / top))
+
+
+def _names(runs: Sequence[LoadedRun]) -> dict[Path, str]:
+    """What a run is called in a plot, by its directory; with what tells it apart where names repeat."""
+    named = [(f"{run.label} {run.variant}", [run]) for run in runs]
+    places = run_names([(f"{name} {run.task}", members) for name, members in named for run in members])
+    extra = places or [""] * len(named)
+    return {run.path: f"{name}, {place}" if place else name for (name, (run,)), place in zip(named, extra)}
 
 
 def _is_needle(run: LoadedRun) -> bool:

@@ -9,8 +9,10 @@ from qwen_eval.core import JSON
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.measure import median
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, load_run, profile_cells, speeds_of
+from qwen_eval.report.settings import run_names, with_runs
 from qwen_eval.runs.store import write_bytes
 from qwen_eval.tables import Cell, Table, number_cell, render, text_cell
+from qwen_eval.terminal import plain_text
 
 GIB = 2**30
 RANDOM = "†"
@@ -52,7 +54,33 @@ def _cells(runs: Sequence[LoadedRun]) -> Table:
             _gib(cell.get("reserved_bytes")),
         ))  # fmt: skip
     notes = (*NOTES, *_method_notes(runs))
-    return Table(name="profile", title="Speed and memory", columns=columns, rows=tuple(rows), notes=notes)
+    optional = (
+        "reserved GiB",
+        "p90",
+        "token ms p50",
+        "p99",
+        "prefill tokens/s",
+        "first token ms",
+        "new tokens",
+        "context",
+    )
+    table = Table(
+        name="profile", title="Speed and memory", columns=columns, rows=tuple(rows), notes=notes, optional=optional,
+        num_keys=4,
+    )  # fmt: skip
+    return with_runs(table, _run_column(runs), at=2)
+
+
+def _run_column(runs: Sequence[LoadedRun]) -> list[str] | None:
+    """The text of the column `run` for each row of `_all`; None where no two runs have one name."""
+    names = _names(runs)
+    if names is None:
+        return None
+    return [name for run, name in zip(runs, names) for _ in profile_cells(run)]
+
+
+def _names(runs: Sequence[LoadedRun]) -> list[str] | None:
+    return run_names([(f"{_label(run)} {run.variant}", [run]) for run in runs])
 
 
 def _method_notes(runs: Sequence[LoadedRun]) -> list[str]:
@@ -89,7 +117,12 @@ def _ceilings(runs: Sequence[LoadedRun]) -> Table:
             _gib(cell.get("load_peak_bytes")), _scaled(_number(cell.get("joules_per_token")), 1, 2),
             text_cell(state, tone="" if state == "ok" else "bad"),
         ))  # fmt: skip
-    return Table(name="profile-ceilings", title="Ceilings", columns=columns, rows=tuple(rows), notes=CEILING_NOTES)
+    optional = ("J/token", "load peak", "load s", "predicted", "TFLOP/s", "GB/s")
+    table = Table(
+        name="profile-ceilings", title="Ceilings", columns=columns, rows=tuple(rows), notes=CEILING_NOTES,
+        optional=optional, num_keys=3,
+    )  # fmt: skip
+    return with_runs(table, _run_column(runs), at=2)
 
 
 # --- as published ----------------------------------------------------------------------------------------------------
@@ -106,7 +139,7 @@ def _layouts(runs: Sequence[LoadedRun]) -> list[Table]:
         _pivot("profile-memory", "Peak memory, GiB", single, _by_length, _memory),
         _pivot("profile-batch", "Peak memory by batch, GiB", grown, _by_batch, _memory),
     ]
-    return [table for table in tables if table.rows and len(table.columns) > 4]
+    return [table for table in tables if table.rows and len(table.columns) > table.num_keys]
 
 
 def _pivot(
@@ -117,17 +150,20 @@ def _pivot(
     shown: Callable[[Row], Cell],
 ) -> Table:
     held: dict[tuple[str, ...], dict[tuple[tuple[int, ...], str], Cell]] = {}
+    owners: dict[tuple[str, ...], LoadedRun] = {}
     for run, cell in found:
         if cell.get("mode"):
-            key = (_label(run), run.variant, _cache(cell), _device(run))
+            key = (_label(run), run.variant, _cache(cell), _device(run), str(run.path))
             held.setdefault(key, {})[column_of(cell)] = shown(cell)
+            owners[key] = run
     columns = sorted({column for row in held.values() for column in row})
     rows = tuple(
-        (*(text_cell(part) for part in key), *(row.get(column, text_cell(None)) for column in columns))
+        (*(text_cell(part) for part in key[:4]), *(row.get(column, text_cell(None)) for column in columns))
         for key, row in held.items()
     )
     heads = ("model", "precision", "cache", "device", *(text for _, text in columns))
-    return Table(name=name, title=title, columns=heads, rows=rows)
+    table = Table(name=name, title=title, columns=heads, rows=rows, optional=("device", "cache"), num_keys=4)
+    return with_runs(table, run_names([(" ".join(key[:4]), [run]) for key, run in owners.items()]), at=2)
 
 
 def _by_length(cell: Row) -> tuple[tuple[int, ...], str]:
@@ -174,7 +210,7 @@ def _speed(cell: Row) -> Cell:
     digits = 1 if middle >= 10 else 2
     text = f"{middle:,.{digits}f}"
     text += f" [{speeds[0]:,.{digits}f}, {speeds[-1]:,.{digits}f}]" if len(speeds) > 1 else ""
-    return Cell(text=text, value=middle, title=f"{len(speeds)} repeats")
+    return Cell(text=text, value=middle, low=speeds[0], high=speeds[-1], n=len(speeds), title=f"{len(speeds)} repeats")
 
 
 def _memory(cell: Row) -> Cell:
@@ -267,5 +303,5 @@ def _series(
     for cell in cells:
         number = value(cell)
         if number is not None:
-            found.setdefault(f"{cell.get('name')}, {rest(cell)}", {})[int(cell[axis])] = number
+            found.setdefault(plain_text(f"{cell.get('name')}, {rest(cell)}"), {})[int(cell[axis])] = number
     return {name: points for name, points in found.items() if len(points) > 1}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qwen_eval.core import JSON, Metric
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
+from qwen_eval.report.settings import run_names, settings, with_runs
 from qwen_eval.tables import Cell, Table, metric_cell, number_cell, text_cell
 
 LEDGER = Path(__file__).with_name("ledger.json")
@@ -86,16 +87,23 @@ def _read() -> dict[str, JSON]:
 
 def published_tables(runs: RunSet) -> list[Table]:
     """Every number of ours that has a published counterpart, and what differs between the two."""
-    rows: list[tuple[Cell, ...]] = [row for run in runs.finished for row in _quality_rows(run)]
-    rows += [row for run in runs.profiles for row in _speed_rows(run)]
+    found = [(run, row) for run in runs.finished for row in _quality_rows(run)]
+    found += [(run, row) for run in runs.profiles for row in _speed_rows(run)]
+    members = list({id(run): run for run, _ in found}.values())
+    places = run_names([(f"{run.label} {run.variant} {run.task}", [run]) for run in members])
+    place_of = {} if places is None else {run.path: place for run, place in zip(members, places)}
     columns = ("model", "precision", "benchmark", "ours", "published", "Δ", "in our interval", "what differs", "source")
     notes: tuple[str, ...] = (
         "Δ is ours minus published, in the unit shown (points for shares, ratio for speed and memory).",
         "in our interval: the published value, give or take its last printed digit, lies in our 95 % interval.",
     )
-    if not rows:
+    if not found:
         notes = ("None of these runs is of a model, precision and benchmark that the ledger knows.",)
-    return [Table(name="published", title="Ours beside published", columns=columns, rows=tuple(rows), notes=notes)]
+    table = Table(
+        name="published", title="Ours beside published", columns=columns, rows=tuple(row for _, row in found),
+        notes=notes, optional=("source", "in our interval", "what differs"), num_keys=3,
+    )  # fmt: skip
+    return [with_runs(table, [place_of[run.path] for run, _ in found] if place_of else None, at=2)]
 
 
 def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
@@ -113,15 +121,15 @@ def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
 def differences(run: LoadedRun, row: Published) -> list[str]:
     """What is known to differ between how we and they measured."""
     found = []
-    facets = run.facets
+    facets = settings(run)
     shots = row.setting.get("shots")
-    if shots is not None and facets["shots"] not in (None, shots):
+    if shots is not None and facets.get("shots") not in (None, shots):
         found.append(f"shots: ours {facets['shots']}, published {shots}")
-    if row.split is not None and facets["split"] and not str(row.split).startswith(str(facets["split"])):
+    if row.split is not None and facets.get("split") and not str(row.split).startswith(str(facets.get("split"))):
         found.append(f"split: ours {facets['split']}, published {row.split}")
     if run.status == "partial":
         found.append(f"ours is {run.status_note}")
-    if facets["protocol"] == "robust" and row.benchmark != "arXiv":
+    if facets.get("protocol") == "robust" and row.benchmark != "arXiv":
         found.append("ours reads answers with protocol=robust")
     if row.variant == "BF16" and not run.variant.startswith("BF16"):
         found.append(f"precision: ours {run.variant}, published BF16")

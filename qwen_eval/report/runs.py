@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +14,6 @@ from typing import Literal
 from qwen_eval.core import JSON, ConfigError, Metric, Record
 
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
-
-# What must be equal for two scores to be of the same kind, in the order in which a difference is told.
-FACETS = (
-    "task", "task_version", "protocol", "mode", "split", "shots", "limit", "subjects", "seed", "max_new_tokens",
-    "preset", "lengths", "max_chunks", "stride", "depths", "languages", "per_cell", "num_needles",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +78,10 @@ class LoadedRun:
         """The model, with its tag where that is not the default one."""
         return self.model if self.tag == "default" else f"{self.model} [{self.tag}]"
 
-    @cached_property
-    def facets(self) -> dict[str, JSON]:
-        """Everything that decides what kind of number this is, but not the model."""
-        asked = _mapping(self.config.get("task"))
-        known = {key: self.benchmark.get(key, asked.get(key)) for key in FACETS if key != "task"}
-        known |= {"protocol": self.config.get("protocol"), "task_version": self.decides.get("task_version")}
-        known["limit"] = self.config.get("limit") if asked.get("limit") is None else asked.get("limit")
-        if known["limit"] is None:
-            known["seed"] = None  # the seed only draws the subset
-        if known["mode"] == "auto":
-            known["mode"] = "chat" if self.model_spec.get("chat") else "base"
-        return {"task": self.task, **{key: known[key] for key in FACETS if key != "task"}}
-
     @property
-    def data_sha256(self) -> str | None:
-        found = next((value for key, value in self.benchmark.items() if key in ("data_sha256", "sha256")), None)
-        return None if found is None else str(found)
+    def weights(self) -> str:
+        """The digest of the weights; "" for a run that recorded none."""
+        return str(self.decides.get("weights") or "")
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
@@ -229,26 +211,20 @@ def base_name(model: str) -> str:
     return model
 
 
-def differing_facets(first: LoadedRun, second: LoadedRun) -> list[str]:
-    """`["shots: 5 against 0"]`: the facets in which two runs are not of one kind."""
-    return [
-        f"{key}: {_plain(first.facets[key])} against {_plain(second.facets[key])}"
-        for key in FACETS
-        if first.facets[key] != second.facets[key]
-    ]
+def order(run: LoadedRun) -> tuple[JSON, ...]:
+    """Models by name with numbers as numbers, then precision, task, path."""
+    return (*natural(run.label), precision_rank(run.variant), run.variant, run.task, str(run.path))
 
 
-def facet_text(
-    facets: Mapping[str, JSON], keys: Sequence[str] = ("shots", "split", "mode", "protocol", "limit")
-) -> str:
-    """`"5-shot, val, base"`: the protocol in few words; the default protocol and no limit go without saying."""
-    parts = []
-    for key in keys:
-        value = facets.get(key)
-        if value in (None, "", []) or (key == "protocol" and value == "robust"):
-            continue
-        parts.append({"shots": f"{value}-shot", "limit": f"limit {value}"}.get(key, _plain(value)))
-    return ", ".join(parts)
+def natural(text: str) -> tuple[tuple[tuple[int, float, str], ...]]:
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return (tuple((0, float(p), "") if p[:1].isdigit() else (1, 0.0, p) for p in parts if p),)
+
+
+def precision_rank(variant: str) -> int:
+    ranks = ("FP32", "BF16", "FP16", "AUTO", "Int8", "LLM.int8", "Int4", "NF4")
+    first = variant.partition(",")[0]
+    return ranks.index(first) * 10 + variant.count(",") if first in ranks else 99
 
 
 def profile_cells(run: LoadedRun) -> list[Mapping[str, JSON]]:

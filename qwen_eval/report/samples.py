@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qwen_eval.core import JSON, Answer, ChoiceLogprobs, Completions, Record
 from qwen_eval.report.runs import LoadedRun
 
 HEAD_CHARS, TAIL_CHARS = 6_000, 6_000  # of a long prompt: 32K tokens of haystack help nobody in a browser
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+# lone surrogates, control characters, overrides of the writing direction, invisible tags
+OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 
 def sample_data(runs: Sequence[LoadedRun], *, max_samples: int) -> dict[str, JSON]:
@@ -36,9 +38,17 @@ def _share(sizes: Sequence[int], room: int) -> int:
 
 def embeddable(value: JSON) -> str:
     """JSON that cannot end a script element, open a comment or an entity, whatever text is in it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = re.sub("[<>&\u2028\u2029]", lambda match: ESCAPES[match[0]], text)
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    text = json.dumps(_harmless(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return re.sub("[<>&\u2028\u2029]", lambda match: ESCAPES[match[0]], text)
+
+
+def _harmless(value: JSON) -> JSON:
+    """The same with U+FFFD for every character that a reader would not see but a browser would obey."""
+    if isinstance(value, str):
+        return value if value.isprintable() else OBEYED.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_harmless(key): _harmless(item) for key, item in value.items()}
+    return [_harmless(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _run(run: LoadedRun, limit: int) -> dict[str, JSON]:

@@ -29,7 +29,10 @@ from qwen_eval.core import (
 from qwen_eval.runs.evaluate import requests_sha256, selected, summary, task_context
 from qwen_eval.runs.provenance import provenance
 from qwen_eval.runs.store import Run, differences, metric_from_json, read_run, write_json
+from qwen_eval.runs.summary import metric_cells
+from qwen_eval.tables import Table, print_tables, text_cell
 from qwen_eval.tasks.registry import build, task_class
+from qwen_eval.terminal import plain_text
 
 
 @dataclass(kw_only=True)
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = regrade(_parse(sys.argv[1:] if argv is None else argv))
     except QwenEvalError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(plain_text(" ".join(str(error).split())), file=sys.stderr)
         return 2
     _show(outcome)
     return 0
@@ -150,17 +153,17 @@ def _reading(grade: Grade) -> tuple[Any, Any]:
 
 
 def _show(outcome: Regraded) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    print_tables([regraded_table(outcome)])
+    print(plain_text(f"{outcome.num_changed} of {outcome.n} grades changed; {outcome.path}"))
 
-    from qwen_eval.runs.summary import cells
 
-    table = Table("metric", "stored", "now")
-    for name, metric in outcome.new.items():
-        table.add_row(name, cells(outcome.old[name])[0] if name in outcome.old else "-", cells(metric)[0])
-    console = Console()
-    console.print(table)
-    for warning in outcome.warnings:
-        console.print(f"warning: {warning}", markup=False)
-    line = f"{outcome.num_changed} of {outcome.n} grades changed; {outcome.path}"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+def regraded_table(outcome: Regraded) -> Table:
+    rows = tuple(
+        (text_cell(name), *(metric_cells(outcome.old[name])[:2] if name in outcome.old else (text_cell(None),) * 2),
+         *metric_cells(metric))
+        for name, metric in outcome.new.items()
+    )  # fmt: skip
+    columns = ("metric", "stored", "stored interval", "now", "95 % interval", "n")
+    notes = tuple(f"warning: {warning}" for warning in outcome.warnings)
+    optional = ("stored interval",)
+    return Table(name="regraded", title="Graded again", columns=columns, rows=rows, notes=notes, optional=optional)

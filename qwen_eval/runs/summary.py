@@ -4,51 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.console import Console
-from rich.table import Table
-
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import Metric
 from qwen_eval.runs.evaluate import Outcome
+from qwen_eval.tables import NONE, Cell, Table, print_tables, text_cell
+from qwen_eval.terminal import plain_text
 
 MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.json
 
 
-def show(spec: EvalSpec, outcome: Outcome, console: Console | None = None) -> None:
+def show(spec: EvalSpec, outcome: Outcome) -> None:
     """Print metrics with their 95 % intervals, what was noticed, and where the run lies."""
-    console = console or Console()
+    print_tables([metrics_table(spec, outcome)])
+    print(plain_text(footer(outcome)))
+
+
+def metrics_table(spec: EvalSpec, outcome: Outcome) -> Table:
     part = f", partial: {', '.join(f'{k}={v}' for k, v in outcome.partial.items())}" if outcome.partial else ""
-    table = Table(title=f"{spec.task.name} · {spec.model.name} · n={outcome.n}{part}", title_justify="left")
-    for column, justify in (("metric", "left"), ("value", "right"), ("95 % interval", "right"), ("n", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    rows = list(outcome.metrics.items())
-    for name, metric in rows[:MAX_ROWS]:
-        table.add_row(name, *cells(metric))
-    console.print(table)
-    if len(rows) > MAX_ROWS:
-        console.print(f"{len(rows) - MAX_ROWS} more in {outcome.directory / 'result.json'}")
+    rows = tuple((text_cell(name), *metric_cells(metric)) for name, metric in outcome.metrics.items())
+    notes = [f"{len(rows) - MAX_ROWS} more in {outcome.directory / 'result.json'}"] if len(rows) > MAX_ROWS else []
     noticed = noticed_rates(outcome.rates)
-    if noticed:
-        console.print(noticed)
-    for warning in outcome.warnings:
-        console.print(f"warning: {warning}", markup=False)
-    console.print(footer(outcome), highlight=False, markup=False, soft_wrap=True)
+    notes += [noticed] if noticed else []
+    return Table(
+        name="metrics",
+        title=f"{spec.task.name} · {spec.model.name} · n={outcome.n}{part}",
+        columns=("metric", "value", "95 % interval", "n"),
+        rows=rows[:MAX_ROWS],
+        notes=(*notes, *(f"warning: {warning}" for warning in outcome.warnings)),
+    )
 
 
-def cells(metric: Metric) -> tuple[str, str, str]:
-    """Value, interval and n as text: shares in per cent."""
-    if metric.low is None or metric.high is None:
-        interval = "-"
-    else:
-        interval = f"{number(metric.low, metric.kind)} to {number(metric.high, metric.kind)}"
-    value = number(metric.value, metric.kind)
-    return (f"{value} {metric.unit}".rstrip(), interval, str(metric.n))
+def metric_cells(metric: Metric) -> tuple[Cell, Cell, Cell]:
+    """Value, interval and n: shares in per cent."""
+    value = Cell(
+        text=f"{number(metric.value, metric.kind)} {metric.unit}".rstrip(), value=_real(metric.value), low=metric.low,
+        high=metric.high, n=metric.n,
+    )  # fmt: skip
+    interval = NONE
+    if metric.low is not None and metric.high is not None:
+        low = number(metric.low, metric.kind).removesuffix(" %")
+        interval = f"{low} to {number(metric.high, metric.kind)}"
+    return value, Cell(text=interval), Cell(text=f"{metric.n:,}", value=metric.n)
 
 
 def number(value: float, kind: str) -> str:
     """`0.5342, "share"` -> `"53.4 %"`."""
     if value != value:
-        return "-"
+        return NONE
     return {"share": f"{100 * value:.1f} %", "count": f"{value:.0f}"}.get(kind, f"{value:.4g}")
 
 
@@ -64,3 +66,7 @@ def footer(outcome: Outcome) -> str:
     rate = f"{run['num_samples'] / run['run_s']:.3g} samples/s" if run["num_samples"] else "nothing asked"
     resumed = f", {run['num_resumed']} from before" if run["num_resumed"] else ""
     return f"{outcome.directory}: {run['run_s']:.1f} s, {rate}{resumed}"
+
+
+def _real(value: float) -> float | None:
+    return value if value == value else None

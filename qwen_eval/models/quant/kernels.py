@@ -10,6 +10,7 @@ at one row this beat both a loop of `_weight_int8pack_mm` over the groups and th
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_eval.models.dense import product
+from qwen_eval.core import ConfigError
 
+CPU_DTYPE = "QWEN_EVAL_CPU_DTYPE"
+CPU_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GROUP_SIZES = (256, 128, 64, 32)  # of torch's int4 kernels
 BLOCK_N = 64  # outputs packed together by the CPU kernel with AVX-512
 CUDA_INNER_TILES = 8
@@ -63,7 +66,7 @@ class DequantisedLinear(nn.Module):
         return self.weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -259,9 +262,19 @@ def can_unpack(device_type: str) -> bool:
     return torch.equal(unpack_cpu(blocks, torch.float32), q_NK.t().float())
 
 
-@functools.cache
 def dense_dtype() -> torch.dtype:
-    """bf16 where the CPU multiplies it natively (AMX or AVX512-BF16), else fp32, which is then 3 times faster."""
+    """bf16 where the CPU multiplies it natively (AMX or AVX512-BF16), else fp32, which is then 3 times faster.
+
+    QWEN_EVAL_CPU_DTYPE=bf16|fp32 says it for another machine: to reproduce its numbers, and to test its path.
+    """
+    wanted = os.environ.get(CPU_DTYPE)
+    if wanted is not None and wanted not in CPU_DTYPES:
+        raise ConfigError(f"{CPU_DTYPE}={wanted}: one of {', '.join(CPU_DTYPES)}")
+    return _native_dtype() if wanted is None else CPU_DTYPES[wanted]
+
+
+@functools.cache
+def _native_dtype() -> torch.dtype:
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     is_native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if is_native else torch.float32
