@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_eval.metrics import perplexity, share
-from qwen_eval.report.compare import compare_sides
+from qwen_eval.report.compare import compare_runs
 from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.items import Item
 from qwen_eval.report.runs import LoadedRun
@@ -57,7 +57,8 @@ def found_regressions(family: Family, num: int, *, seed: int) -> int:
 
 
 def _again(family: Family, rng: np.random.Generator, base: Any, effect: float) -> Judgement:
-    return judge(compare_sides(family.first(base), family.rerun(rng, base, effect), Margins()))
+    [comparison] = compare_runs(family.first(base), family.rerun(rng, base, effect), Margins())
+    return judge(comparison)
 
 
 def side(values: Array, *, tokens: NDArray[np.int64] | None = None, documents: int = 0) -> Side:

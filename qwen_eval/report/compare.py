@@ -17,9 +17,10 @@ from qwen_eval.metrics import mean
 from qwen_eval.report.comparison import Agreement, Comparison, Family, Flip, Margins, Side
 from qwen_eval.report.items import Item, choice_kl
 from qwen_eval.report.kld import Divergence
-from qwen_eval.report.obstacles import obstacles
-from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share, speed_ratio
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, find_runs, profile_cells, speeds_of
+from qwen_eval.report.obstacles import lost_numbers, obstacles
+from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share
+from qwen_eval.report.runs import LoadedRun, RunSet, find_runs
+from qwen_eval.report.speed import compare_speed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,10 @@ def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[Lo
 
 
 def compare_runs(first: Side, second: Side, margins: Margins) -> list[Comparison]:
-    """One comparison of two runs; of perplexities one for each length, the headline's first."""
+    """One comparison of two runs; of perplexities one for each length, the headline's first; of two profiles one for
+    each cell and quantity."""
+    if first.run.kind == second.run.kind == "profile":
+        return compare_speed(first.run, second.run, margins, _label(first.run, second.run))
     found = compare_sides(first, second, margins)
     if not all(f"ppl/{group}" in first.run.metrics for group, _ in found.by_group) or not found.by_group:
         return [found]
@@ -94,8 +98,6 @@ def _of_length(c: Comparison, first: LoadedRun, second: LoadedRun, group: str, d
 
 
 def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
-    if first.run.kind == second.run.kind == "profile":
-        return _compare_speed(first.run, second.run, margins)
     family = _family(first)
     head, other = first.run.headline, second.run.headline
     base = Comparison(
@@ -108,6 +110,9 @@ def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
         higher_is_better=head[1].higher_is_better if head else True,
         paths=(first.run.path, second.run.path),
     )
+    failures = lost_numbers(first.items, second.items)
+    if failures:
+        return replace(base, failures=tuple(failures), flips=_flips(first.items, second.items))
     found = obstacles(first, second, family)
     if found:
         return replace(base, obstacles=tuple(found))
@@ -118,7 +123,7 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
     ids = list(first.items)
     a, b = [first.items[key] for key in ids], [second.items[key] for key in ids]
     difference, notes = _difference(base, a, b)
-    flips = tuple(Flip(id=x.id, first=x, second=y) for x, y in zip(a, b) if _flipped(x, y))
+    flips = _flips(first.items, second.items)
     same = [flip for flip in flips if flip.is_reread]
     gains = sum(flip.is_gain for flip in same)
     if _differs_in_tokens(a, b):
@@ -131,6 +136,8 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
         margin=_margin(base, margins),
         flips=flips,
         regraded=(gains, len(same) - gains),
+        without_rereads=_difference(base, a, _with_old_scores(a, b, same))[0] if gains else None,
+        rewritten=tuple(x.id for x, y in zip(a, b) if _is_rewritten(x, y)),
         agreement=_agreement(a, b),
         is_identical=all(_is_identical(x, y) for x, y in zip(a, b)),
         choice_kl=_mean_choice_kl(a, b),
@@ -194,31 +201,6 @@ def _weights(headline: Metric | None, items: Sequence[Item]) -> tuple[list[float
     return None, ["Δ is over samples; the headline is put together otherwise"]
 
 
-def _compare_speed(first: LoadedRun, second: LoadedRun, margins: Margins) -> Comparison:
-    """All cells of two profiles as one ratio: the mean of log ratios, each cell with its own repeats."""
-    base = Comparison(
-        task=first.task, label=_label(first, second), family="speed", metric="tok_per_s", first=None, second=None,
-        margin=math.log1p(margins.speed), paths=(first.path, second.path),
-    )  # fmt: skip
-    devices = device_name(first), device_name(second)
-    if devices[0] != devices[1] or "unknown" in devices:
-        return replace(base, obstacles=(f"device: {devices[0]} against {devices[1]}",))
-    cells = [{_cell_key(cell): speeds_of(cell) for cell in profile_cells(run)} for run in (first, second)]
-    shared = [key for key in cells[0] if cells[0][key] and cells[1].get(key)]
-    if not shared:
-        return replace(base, obstacles=("no cell of the same name and shape in both profiles",))
-    centres = {key: math.fsum(map(math.log, cells[0][key])) / len(cells[0][key]) for key in shared}
-    a, b = ([math.exp(math.log(x) - centres[key]) for key in shared for x in side[key]] for side in cells)
-    first_mean, second_mean = (mean([x for key in shared for x in side[key]], unit="tok/s") for side in cells)
-    missing = [str(key[0]) for key in cells[0] if key not in shared]
-    notes = (f"not in both: {', '.join(missing)}",) if missing else ()
-    return replace(base, first=first_mean, second=second_mean, difference=speed_ratio(a, b), notes=notes)
-
-
-def _cell_key(cell: Mapping[str, object]) -> tuple[object, ...]:
-    return tuple(cell.get(key) for key in ("name", "batch", "prompt_tokens", "new_tokens"))
-
-
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +216,21 @@ def _family(side: Side) -> Family:
 def _label(first: LoadedRun, second: LoadedRun) -> str:
     names = [f"{run.label} {run.variant}" for run in (first, second)]
     return names[0] if names[0] == names[1] else f"{names[0]} → {names[1]}"
+
+
+def _flips(first: Mapping[str, Item], second: Mapping[str, Item]) -> tuple[Flip, ...]:
+    pairs = [(item, second[key]) for key, item in first.items() if key in second]
+    return tuple(Flip(id=x.id, first=x, second=y) for x, y in pairs if _flipped(x, y))
+
+
+def _with_old_scores(first: Sequence[Item], second: Sequence[Item], flips: Sequence[Flip]) -> list[Item]:
+    """The second side as if what was read otherwise had kept its score."""
+    ids = {flip.id for flip in flips}
+    return [replace(y, score=x.score) if y.id in ids else y for x, y in zip(first, second)]
+
+
+def _is_rewritten(first: Item, second: Item) -> bool:
+    return first.is_text and first.answer_sha256 != second.answer_sha256 and first.score == second.score
 
 
 def _flipped(first: Item, second: Item) -> bool:
@@ -259,7 +256,7 @@ def _agreement(first: Sequence[Item], second: Sequence[Item]) -> Agreement:
 
 
 def _differs_in_tokens(first: Sequence[Item], second: Sequence[Item]) -> bool:
-    return any(x.prompt_sha256 != y.prompt_sha256 for x, y in zip(first, second))
+    return any(x.tokens_digest != y.tokens_digest for x, y in zip(first, second))
 
 
 def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | None:

@@ -16,6 +16,8 @@ class MarginsSpec:
     ppl: float = 0.01
     mean: float = 0.01
     speed: float = 0.10
+    memory: float = 0.10
+    once: float = 1.0  # of a time measured only once, such as loading: 1.0 is twice as long
 
 
 @dataclass(kw_only=True)

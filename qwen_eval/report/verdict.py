@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from qwen_eval.metrics import t_quantile
@@ -53,7 +53,7 @@ class Judgement:
 
 
 def judge(comparison: Comparison, *, num_tests: int = 1) -> Judgement:
-    verdict, why = _verdict(comparison)
+    verdict, why = _verdict(comparison, num_tests)
     return Judgement(comparison=comparison, verdict=verdict, why=why, num_tests=num_tests)
 
 
@@ -78,17 +78,41 @@ def smallest_shown(comparison: Comparison, num_tests: int = 1) -> float | None:
     return None if by_test is None else max(by_test, comparison.margin - half + reach)
 
 
-def _verdict(c: Comparison) -> tuple[Verdict, str]:
+def _verdict(c: Comparison, num_tests: int) -> tuple[Verdict, str]:
+    """Nothing that got better may hide what got worse: every way to "worse" is tried before any other word."""
+    if c.failures:
+        return "worse", "; ".join(c.failures)
     if c.obstacles:
         return "not comparable", "; ".join(c.obstacles)
     if c.is_identical:
         return "unchanged", "every answer is the same"
     gains, losses = c.regraded
-    if gains != losses:
-        return ("worse" if losses > gains else "better"), _reread(gains, losses)
-    if c.difference is None or c.difference.low is None or c.difference.high is None:
-        return "cannot tell", "fewer than two independent draws" if c.difference is not None else "; ".join(c.notes)
-    return _by_speed(c, c.difference) if c.family == "speed" else _by_quality(c, c.difference)
+    if losses > gains:
+        return "worse", _reread(gains, losses)
+    verdict, why = _by_test(c)
+    if not gains or verdict == "worse":
+        return verdict, why
+    if _is_worse_without_rereads(c, num_tests):
+        return "worse", f"{why}; {_reread(gains, losses)}, and the others got worse"
+    # what was read otherwise both ways is no plain gain: the tests say what it comes to
+    return ("better", _reread(gains, losses)) if not losses else (verdict, f"{why}; {_reread(gains, losses)}")
+
+
+def _is_worse_without_rereads(c: Comparison, num_tests: int) -> bool:
+    d = c.without_rereads
+    if d is None or d.p_value is None:
+        return False
+    p_value = min(1.0, d.p_value * num_tests)
+    return _by_test(replace(c, difference=d, p_adjusted=p_value))[0] == "worse"
+
+
+def _by_test(c: Comparison) -> tuple[Verdict, str]:
+    difference = c.difference
+    if c.family == "speed" and difference is not None:
+        return _by_speed(c, difference)
+    if difference is None or difference.low is None or difference.high is None:
+        return "cannot tell", "fewer than two independent draws" if difference is not None else "; ".join(c.notes)
+    return _by_quality(c, difference)
 
 
 def _by_quality(c: Comparison, difference: Difference) -> tuple[Verdict, str]:
@@ -113,13 +137,18 @@ def _p_value(c: Comparison, difference: Difference) -> float | None:
 
 
 def _by_speed(c: Comparison, difference: Difference) -> tuple[Verdict, str]:
-    """Repeats of one run do not show how runs differ, so the whole interval must lie beyond the margin."""
-    low, high = difference.low or 0.0, difference.high or 0.0
-    text = f"{math.exp(difference.delta):.3f} × [{math.exp(low):.3f}, {math.exp(high):.3f}]"
-    if high < -c.margin:
-        return "worse", f"slower: {text}"
-    if low > c.margin:
-        return "better", f"faster: {text}"
+    """Repeats of one run do not show how runs differ, so the whole interval must lie beyond the margin.
+
+    What was measured once has no interval: the ratio itself must.
+    """
+    has_interval = difference.low is not None and difference.high is not None
+    low, high = (difference.low or 0.0, difference.high or 0.0) if has_interval else (difference.delta,) * 2
+    text = f"{math.exp(difference.delta):.3f} ×"
+    text += f" [{math.exp(low):.3f}, {math.exp(high):.3f}]" if has_interval else ", measured once,"
+    is_up, is_down = low > c.margin, high < -c.margin
+    if is_up or is_down:
+        verdict: Verdict = "better" if is_up == c.higher_is_better else "worse"
+        return verdict, f"{text} lies beyond the margin of {math.expm1(c.margin):.0%}"
     if -c.margin <= low and high <= c.margin:
         return "unchanged", f"{text} lies within the margin of {math.expm1(c.margin):.0%}"
     return "cannot tell", f"{text} is neither within nor beyond the margin of {math.expm1(c.margin):.0%}"

@@ -92,6 +92,15 @@ def _num_lines(path: Path) -> int | str:
         return "damaged"
 
 
+def damage(directory: Path) -> str | None:
+    """The reason in one sentence; None for an intact or unfinished run."""
+    try:
+        found = damage_of(directory)
+    except StoreError as error:
+        return str(error)
+    return None if found is None else found.reason
+
+
 # --- runs of before there was a seal ---------------------------------------------------------------------------------
 
 
