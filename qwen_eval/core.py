@@ -344,6 +344,13 @@ class GradesInBatches(Protocol):
 
 
 @runtime_checkable
+class GradesElsewhere(Protocol):
+    """A task whose grading waits for another process, such as one that compares formulas."""
+
+    grades_elsewhere: Literal[True]
+
+
+@runtime_checkable
 class DrawsLimit(Protocol):
     """A task whose `samples()` are already those of `limit`: its samples are not to be drawn one by one."""
 

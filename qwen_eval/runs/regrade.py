@@ -17,7 +17,6 @@ from qwen_eval.core import (
     ConfigError,
     DataError,
     Grade,
-    GradesInBatches,
     Metric,
     QwenEvalError,
     Record,
@@ -27,7 +26,7 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.runs.evaluate import requests_sha256, selected, summary, task_context
-from qwen_eval.runs.grading import graded
+from qwen_eval.runs.grading import grades
 from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.provenance import provenance
 from qwen_eval.runs.store import Run, differences, metric_from_json, read_run, write_json
@@ -68,8 +67,7 @@ def regrade(spec: RegradeSpec) -> Regraded:
     warnings = _check_same_questions(run, task, samples, directory)
     by_id = {sample.id: sample for sample in samples}
     asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
-    grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [graded(task, *item) for item in asked]
-    records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades)]
+    records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades(task, asked))]
     changed = [old.sample_id for old, new in zip(run.records, records) if _reading(old.grade) != _reading(new.grade)]
     result = summary(task, samples, records, config)
     path = directory / f"regrade-{config.protocol}.json"

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
@@ -36,6 +37,7 @@ class Spec(TaskSpec):
 class Math(GenerativeTask[Spec]):
     Spec = Spec
     version = 2
+    grades_elsewhere: Literal[True] = True  # formulas are compared in a process of their own
 
     @property
     def shots(self) -> int:
