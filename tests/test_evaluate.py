@@ -25,10 +25,12 @@ from qwen_eval.core import (
     StoreError,
     TokenLogprobs,
 )
+from qwen_eval.data.sources import draw
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import Outcome, evaluate
+from qwen_eval.runs.evaluate import Outcome, evaluate, selected
 from qwen_eval.runs.regrade import RegradeSpec, regrade
 from qwen_eval.runs.store import read_run
+from qwen_eval.tasks.registry import TaskContext, build, task_class
 
 TOY = [sys.executable, str(Path(toy.__file__))]
 
@@ -162,6 +164,16 @@ def test_a_limit_draws_a_part_and_marks_it(tmp_path: Path) -> None:
     more = run_with(spec(tmp_path, limit=20, run_dir=str(tmp_path / "more")), FakeEngine())
     small, large = ({r.sample_id for r in read_run(o.directory).records} for o in (outcome, more))
     assert small < large
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "mmlu", "bbh", "nano"])
+def test_a_limit_is_drawn_in_one_place_for_every_task(name: str) -> None:
+    whole, part = (task_class(name).Spec(name=name, data="bundled", limit=limit) for limit in (None, 7))
+    task = build(part, TaskContext())
+    assert task.samples() == build(whole, TaskContext()).samples()
+    drawn = selected(task, EvalSpec(task=part, model=ModelSpec(name="m")))
+    assert drawn == draw(task.samples(), 7, part.seed)
+    assert len(drawn) == 7
 
 
 def test_an_option_without_effect_is_refused_or_said(tmp_path: Path) -> None:
