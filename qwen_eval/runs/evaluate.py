@@ -58,6 +58,7 @@ ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and th
 SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
 
 MOST_CUT = 0.05  # of the replies
+BOTH_READINGS = "both"  # scores of ours and of the official reader, whatever the protocol
 
 OpenEngine = Callable[[EvalSpec], Engine]
 
@@ -171,6 +172,7 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
     return {
         "format": FORMAT,
         "kind": "eval",
+        "readings": BOTH_READINGS,
         "config": config,
         "decides": {
             **decides,
@@ -304,7 +306,7 @@ def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], sp
     killed, and in whatever order the answers came, they are the same bytes."""
     from qwen_eval.metrics import rates
 
-    ordered = in_order(samples, records)
+    ordered = [record.under(spec.protocol) for record in in_order(samples, records)]
     partial: dict[str, JSON] = {"limit": spec.task.limit} if spec.task.limit is not None else {}
     if spec.task.subjects:
         partial["subjects"] = list(spec.task.subjects)

@@ -119,10 +119,6 @@ class GenerativeTask(ABC, Generic[SpecT]):
     @abstractmethod
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade: ...
 
-    def chosen(self, robust: float, upstream: float) -> float:
-        """The score of the protocol in force."""
-        return float(upstream if self.is_upstream else robust)
-
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
         records = list(records)
         metrics = {"accuracy": share([record.grade.score for record in records])}

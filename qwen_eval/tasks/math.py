@@ -78,7 +78,7 @@ class Math(GenerativeTask[Spec]):
         answer, read_upstream = concluded_answer(completion.text), upstream_answer(completion.text)
         is_right_upstream = is_same_upstream(read_upstream, sample.target)
         return Grade(
-            score=self.chosen(is_same(answer, sample.target), is_right_upstream),
+            score=float(is_same(answer, sample.target)),
             extracted=answer,
             extracted_upstream=read_upstream,
             score_upstream=float(is_right_upstream),
