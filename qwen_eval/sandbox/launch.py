@@ -159,7 +159,7 @@ class Worker:
                 raise TimeoutError
             info: dict[str, Any] = receive_frame(self.harness_fd)
         except (TimeoutError, Hangup, Damaged, Oversize):
-            lost = self._loss()
+            lost = self._loss(is_starting=True)
             if lost.is_outside:
                 raise lost from None
             self.zygote_log.seek(0)
@@ -199,15 +199,16 @@ class Worker:
         self.num_judged += 1
         return Verdict(reason == "passed", reason, wall_s)
 
-    def _loss(self) -> WorkerLost:
-        """Close, and say how it ended."""
+    def _loss(self, *, is_starting: bool = False) -> WorkerLost:
+        """Close, and say how it ended. Confined programs kill neither process, nor does any that has not begun."""
         judge, zygote = self._close(END_S)
         if judge == OUT_OF_MEMORY:
             return WorkerLost("memory", is_outside=False)
         # a zygote's status comes through its parents, as 128 + n or as -n & 255
         killed = judge in [-n for n in _KILLS] or zygote in [code for n in _KILLS for code in (-n, 128 + n, 256 - n)]
+        is_other = is_starting or self.mode != "unsafe"
         ends = f"judge {'killed' if judge is None else judge}, zygote {'killed' if zygote is None else zygote}"
-        return WorkerLost(f"error: its worker ended ({ends})", is_outside=killed and self.mode != "unsafe")
+        return WorkerLost(f"error: its worker ended ({ends})", is_outside=killed and is_other)
 
     @property
     def is_open(self) -> bool:
