@@ -87,8 +87,8 @@ def regrade(spec: RegradeSpec) -> Regraded:
 def _has_both_readings(run: Run, task: Task) -> bool:
     """Whether the scores of both protocols are stored, and are those of the readers at hand."""
     decided = run.spec["decides"]
-    is_stored = run.spec.get("readings") == BOTH_READINGS or decided["protocol"] == "robust"
-    is_current = decided["task_version"] == task.version
+    is_stored = run.spec.get("readings") == BOTH_READINGS or decided.get("protocol") == "robust"
+    is_current = decided.get("task_version") == task.version
     return bool(is_stored and is_current) and all(r.grade.score_upstream is not None for r in run.records)
 
 
