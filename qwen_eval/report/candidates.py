@@ -1,0 +1,82 @@
+"""What the page leads with: each candidate against its reference, in one line over all their tasks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from qwen_eval.core import QwenEvalError
+from qwen_eval.report.compare import adjusted, compare_runs
+from qwen_eval.report.comparison import Comparison, Margins, Side, Verdict
+from qwen_eval.report.references import pairs
+from qwen_eval.report.runs import LoadedRun
+from qwen_eval.report.verdict import Judgement, joint, judge_all
+
+Tone: TypeAlias = Literal["good", "bad", "open"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One variant against its reference, over all tasks that both have. `name` is `"REFERENCE → CANDIDATE"`."""
+
+    name: str
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def quality(self) -> tuple[Judgement, ...]:
+        return tuple(j for j in self.judgements if j.comparison.family != "speed")
+
+    @property
+    def tone(self) -> Tone:
+        verdicts = {j.verdict for j in self.judgements}
+        words = {j.decision.word if j.decision else "" for j in self.quality}
+        if verdicts & {"worse", "not comparable"} or "worse by more than the margin" in words:
+            return "bad"
+        return "open" if words & {"", "not decided"} and not self._is_identical else "good"
+
+    @property
+    def text(self) -> str:
+        """The answer in one sentence: what broke, else what all tasks together say."""
+        words = (("changed for the worse", "worse"), ("not comparable", "not comparable"))
+        said = [f"{word}: {', '.join(tasks)}" for word, verdict in words if (tasks := self._tasks(verdict))]
+        return "; ".join([*said, *self._together()]) or "speed and memory as before, within the margin"
+
+    def _tasks(self, verdict: Verdict) -> list[str]:
+        return list(dict.fromkeys(j.comparison.task for j in self.judgements if j.verdict == verdict))
+
+    def _together(self) -> list[str]:
+        if self._is_identical:
+            return ["every answer is the same"]
+        judged = [j for j in self.quality if j.verdict != "not comparable"]
+        if len(judged) > 1:
+            return [joint(judged)]
+        return [j.decision.text if j.decision else j.why for j in judged]
+
+    @property
+    def _is_identical(self) -> bool:
+        return bool(self.quality) and all(j.comparison.is_identical for j in self.quality)
+
+
+def candidates(judgements: Sequence[Judgement]) -> list[Candidate]:
+    """Judgements by pair of model and variant, in the order of the first of each."""
+    members: dict[str, list[Judgement]] = defaultdict(list)
+    for judgement in judgements:
+        members[pair_of(judgement.comparison)].append(judgement)
+    return [Candidate(name=name, judgements=tuple(found)) for name, found in members.items()]
+
+
+def pair_of(comparison: Comparison) -> str:
+    return comparison.pair or comparison.label
+
+
+def against_references(runs: Sequence[LoadedRun], margins: Margins) -> list[Judgement]:
+    """Every run that has a reference, judged against it; Holm over all of them. What cannot be read is left out."""
+    found: list[Comparison] = []
+    for reference, run in pairs(runs):
+        try:
+            found += compare_runs(Side(run=reference), Side(run=run), margins)
+        except (QwenEvalError, OSError):
+            continue  # the table of problems names it
+    return judge_all(adjusted(found))
