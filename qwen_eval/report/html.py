@@ -15,12 +15,13 @@ from urllib.parse import quote
 
 from qwen_eval.core import QwenEvalError
 from qwen_eval.report.candidates import Candidate, candidates
+from qwen_eval.report.comparison import Comparison
 from qwen_eval.report.gate import TONES, delta_cell
 from qwen_eval.report.plots import plots
 from qwen_eval.report.runs import LoadedRun, RunSet, find_runs
 from qwen_eval.report.samples import embeddable, run_keys, sample_data
 from qwen_eval.report.verdict import Judgement, shown
-from qwen_eval.tables import Cell, Table, all_notes, html_text
+from qwen_eval.tables import NONE, Cell, Table, all_notes, html_text
 
 HERE = Path(__file__).parent
 MIN_FILTER_ROWS = 5  # shorter tables need no filter box
@@ -28,6 +29,9 @@ SHORT_TEXT = 24  # characters that a cell of text keeps on one line
 LONG_TEXT = 40  # from here on a cell of text gets room
 MAX_OPEN = 8  # lines of evidence that the first screen has room for
 SIGNS = {"good": "✓", "bad": "✗", "open": "?"}
+ORDER = ("bad", "open", "good")
+FACTS = ("task", "by the margin", "Δ [95 %]", "margin", "n", "changed samples", "evidence")
+NUMBERS = ("Δ [95 %]", "margin", "n")
 Keys = Mapping[Path, str]
 
 
@@ -119,7 +123,7 @@ def _linked(data: Mapping[str, object], runs: Sequence[LoadedRun]) -> Keys:
 
 
 def _verdicts(judgements: Sequence[Judgement], keys: Keys) -> str:
-    found = candidates(judgements)
+    found = sorted(candidates(judgements), key=lambda candidate: ORDER.index(candidate.tone))
     is_open = sum(len(candidate.judgements) for candidate in found) <= MAX_OPEN
     return "".join(_verdict(candidate, keys, is_open=is_open or candidate.tone == "bad") for candidate in found)
 
@@ -128,29 +132,46 @@ def _verdict(candidate: Candidate, keys: Keys, *, is_open: bool) -> str:
     """One line with the answer, and under it a line of evidence a task."""
     reference, arrow, name = candidate.name.partition(" → ")
     name, against = (name, f"against {reference}") if arrow else (reference, "against its reference")
+    head = "".join(f"<th{_class('n' * (fact in NUMBERS))}>{fact}</th>" for fact in FACTS)
     evidence = "".join(_evidence(judgement, keys) for judgement in candidate.judgements)
     return (
-        f'<details class="verdict {candidate.tone}"{" open" * is_open}><summary>'
+        f'<details class="verdict is-{candidate.tone}"{" open" * is_open}><summary>'
         f'<span class="sign" aria-hidden="true">{SIGNS[candidate.tone]}</span> <b>{html_text(name)}</b> '
-        f'<span class="weak">{html_text(against)}</span> <strong>{html_text(candidate.text)}</strong></summary>'
-        f'<div class="scroll"><table class="evidence"><thead><tr><th>task<th>by the margin<th class="n">Δ [95 %]'
-        f'<th class="n">margin<th class="n">n<th>changed samples<th>evidence</tr></thead><tbody>{evidence}</tbody>'
+        f'<span class="weak">{html_text(against)}</span> <strong>{html_text(candidate.text)}</strong>'
+        f'<span class="brief weak">{html_text(_brief(candidate))}</span></summary>'
+        f'<div class="scroll"><table class="evidence"><thead><tr>{head}</tr></thead><tbody>{evidence}</tbody>'
         "</table></div></details>"
     )
 
 
+def _brief(candidate: Candidate) -> str:
+    """The evidence of a folded verdict in one line."""
+    found = [j.comparison for j in candidate.quality]
+    if len(candidate.judgements) > 1:
+        n = sum(c.difference.n for c in found if c.difference)
+        return f"{len(candidate.judgements)} comparisons, n = {n:,}; {_flips(found)}"
+    c, d = candidate.judgements[0].comparison, candidate.judgements[0].comparison.difference
+    if d is None:
+        return candidate.judgements[0].why
+    return f"{c.task}: Δ {delta_cell(c, d).text}, margin {shown(c, c.margin)}, n = {d.n:,}; {_flips(found)}"
+
+
+def _flips(found: Sequence[Comparison]) -> str:
+    return f"{sum(c.losses for c in found):,} lost, {sum(c.gains for c in found):,} gained"
+
+
 def _evidence(judgement: Judgement, keys: Keys) -> str:
     c, decision = judgement.comparison, judgement.decision
-    what = f"{c.task} {c.label.removeprefix(c.pair).lstrip(', ')}"
-    n = f"{c.difference.n:,}" if c.difference else "–"
-    word = decision.text if decision else judgement.verdict
+    what = f"{c.task} {c.label.removeprefix(c.pair).lstrip(', ')}" if c.pair else c.task
+    texts = (
+        html_text(what), html_text(decision.text if decision else judgement.verdict),
+        html_text(delta_cell(c, c.difference).text), html_text(shown(c, c.margin) if c.margin else NONE),
+        f"{c.difference.n:,}" if c.difference else NONE, _changed(judgement, keys), html_text(judgement.why),
+    )  # fmt: skip
+    tones = {"by the margin": TONES[judgement.verdict], "evidence": "long"}
     cells = [
-        f"<td>{html_text(what)}</td>",
-        f'<td class="{TONES[judgement.verdict]}">{html_text(word)}</td>',
-        f'<td class="n">{html_text(delta_cell(c, c.difference).text)}</td>',
-        f'<td class="n">{html_text(shown(c, c.margin) if c.margin else "–")}</td><td class="n">{n}</td>',
-        f"<td>{_changed(judgement, keys)}</td>",
-        f'<td class="long">{html_text(judgement.why)}</td>',
+        f'<td{_class("n" * (fact in NUMBERS), tones.get(fact, ""))} data-label="{fact}">{text}</td>'
+        for fact, text in zip(FACTS, texts)
     ]
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -165,7 +186,7 @@ def _changed(judgement: Judgement, keys: Keys) -> str:
         for num, kind in counts
         if num
     ]
-    return ", ".join(said) or ("none" if c.family == "share" and not c.obstacles else "–")
+    return ", ".join(said) or ("none" if c.family == "share" and not c.obstacles else NONE)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@
     open(row);
     history.replaceState(null, "", link(row));
     panes.classList.add("reading"); // a phone shows the list or the sample
-    if (getComputedStyle(panes.querySelector(".list")).display === "none") panes.scrollIntoView();
+    if (getComputedStyle(panes.querySelector(".list")).display === "none") panes.scrollIntoView({ behavior: "instant" });
   };
   const toList = () => {
     panes.classList.remove("reading");
@@ -319,10 +319,10 @@
       panes.classList.remove("reading");
     }
     rows.querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
-    return place.parentElement.scrollIntoView();
+    return (id ? panes : place.parentElement).scrollIntoView({ behavior: "instant" });
   };
   addEventListener("hashchange", follow);
-  pick(asked.find((run) => run.reference) ?? asked[0]);
+  pick(byKey.get(data.start) ?? asked[0]);
   if (location.hash) follow();
   root.dataset.ready = "true";
 })();

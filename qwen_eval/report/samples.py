@@ -21,10 +21,10 @@ OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u2
 def sample_data(
     runs: Sequence[LoadedRun], *, max_samples: int, comparisons: Sequence[Comparison] = ()
 ) -> dict[str, JSON]:
-    """`{"runs": [...], "left_out": n}`; every run keeps its first samples when there are more than `max_samples`.
+    """`{"runs": [...], "left_out": n, "start": key}`; every run keeps its first samples when there are more than `max_samples`.
 
     A run that was compared names its `reference` by key. A baseline has no texts: it comes as a run of its changed
-    samples alone, with reading and score.
+    samples alone, with reading and score. `start` is the run that lost most.
     """
     kept = [run for run in runs if run.kind == "eval" and run.records]
     share = _share([len(run.records) for run in kept], max_samples)
@@ -38,7 +38,9 @@ def sample_data(
                 reference = f"{key}.baseline"
                 found[reference] = _baseline(comparison, reference)
             found[key]["reference"] = reference
-    return {"runs": list(found.values()), "left_out": left_out}
+    most = max(comparisons, key=lambda c: (c.losses, c.gains), default=None)
+    start = keys.get(most.paths[1]) if most and most.flips and len(most.paths) == 2 else None
+    return {"runs": list(found.values()), "left_out": left_out, "start": start}
 
 
 def run_keys(runs: Sequence[LoadedRun]) -> dict[Path, str]:
