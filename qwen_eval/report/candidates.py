@@ -47,12 +47,14 @@ class Candidate:
         return list(dict.fromkeys(j.comparison.task for j in self.judgements if j.verdict == verdict))
 
     def _together(self) -> list[str]:
-        if self._is_identical:
-            return ["every answer is the same"]
         judged = [j for j in self.quality if j.verdict != "not comparable"]
+        said = [j.decision.text if j.decision else j.why for j in judged]
         if len(judged) > 1:
-            return [joint(judged)]
-        return [j.decision.text if j.decision else j.why for j in judged]
+            said = [joint(judged)]
+        if not self._is_identical:
+            return said
+        is_enough = all(j.decision and j.decision.word == "equivalent" for j in judged)
+        return [*said * is_enough, "every answer is the same"]
 
     @property
     def _is_identical(self) -> bool:

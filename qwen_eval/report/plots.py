@@ -65,8 +65,9 @@ def tradeoff_plot(runs: RunSet) -> str:
     body += [axis_title(340, "decode speed in tokens/s"), axis_title(14, f"{found.what}, score in %", "")]
     body += legend([_tradeoff_name(p) for p in found.points], 364)
     below = 364 + 20 * len(found.points)
+    said = "line: the Pareto front" if len(front) > 1 else "the front is one point"
     notes = [
-        "line: the Pareto front; pale: another is as good in score, speed and memory, and better in one",
+        f"{said}; pale: another is as good in score, speed and memory, and better in one",
         "area: peak memory; bars: 95 % interval of the score, range of the speed over repeats", *found.notes,
     ]  # fmt: skip
     body += [text(60, below + 18 * i, note, width=104) for i, note in enumerate(notes)]
