@@ -21,6 +21,7 @@ from qwen_eval.core import (
     HasArtifacts,
     HasNotes,
     LocatesNonFinite,
+    MayFail,
     Metric,
     QwenEvalError,
     Record,
@@ -115,7 +116,7 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
         warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ()), *cut_replies(result["rates"])]
-        warnings += length_warnings(records, engine.info)
+        warnings += [*length_warnings(records, engine.info), *engine.info.get("warnings", ())]
         result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
         write_artifacts(task, records, run.path)
         run.finish(result)
@@ -203,10 +204,12 @@ def ask(
 ) -> Meter:
     """Ask all samples together, turn by turn, and hand each graded one to `keep` at once.
 
-    EngineError at the end where any failed on non-finite numbers: they are not stored, and the run is not finished.
+    EngineError at the end where any failed, on non-finite numbers or without an answer: they are not stored, and the
+    run is not finished.
     """
     meter = Meter()
     failed: list[tuple[Sample, Request]] = []
+    unanswered: list[tuple[Sample, str]] = []
     upcoming: list[tuple[_Conversation, Request]] = []
 
     def advance(conversation: _Conversation) -> None:
@@ -234,11 +237,19 @@ def ask(
                     continue
                 conversation.turns.append(Turn(request=request, answer=answer))
                 advance(conversation)
-            assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
+            lost = engine.failures if isinstance(engine, MayFail) else {}
+            unanswered += [(asked[index][0].sample, reason) for index, reason in sorted(lost.items())]
+            assert num_answers + len(lost) == len(asked), f"{num_answers} answers to {len(asked)} requests"
     finally:
         progress.stop()
     if failed:
         raise EngineError(failure(engine, failed, len(samples)))
+    if unanswered:
+        sample, reason = unanswered[0]
+        raise EngineError(
+            f"{len(unanswered)} of {len(samples)} samples have no answer ({sample.id}: {reason}); "
+            "the others are stored, the same command asks for the rest"
+        )
     return meter
 
 
