@@ -92,7 +92,9 @@ class EngineSpec:
     retry_share: float = 1.0  # openai engine: all retries of a run, as a share of its requests
     tokenizer: str | None = None  # openai engine: directory with the model's tokenizer, for token ids and counts
     prices: str | None = None  # openai engine: YAML file of prices per million tokens
-    tensor_parallel: int = 1  # vllm engine
+    tensor_parallel: int = 1  # vllm engine: GPUs that share each layer
+    pipeline_parallel: int = 1  # vllm engine: groups of layers, each on its own GPUs
+    executor: str = "auto"  # vllm engine: who starts its processes, auto | mp | ray | uni
     fake_reply: str = ""  # fake engine: what it says to everything; "" is a hash of the prompt
     fake_delay_s: float = 0.0  # fake engine: seconds it takes for one request
 
@@ -153,6 +155,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.mode": ("auto", "base", "chat"),
     "task.sampling": SAMPLING,
     "engine.name": ("native", "hf", "openai", "vllm", "fake"),
+    "engine.executor": ("auto", "mp", "ray", "uni"),
     "engine.server": ("openai", "vllm", "sglang", "llama-server", "dashscope"),
     "protocol": PROTOCOLS,
     "sandbox": ("auto", "bubblewrap", "namespaces", "unsafe"),
@@ -170,6 +173,7 @@ AT_LEAST: dict[str, int] = {
     "engine.retries": 0,
     "engine.retry_share": 0,
     "engine.tensor_parallel": 1,
+    "engine.pipeline_parallel": 1,
 }
 
 

@@ -19,8 +19,8 @@ HONOURED = {
     "fake": CHANGES_NUMBERS,  # has no model: nothing to dishonour
 }
 TUNED_BY = {
-    "prefix_sharing": ("native",),
-    "max_batch_tokens": ("native",),
+    "prefix_sharing": ("native", "vllm"),
+    "max_batch_tokens": ("native", "vllm"),
     "max_batch_size": ("native", "hf", "vllm"),
     "prefill_chunk": ("native",),
     "memory_fraction": ("native", "vllm"),
@@ -35,6 +35,8 @@ TUNED_BY = {
     "tokenizer": ("openai",),
     "prices": ("openai",),
     "tensor_parallel": ("vllm",),
+    "pipeline_parallel": ("vllm",),
+    "executor": ("vllm",),
     "fake_reply": ("fake",),
     "fake_delay_s": ("fake",),
 }
