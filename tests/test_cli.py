@@ -216,7 +216,7 @@ def test_help_lists_the_choices(tmp_path: Path) -> None:
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "task=mmlu" in done.stdout
-    assert "engine: fake, hf, native, openai, vllm" in done.stdout
+    assert "engine: dashscope, fake, hf, llama-server, native, openai, sglang, vllm, vllm-server" in done.stdout
 
 
 @dataclass

@@ -229,7 +229,7 @@ class ChoiceTask(ABC):
         if isinstance(answer, ChoiceLogprobs):
             values = letter_values(answer, letters)
             letter = letters[answer.best] if answer.is_decided else None
-            symptoms = () if answer.is_decided else ("no_answer",)
+            symptoms: tuple[str, ...] = () if answer.is_decided else ("no_answer",)
             official = official_letter(answer, letters)
             return self._grade(sample, letter, official, values=values, symptoms=symptoms)
         assert isinstance(answer, Completions), answer

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwen_eval.core import JSON, ConfigError
 from qwen_eval.engines.api.replies import Usage
@@ -59,11 +60,13 @@ def read_prices(path: str, model: str) -> Prices:
 def _prices(row: JSON, currency: str, where: str) -> Prices:
     if not isinstance(row, dict) or not {"input", "output"} <= set(row) <= set(KEYS):
         raise ConfigError(f"{where}: needs input and output, may have cached_input, per million tokens")
-    values = {key: row.get(key, row["input"]) for key in KEYS}
+    values: dict[str, Any] = {key: row.get(key, row["input"]) for key in KEYS}
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ConfigError(f"{where}: {key}={value} is no price")
-    return Prices(currency=currency, **values)
+    return Prices(
+        currency=currency, input=values["input"], cached_input=values["cached_input"], output=values["output"]
+    )
 
 
 @dataclass(kw_only=True)
