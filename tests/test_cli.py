@@ -278,4 +278,6 @@ def test_every_yaml_of_the_engines_composes(tmp_path: Path, command: Command) ->
     for path in (conf_dir() / "engine").glob("*.yaml"):
         done = command(f"engine={path.stem}", "task=toy", "model=toy", "--cfg", "job")
         assert done.returncode == 0, done.stderr
-        assert f"name: {path.stem}" in done.stdout
+        said = path.read_text().partition("engine_schema\n")[2].splitlines()  # a preset names its engine and its server
+        assert f"name: {path.stem}" in said or any(line.startswith("server: ") for line in said)
+        assert all(f"\n  {line}\n" in done.stdout for line in said)
