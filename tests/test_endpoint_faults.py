@@ -145,6 +145,14 @@ def test_a_storm_of_429_is_waited_for_and_costs_no_retry() -> None:
     assert [found[i].text for i in range(64)] == [f"q{i}" for i in range(64)]  # type: ignore[union-attr]
 
 
+def test_a_used_up_account_is_not_waited_for() -> None:
+    said = b'{"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}'
+    with serving(lambda path, asked: Raw(said, status=429, retry_after="3600")) as server:
+        with pytest.raises(EngineError, match="status 429: You exceeded your current quota"):
+            list(engine_at(server.url).run([GENERATE] * 20))
+        assert len(server.seen) <= 16
+
+
 def test_the_retries_of_a_run_are_bounded_together() -> None:
     """Half of the requests meet a fault at first: 50 retries are for all, the others fail, and are told why."""
     begun: set[str] = set()
@@ -180,6 +188,14 @@ def test_a_rate_limit_that_is_used_up_is_waited_for() -> None:
     with serving(script) as server:
         list(engine_at(server.url, concurrency=1).run([GENERATE] * 3))
     assert all(later - before >= 0.29 for before, later in itertools.pairwise(sent))
+
+
+def test_an_engine_can_be_closed_twice_and_asked_in_between() -> None:
+    with serving(lambda path, asked: completion()) as server:
+        engine = engine_at(server.url)
+        assert len(list(engine.run([GENERATE]))) == len(list(engine.run([GENERATE]))) == 1
+        engine.close()
+        engine.close()
 
 
 def test_nothing_is_asked_while_nobody_takes_the_answers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,7 +13,9 @@ from collections.abc import Mapping
 
 from qwen_eval.core import JSON, EngineError
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0  # without a byte
+TOTAL_S = 30.0
+MAX_NAME = 200
 MAX_BYTES = 16 << 20
 BUSY = (408, 429, 500, 502, 503, 504)  # the list is there, and not to be had now
 # What stays the same while a server runs; vLLM and llama.cpp put the time of the request into "created".
@@ -21,19 +24,19 @@ LASTING = ("id", "root", "parent", "owned_by", "max_model_len", "context_length"
 
 def only_model(url: str, key: str | None) -> str:
     """The name of the one model that a server has; EngineError where it has several, or does not say."""
-    listed = _listed(checked_url(url), key)
-    rows = listed.get("data") if isinstance(listed, dict) else None
-    names = (
-        [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
-        if isinstance(rows, list)
-        else []
-    )
+    names = _names(_listed(checked_url(url), key))
     if len(names) == 1:
-        return str(names[0])
+        return names[0]
     if not names:
         raise EngineError(f"{public_url(url)}/models: the server names no model; pass engine.api_model=NAME")
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise EngineError(f"{public_url(url)}: {len(names)} models are served; pass engine.api_model= one of {shown}")
+
+
+def _names(listed: JSON) -> list[str]:
+    rows = listed.get("data") if isinstance(listed, dict) else None
+    names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [name for name in names if isinstance(name, str) and 0 < len(name) <= MAX_NAME]
 
 
 def endpoint_identity(url: str, name: str, key: str | None = None) -> str:
@@ -49,11 +52,17 @@ def endpoint_identity(url: str, name: str, key: str | None = None) -> str:
     return f"api:{public_url(url)} {name} sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        """Another server is another endpoint, and the key is not for it."""
+
+
 def _listed(url: str, key: str | None) -> JSON:
+    """What `/models` says; None for a server that has no such list."""
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-            return json.loads(reply.read(MAX_BYTES))
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S) as reply:
+            return json.loads(_body(reply))
     except urllib.error.HTTPError as error:
         if error.code not in BUSY:
             return None  # no such list here, or not for us
@@ -63,6 +72,17 @@ def _listed(url: str, key: str | None) -> JSON:
         raise EngineError(f"{public_url(url)}: no server answers ({reason}); check engine.base_url=") from None
     except (ValueError, RecursionError):
         return None
+
+
+def _body(reply: http.client.HTTPResponse) -> bytes:
+    """Up to its bounds in bytes and in time."""
+    parts, size, end = [], 0, time.monotonic() + TOTAL_S
+    while size < MAX_BYTES and (part := reply.read1(1 << 16)):
+        if time.monotonic() > end:
+            raise TimeoutError(f"no whole list of models in {TOTAL_S:.0f} s")
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
 
 
 def _entry(listed: JSON, name: str) -> Mapping[str, JSON] | None:

@@ -129,6 +129,8 @@ class OpenAiEngine:
                 )
 
     def close(self) -> None:
+        if self._thread.is_closed:
+            return
         self._thread.call(self._client.close())
         self._thread.close()
 

@@ -24,6 +24,8 @@ from qwen_eval.engines.endpoint import public_url
 MAX_BODY_BYTES = 64 << 20
 MAX_HELD_BYTES = 512 << 20  # of all bodies that are being read
 CONNECT_S = 20.0
+MAX_BUSY_S = 900.0  # without one good reply to anybody
+NO_MONEY = "insufficient_quota"  # OpenAI's word, sent with 429: waiting does not help
 MIN_RETRIES = 50  # of a run, however few its requests
 FOR_ALL = (401, 403, 404)  # no other request of this run would fare better
 TRANSIENT = (408, 409, 425, 429)  # and every 5xx
@@ -89,6 +91,7 @@ class EndpointClient:
 
     async def _with_retries(self, path: str, data: bytes, read: Callable[[JSON], T]) -> T:
         busy = faults = 0
+        begun_at = time.monotonic()
         while True:
             await self.pace.opened()
             sent_at = time.monotonic()
@@ -98,16 +101,18 @@ class EndpointClient:
                 busy, faults = busy + fault.is_busy, faults + (not fault.is_busy)
                 if fault.is_busy:
                     self.pace.too_many(sent_at, fault.pause_s)
-                self._spend(fault, faults)
+                self._spend(fault, faults, begun_at)
                 tries = busy if fault.is_busy else faults
                 await asyncio.sleep(fault.pause_s if fault.pause_s is not None else retry_pause_s(tries - 1))
             else:
                 self.pace.succeeded()
                 return answer
 
-    def _spend(self, fault: Fault, faults: int) -> None:
-        """One retry of this request and of the run. A busy server costs none: it is asked until the time is over."""
+    def _spend(self, fault: Fault, faults: int, begun_at: float) -> None:
+        """One retry of this request and of the run. A busy server costs none, while it answers somebody."""
         if fault.is_busy:
+            if self.pace.idle_s(begun_at) > MAX_BUSY_S:
+                raise RequestFailed(f"{fault} (and no good reply for {MAX_BUSY_S / 60:.0f} minutes)") from None
             return
         if faults > self._limits.retries:
             raise RequestFailed(f"{fault} (asked {faults} times)") from None
@@ -137,10 +142,10 @@ class EndpointClient:
             self.pace.heed(reply.headers)
             return parsed(data)
         said = f"status {reply.status_code}: {safe_text(error_text(data), self._key)}"
+        if reply.status_code in FOR_ALL or NO_MONEY.encode() in data[:4000]:
+            raise EngineError(f"{self.public_url}{path}: {said}")
         if reply.status_code in TRANSIENT or reply.status_code >= 500:
             raise Fault(said, pause_s=asked_pause_s(reply.headers), is_busy=reply.status_code in BUSY)
-        if reply.status_code in FOR_ALL:
-            raise EngineError(f"{self.public_url}{path}: {said}")
         raise RequestFailed(said)
 
     async def _body(self, reply: httpx.Response) -> bytes:

@@ -40,6 +40,10 @@ class LoopThread:
         finally:
             future.cancel()
 
+    @property
+    def is_closed(self) -> bool:
+        return self.loop.is_closed()
+
     def close(self) -> None:
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)

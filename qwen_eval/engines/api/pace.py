@@ -26,6 +26,7 @@ class Pace:
     def __init__(self, most: int) -> None:
         self._most, self._limit, self._in_flight = most, float(most), 0
         self._open_at = self._cut_at = 0.0
+        self._good_at = time.monotonic()
         self._free = asyncio.Condition()
         self.most_in_flight = 0
 
@@ -53,6 +54,11 @@ class Pace:
 
     def succeeded(self) -> None:
         self._limit = min(self._most, self._limit + GROWTH)
+        self._good_at = time.monotonic()
+
+    def idle_s(self, since: float) -> float:
+        """Seconds without a good reply to anybody, since that moment at most."""
+        return time.monotonic() - max(since, self._good_at)
 
     def too_many(self, sent_at: float, pause_s: float | None) -> None:
         """Fewer, once for all requests that were in flight together; and hold all back for `pause_s`."""
