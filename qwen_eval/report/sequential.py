@@ -1,9 +1,9 @@
 """Evidence about a benchmark's mean paired difference while its items are drawn: valid at every look, by betting.
 
 The items of a benchmark are a finite population, drawn in a uniformly random order without replacement. A gambler bets
-on the next difference against the hypothesis "the mean of all is at most the threshold"; where it is true the capital is
-a supermartingale that starts at 1, so that it ever reaches 1/α with chance at most α (Ville). Nothing is assumed of the
-items: duplicates and clusters need no model. After the last item the mean is known, and so it is said.
+on the next difference against the hypothesis "the mean of all is at most the threshold". Where that is true the capital
+is a supermartingale that starts at 1, so the chance that it ever reaches 1/α is at most α (Ville). Nothing is assumed of
+the items: duplicates and clusters need no model. After the last item the mean is known, and nothing is left to chance.
 
 Sources: Waudby-Smith and Ramdas, "Confidence sequences for sampling without replacement"
 (https://arxiv.org/abs/2006.04347) and "Estimating means of bounded random variables by betting"
@@ -12,6 +12,7 @@ Sources: Waudby-Smith and Ramdas, "Confidence sequences for sampling without rep
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ ALPHA = 0.05
 MOST_AT_STAKE = 0.995  # of the capital that one item may lose
 PRIOR_ITEMS = 40.0
 TOLERANCE = 1e-9  # of sums of weighted scores
+NUM_THRESHOLDS = 50  # of a grid, and of a finer one within it
 NUM_FUTURES = 25  # drawn to estimate how many items a decision needs
 
 Array = NDArray[np.float64]
@@ -51,8 +53,8 @@ WORSE = (Bet(share=0.4, gap=1.0), Bet(share=0.3, gap=3.0), Bet(share=0.3, gap=10
 class Draws:
     """The differences of scores (candidate minus reference, in -1..1) of the items drawn so far, in the drawn order.
 
-    `weights` are those of all items of the benchmark in that order, of mean 1: the score on the benchmark is the mean of
-    weight times score. A macro average weighs an item by N / (number of groups · size of its group).
+    `weights` are those of all items of the benchmark in that order, of mean 1: the score on the benchmark is the mean
+    of weight times score. A macro average weighs an item by N / (number of groups · size of its group).
     """
 
     differences: Array
@@ -101,7 +103,9 @@ def log_evidence(draws: Draws, threshold: float, margin: float, bets: Sequence[B
     """
     if draws.n == 0:
         return np.zeros(0)
-    capital = np.logaddexp.reduce([math.log(bet.share) + _capital(draws, threshold, margin, bet) for bet in bets], axis=0)
+    capital = np.logaddexp.reduce(
+        [math.log(bet.share) + _capital(draws, threshold, margin, bet) for bet in bets], axis=0
+    )
     left = draws.size - np.cumsum(draws.weights[: draws.n])
     is_certain = np.cumsum(draws.values) - left > draws.size * (threshold + TOLERANCE)
     return np.maximum.accumulate(np.where(is_certain, np.inf, capital))
@@ -132,8 +136,9 @@ def _sums_before(values: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Logarithms of the capital after each item: that the candidate is not worse by the margin, that it is worse by more
-    than it, and that it is not better by the margin."""
+    """Logarithms of the capital after each item, bet on three answers: the candidate is not worse by the margin, it is
+    worse by more than the margin, it is not better by the margin.
+    """
 
     not_worse: Array
     worse: Array
@@ -160,20 +165,25 @@ def p_value(evidence: Array) -> float:
     return math.exp(-max(0.0, float(evidence[-1]))) if len(evidence) else 1.0
 
 
-def lower_bound(draws: Draws, margin: float, alpha: float = ALPHA, *, steps: int = 200) -> float:
-    """The mean is above this with confidence 1 - α, at every look: the thresholds up to here are all refuted."""
-    worst = -float(draws.weights.max())
+def lower_bound(draws: Draws, margin: float, alpha: float = ALPHA) -> float:
+    """The mean is above this with confidence 1 - α, at every look: all thresholds up to here are refuted."""
     if draws.n == 0:
         return -1.0
     if draws.is_complete:
         return draws.mean
-    low, high = max(-1.0, worst), draws.mean
-    found = low
-    for threshold in np.linspace(low, high, steps):
+    found = _refuted(draws, margin, alpha, -1.0, max(draws.mean, -1.0))
+    finer = _refuted(draws, margin, alpha, *found)[0]
+    is_not_worse = crossing(log_evidence(draws, -margin, margin, NOT_WORSE), alpha) is not None
+    return max(finer, -margin) if is_not_worse else finer
+
+
+def _refuted(draws: Draws, margin: float, alpha: float, low: float, high: float) -> tuple[float, float]:
+    """Two neighbours of a grid from `low` to `high`: the last threshold that is refuted, and the first that is not."""
+    grid = np.linspace(low, high, NUM_THRESHOLDS)
+    for last, threshold in itertools.pairwise(grid):
         if crossing(log_evidence(draws, float(threshold), margin, NOT_WORSE), alpha) is None:
-            break
-        found = float(threshold)
-    return found
+            return float(last), float(threshold)
+    return high, high
 
 
 def upper_bound(draws: Draws, margin: float, alpha: float = ALPHA) -> float:
@@ -199,13 +209,17 @@ def items_needed(draws: Draws, margin: float, alpha: float = ALPHA, *, seed: int
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 FIRST_BLOCK = 128
-GROWTH = 16  # a block is at least this part of what was drawn
+PARTS = 16  # of a small benchmark, or of what was drawn
+STEP = 32
 
 
 def block_ends(size: int) -> list[int]:
-    """Where blocks of a benchmark of `size` items end: 128 at first, then a sixteenth of what was drawn."""
+    """Where blocks of a benchmark of `size` items end: 128 at first (fewer of a small one), then a sixteenth of what
+    was drawn. Longer blocks share more prompt prefixes, shorter ones stop sooner.
+    """
+    first = min(FIRST_BLOCK, max(1, size // PARTS // STEP) * STEP)
     ends, n = [], 0
     while n < size:
-        n = min(size, n + max(FIRST_BLOCK, n // GROWTH // 32 * 32))
+        n = min(size, n + max(first, n // PARTS // STEP * STEP))
         ends.append(n)
     return ends

@@ -200,10 +200,12 @@ def ask(
     progress: Progress,
     *,
     num_done: int = 0,
+    keep_failed: Callable[[Sample, Request], None] | None = None,
 ) -> Meter:
     """Ask all samples together, turn by turn, and hand each graded one to `keep` at once.
 
-    EngineError at the end where any failed on non-finite numbers: they are not stored, and the run is not finished.
+    Those that fail on non-finite numbers go to `keep_failed`; without it, EngineError at the end: they are not stored,
+    and the run is not finished.
     """
     meter = Meter()
     failed: list[tuple[Sample, Request]] = []
@@ -237,8 +239,10 @@ def ask(
             assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
     finally:
         progress.stop()
-    if failed:
+    if failed and keep_failed is None:
         raise EngineError(failure(engine, failed, len(samples)))
+    for sample, request in failed if keep_failed is not None else ():
+        keep_failed(sample, request)
     return meter
 
 
