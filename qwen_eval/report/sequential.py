@@ -1,9 +1,9 @@
 """Evidence about a benchmark's mean paired difference while its items are drawn: valid at every look, by betting.
 
 The items of a benchmark are a finite population, drawn in a uniformly random order without replacement. A gambler bets
-on the next difference against the hypothesis "the mean of all is at most the threshold". Where that is true the capital
-is a supermartingale that starts at 1, so the chance that it ever reaches 1/α is at most α (Ville). Nothing is assumed of
-the items: duplicates and clusters need no model. After the last item the mean is known, and nothing is left to chance.
+on the next difference against the hypothesis "the mean of all is at most the threshold". Where that is true, the
+capital is a supermartingale that starts at 1, so the chance that it ever reaches 1/α is at most α (Ville). Nothing is
+assumed of the items: duplicates and clusters need no model. After the last item the mean is known for certain.
 
 Sources: Waudby-Smith and Ramdas, "Confidence sequences for sampling without replacement"
 (https://arxiv.org/abs/2006.04347) and "Estimating means of bounded random variables by betting"
@@ -44,7 +44,8 @@ class Bet:
     prior_hits: float = 5.0
 
 
-# "Not worse" is bet on by no change, mostly; then by a small loss, and by hardly any item that differs.
+# "Not worse" is bet on by no change, mostly; then by a small loss, and by hardly any item that differs. How much worse
+# a worse candidate is nobody knows: a little, clearly, or broken.
 NOT_WORSE = (Bet(share=0.8, gap=1.0), Bet(share=0.1, gap=0.6), Bet(share=0.1, gap=1.0, prior_hits=0.5))
 WORSE = (Bet(share=0.4, gap=1.0), Bet(share=0.3, gap=3.0), Bet(share=0.3, gap=10.0))
 
@@ -172,16 +173,18 @@ def lower_bound(draws: Draws, margin: float, alpha: float = ALPHA) -> float:
     if draws.is_complete:
         return draws.mean
     found = _refuted(draws, margin, alpha, -1.0, max(draws.mean, -1.0))
-    finer = _refuted(draws, margin, alpha, *found)[0]
-    is_not_worse = crossing(log_evidence(draws, -margin, margin, NOT_WORSE), alpha) is not None
-    return max(finer, -margin) if is_not_worse else finer
+    ends = [_refuted(draws, margin, alpha, *found)[0]]
+    for threshold, bets in ((-margin, NOT_WORSE), (margin, WORSE)):  # the interval must not contradict the answer
+        if crossing(log_evidence(draws, threshold, margin, bets), alpha) is not None:
+            ends.append(threshold)
+    return max(ends)
 
 
 def _refuted(draws: Draws, margin: float, alpha: float, low: float, high: float) -> tuple[float, float]:
     """Two neighbours of a grid from `low` to `high`: the last threshold that is refuted, and the first that is not."""
     grid = np.linspace(low, high, NUM_THRESHOLDS)
     for last, threshold in itertools.pairwise(grid):
-        if crossing(log_evidence(draws, float(threshold), margin, NOT_WORSE), alpha) is None:
+        if crossing(log_evidence(draws, float(threshold), margin, WORSE), alpha) is None:
             return float(last), float(threshold)
     return high, high
 

@@ -13,12 +13,12 @@ from qwen_eval.terminal import plain_text
 USAGE = """
 python -m qwen_eval.ship reference=MODEL candidate=MODEL tasks=TASK,... [margin=1] [key=value ...]
 
-May Int4 replace it?         python -m qwen_eval.ship reference=qwen-7b-chat candidate=qwen-7b-chat-int4 tasks=mmlu,gsm8k
-The same with another cache: python -m qwen_eval.ship reference=qwen-7b-chat candidate.kv_cache=int8 tasks=mmlu
-A checkpoint of your own:    python -m qwen_eval.ship reference.path=DIR candidate.path=DIR tasks=ceval margin=2
-Stop after so much:          ... max_items=2000 max_minutes=60
-Check a certificate:         python -m qwen_eval.ship verify=certificate.json [reference=A candidate=B] [spot=20]
-Every key with its value:    python -m qwen_eval.ship --cfg job
+May Int4 replace it?        python -m qwen_eval.ship reference=qwen-7b-chat candidate=qwen-7b-chat-int4 tasks=mmlu,gsm8k
+The same, another cache:    python -m qwen_eval.ship reference=qwen-7b-chat candidate.kv_cache=int8 tasks=mmlu
+A checkpoint of your own:   python -m qwen_eval.ship reference.path=DIR candidate.path=DIR tasks=ceval margin=2
+Stop after so much:         ... max_items=2000 max_minutes=60
+Check a certificate:        python -m qwen_eval.ship verify=certificate.json [reference=A candidate=B] [spot=20]
+Every key with its value:   python -m qwen_eval.ship --cfg job
 
 Exit code: 0 ship, 1 do not ship, 3 not decided; 2 a mistake. Verifying: 0 it holds, 1 it does not.
 """

@@ -18,7 +18,7 @@ OF_ENGINES = {item.name for item in fields(EngineSpec)} - {item.name for item in
 
 @dataclass(kw_only=True)
 class ShipSpec:
-    """May `candidate` replace `reference`? Each side takes every key of a model and an engine: `candidate.dtype=bf16`."""
+    """May `candidate` replace `reference`? Each takes every key of a model and of an engine: `candidate.dtype=bf16`."""
 
     reference: ModelSpec = field(default_factory=ModelSpec)
     candidate: ModelSpec = field(default_factory=ModelSpec)
@@ -152,7 +152,7 @@ def arguments(argv: Sequence[str]) -> list[str]:
     names = [name for argument in argv for name in _task_names(argument)]
     found = [long for argument in argv for long in _long(argument, names)]
     keys = {argument.partition("=")[0] for argument in found}
-    if not {"model@candidate", "candidate.path", "candidate.hub_id"} & keys:
+    if "verify" not in keys and not {"model@candidate", "candidate.path", "candidate.hub_id"} & keys:
         for argument in list(found):
             key, _, value = argument.partition("=")
             copied = key.replace("reference", "candidate", 1)

@@ -13,7 +13,8 @@ from qwen_eval.tables import Table
 def tables(run: Run, verdict: Verdict) -> list[Table]:
     failed = {name: {side: asked.failed(side) for side in SIDES} for name, asked in run.asked.items()}
     standings = [asked.standing for asked in run.asked.values()]
-    return certificate_tables(verdict, standings, run.spec, failed_notes(failed))
+    notes = dict.fromkeys(f"{name}: {note}" for name, asked in run.asked.items() for note in asked.notes)
+    return certificate_tables(verdict, standings, run.spec, [*failed_notes(failed), *notes])
 
 
 def page(run: Run, verdict: Verdict) -> str:

@@ -37,6 +37,17 @@ class Asked:
     def drawn(self) -> Sequence[Sample]:
         return self.ordered[: self.standing.num_items]
 
+    @property
+    def notes(self) -> list[str]:
+        """What the task says of its data, options without effect, and prompts that are not the same."""
+        sides = [self.pair.side(side) for side in SIDES]
+        found = [note for side in sides for note in (*side.warnings, *side.notes)]
+        if sides[0].spec["decides"]["requests_sha256"] != sides[1].spec["decides"]["requests_sha256"]:
+            found.append("the two models are asked in other words, as where one of them is a chat model")
+        if "bundled" in str(sides[0].spec["decides"]["benchmark"].get("origin", "")):
+            found.append("the benchmark is the bundled sample")
+        return found
+
     def failed(self, side: str) -> list[str]:
         records = self.pair.side(side).records
         return [sample.id for sample in self.drawn if FAILED in records[sample.id].grade.flags]

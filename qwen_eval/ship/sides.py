@@ -13,6 +13,7 @@ from qwen_eval.core import (
     DataError,
     Engine,
     Grade,
+    HasNotes,
     ModelError,
     Record,
     Request,
@@ -96,6 +97,7 @@ class TaskSide:
         engine = engines.open(side, self.cell)
         self.info: Mapping[str, JSON] = dict(engine.info)
         self.task: Task = build(self.cell.task, task_context(self.cell, engine))
+        self.notes = list(self.task.notes) if isinstance(self.task, HasNotes) else []
         self.samples = selected(self.task, self.cell)
         self._rank = {sample.id: rank for rank, sample in enumerate(self.samples)}
         self.spec = run_spec(self.cell, self.task, self.samples, engine.info)

@@ -183,4 +183,4 @@ def _quantile(dof: float, level: float) -> float:
 
 def rounded(value: float) -> float:
     """To the digits that are written."""
-    return float(f"{value:.{DIGITS}g}")
+    return float(f"{value:.{DIGITS}g}") + 0.0  # no -0.0

@@ -70,7 +70,7 @@ def change_text(standing: Standing, value: float) -> str:
         return "–"
     if standing.kind == "texts":
         return f"{math.expm1(-value) * 100:+.2f} %"
-    return f"{value * 100:+.2f}"
+    return f"{value * 100 + 0.0:+.2f}"  # no -0.00
 
 
 def certificate_tables(
