@@ -267,6 +267,15 @@ def test_an_edited_certificate_does_not_hold(
     assert said in done.out
 
 
+def test_a_score_that_no_answer_can_have_is_named(tmp_path: Path, ship: Ship) -> None:
+    ship(*TOY)
+    records = directory(tmp_path) / "toy" / "candidate" / "records.jsonl"
+    name = edit_record(records, lambda row: row["grade"].update(score=40.0))
+    done = ship(f"verify={directory(tmp_path)}")
+    assert done.code == 1
+    assert f"toy: {name}: scores 40; a certificate needs scores between 0 and 1" in done.out
+
+
 def test_a_missing_record_and_a_changed_setting_are_named(tmp_path: Path, ship: Ship) -> None:
     ship(*TOY)
     folder = directory(tmp_path) / "toy" / "reference"
@@ -388,7 +397,7 @@ def test_the_miniature_in_bf16_is_equivalent_and_its_certificate_is_of_these_che
     assert "qwen-nano (dtype=bf16) is equivalent to qwen-nano within 4 points on nano" in done.out
     path = directory(tmp_path, names="qwen-nano-vs-qwen-nano")
     models = ("reference=qwen-nano", "candidate=qwen-nano", "reference.dtype=fp32", "candidate.dtype=bf16")
-    assert ship(f"verify={path}", *models, "spot=8", "quiet=true").code == 0
+    assert ship(f"verify={path}", *models, "spot=4", "quiet=true").code == 0
     other = ship(f"verify={path}", *models, f"candidate.path={checkpoints / 'swapped'}")
     assert other.code == 1
     assert "candidate: the checkpoint of qwen-nano is sample:" in other.out

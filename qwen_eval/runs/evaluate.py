@@ -241,8 +241,9 @@ def ask(
         progress.stop()
     if failed and keep_failed is None:
         raise EngineError(failure(engine, failed, len(samples)))
-    for sample, request in failed if keep_failed is not None else ():
-        keep_failed(sample, request)
+    if keep_failed is not None:
+        for sample, request in failed:
+            keep_failed(sample, request)
     return meter
 
 

@@ -44,6 +44,10 @@ class Asked:
         found = [note for side in sides for note in (*side.warnings, *side.notes)]
         if sides[0].spec["decides"]["requests_sha256"] != sides[1].spec["decides"]["requests_sha256"]:
             found.append("the two models are asked in other words, as where one of them is a chat model")
+        task = sides[0].cell.task
+        if task.limit is not None or task.subjects:
+            part = [*([f"limit {task.limit}"] if task.limit is not None else []), *task.subjects]
+            found.append(f"the benchmark is a part: {', '.join(part)}")
         if "bundled" in str(sides[0].spec["decides"]["benchmark"].get("origin", "")):
             found.append("the benchmark is the bundled sample")
         return found
