@@ -413,9 +413,7 @@ def test_the_miniature_in_bf16_is_equivalent_and_its_certificate_is_of_these_che
 
 def test_weights_ten_per_cent_off_are_not_shipped(tmp_path: Path, ship: Ship, checkpoints: Path) -> None:
     noisy = (f"candidate.path={checkpoints / 'noisy'}", "candidate=qwen-nano", "candidate.name=noisy")
-    done = ship(
-        *FP32, *CHOICES[:2], "task.subjects=recall/one", *noisy, "candidate.dtype=fp32", "margin=1"
-    )
+    done = ship(*FP32, *CHOICES[:2], "task.subjects=recall/one", *noisy, "candidate.dtype=fp32", "margin=1")
     assert done.code == 1, done.out
     assert certificate(tmp_path, names="qwen-nano-vs-noisy")["verdict"]["is_equivalent"] is False
 

@@ -153,11 +153,8 @@ def _check_task(
     ordered = _ordered(reference, section, stored)
     findings.compare(f"{name}: the order of items", section["order_sha256"], text_sha256(s.id for s in ordered))
     drawn = ordered[: section["items"]]
-    for opened in sides.values():
-        missing = next((sample.id for sample in drawn if sample.id not in opened.records), None)
-        if missing is not None:
-            findings.faults.append(f"{name}: {opened.side} has no record of {missing}")
-            return None
+    if not _has_records(name, sides, drawn, findings):
+        return None
     pairs = [(reference.records[s.id], candidate.records[s.id]) for s in drawn]
     _check_evidence(directory / EVIDENCE, name, section, pairs, findings)
     for opened in sides.values():
@@ -168,6 +165,12 @@ def _check_task(
             findings.faults.append(f"{name}: {key} is {_short(section[key])}, the records give {_short(value)}")
     _spot(spec, name, sides, drawn, findings)
     return standing
+
+
+def _has_records(name: str, sides: Mapping[str, StoredSide], drawn: Sequence[Sample], findings: Findings) -> bool:
+    missing = {side: [s.id for s in drawn if s.id not in opened.records] for side, opened in sides.items()}
+    findings.faults += [f"{name}: {side} has no record of {', '.join(ids[:5])}" for side, ids in missing.items() if ids]
+    return not any(missing.values())
 
 
 def _open(directory: Path, name: str, side: str, section: Mapping[str, JSON], findings: Findings) -> StoredSide | None:
