@@ -14,6 +14,7 @@ from qwen_eval.core import JSON, ConfigError, Metric, Record, StoreError
 from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.store import metric_from_json, read_json
 
+CERTIFICATE = "ship"  # the kind of what a certificate was made from: a random part of a benchmark, no run to tabulate
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
 
@@ -27,7 +28,7 @@ class Unreadable:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """One run directory. `records` are read when first asked for; tables need the result alone."""
+    """One run directory. `records`, with the scores of the run's protocol, are read when first asked for."""
 
     path: Path
     spec: Mapping[str, JSON]
@@ -133,7 +134,8 @@ class LoadedRun:
     def records(self) -> tuple[Record, ...]:
         from qwen_eval.runs.store import RECORDS, read_records
 
-        return tuple(read_records(self.path / RECORDS))
+        protocol = str(self.decides.get("protocol"))
+        return tuple(record.under(protocol) for record in read_records(self.path / RECORDS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,9 @@ def find_runs(roots: Iterable[str | Path]) -> RunSet:
     unreadable: list[Unreadable] = []
     for directory in _candidates(roots):
         try:
-            runs.append(load_run(directory))
+            run = load_run(directory)
+            if run.kind != CERTIFICATE:
+                runs.append(run)
         except (OSError, StoreError) as error:
             reason = str(error).removeprefix(str(directory)).lstrip("/: ")
             unreadable.append(Unreadable(path=directory, reason=reason))

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Turn
@@ -38,6 +39,7 @@ class Spec(TaskSpec):
 class Bbh(GenerativeTask[Spec]):
     Spec = Spec
     version = 2
+    average: ClassVar[Literal["macro"]] = "macro"
 
     @cached_property
     def _examples(self) -> dict[str, str]:
@@ -86,7 +88,7 @@ class Bbh(GenerativeTask[Spec]):
         read_upstream = upstream_answer(completion.text, sample.target)
         is_right_upstream = read_upstream == upstream_target(sample.target)
         return Grade(
-            score=self.chosen(answer == canonical(sample.target), is_right_upstream),
+            score=float(answer == canonical(sample.target)),
             extracted=answer,
             extracted_upstream=read_upstream,
             score_upstream=float(is_right_upstream),
