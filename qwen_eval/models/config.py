@@ -239,6 +239,7 @@ def _from_v1(f: Mapping[str, Any]) -> ModelConfig:
         out_bias=has_bias,
         mlp_bias=has_bias,
         tie_embeddings=_flag(f, "tie_word_embeddings", False),
+        max_length=f.get("max_position_embeddings", f.get("n_positions")),
     )
     return _check_heads(config)
 

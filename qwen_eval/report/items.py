@@ -18,7 +18,8 @@ Row = list[JSON]
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One sample of one run. `nll` and `num_tokens` are set for scored text, `choices` (log-probabilities) for choices.
+    """One sample of one run. `nll` and `num_tokens` are set for scored text, `choices` (log-probabilities) for choices,
+    `counts` where the score is one of the whole corpus (`corpus` names it: BLEU).
 
     `answer_sha256` is of the answer before anything was read from it: equal answers with other scores were graded
     otherwise, and no chance is in that. `prompt` is the first turn's (later turns depend on the answers), empty where
@@ -38,6 +39,8 @@ class Item:
     nll: float | None = None
     num_tokens: int = 0
     choices: tuple[float, ...] = ()
+    corpus: str = ""
+    counts: tuple[int, ...] = ()
 
     @property
     def draw(self) -> str:
@@ -88,6 +91,8 @@ def item_of(record: Record) -> Item:
         nll=nll / num_scored * weight if num_scored else None,
         num_tokens=weight if num_scored else 0,
         choices=chosen[0].logprobs if chosen else (),
+        corpus=record.grade.values.get("corpus", ""),
+        counts=tuple(record.grade.values.get(record.grade.values.get("corpus", ""), ())),
     )
 
 
@@ -119,6 +124,8 @@ COLUMNS: dict[str, Callable[[Item], JSON]] = {
     "nll": lambda item: _number(item.nll, 6),
     "num_tokens": lambda item: item.num_tokens,
     "choices": lambda item: [_number(x, 4) for x in item.choices],
+    "corpus": lambda item: item.corpus,
+    "counts": lambda item: list(item.counts),
     "answer": lambda item: item.answer_sha256,
     "prompt": lambda item: item.prompt_digest,
     "tokens": lambda item: item.tokens_digest,
@@ -151,6 +158,7 @@ def items_from_rows(head: Mapping[str, JSON], rows: Iterable[Row]) -> dict[str, 
             extracted=cells["read"], target=cells["gold"], prompt_digest=cells["prompt"], prompt_sha256=cells["tokens"],
             answer_sha256=cells["answer"], nll=_float(cells["nll"]), num_tokens=cells["num_tokens"],
             choices=tuple(-math.inf if x is None else float(x) for x in cells["choices"]),
+            corpus=cells.get("corpus", ""), counts=tuple(cells.get("counts", ())),  # older baselines have neither
         )  # fmt: skip
     return items
 
