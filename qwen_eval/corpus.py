@@ -151,10 +151,10 @@ def _num_clusters(segments: Sequence[Segment]) -> int:
 
 
 def _by_cluster(segments: Sequence[Segment]) -> list[NDArray[np.int64]]:
-    """One table a group: a row a cluster, the sums of its counts."""
+    """One table a group: a row a cluster, the sums of its counts; both sorted, so that draws depend on no order."""
     sums: dict[str, dict[Hashable, NDArray[np.int64]]] = defaultdict(dict)
     for segment in segments:
         row = np.asarray(segment.counts, dtype=np.int64)
         before = sums[segment.group].get(segment.cluster)
         sums[segment.group][segment.cluster] = row if before is None else before + row
-    return [np.stack(list(clusters.values())) for clusters in sums.values()]
+    return [np.stack([sums[group][key] for key in sorted(sums[group], key=str)]) for group in sorted(sums)]

@@ -32,11 +32,14 @@ def concluded_letters(reply: str) -> str:
     """All letters that the reply concludes, sorted: `"A, C and D"` -> `"ACD"`, `"The answers are (A) and (C)."`."""
     text = answer_part(reply).replace("*", "")
     behind = [text[match.end() :] for match in _CUE.finditer(text)]
-    for statement in [*reversed(behind), text]:
+    for statement in reversed(behind):
         if match := _LIST.match(statement):
             return _sorted_letters(match[1])
     listed = [match[1] for match in OPTION_LINE.finditer(text)]
-    return _sorted_letters("".join(listed)) or concluded_letter(reply) or ""
+    if len(listed) > 1:
+        return _sorted_letters("".join(listed))
+    opening = _LIST.match(text)
+    return _sorted_letters(opening[1]) if opening else concluded_letter(reply) or ""
 
 
 def letters_score(read: str, gold: str) -> float:

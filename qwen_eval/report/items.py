@@ -14,6 +14,7 @@ from qwen_eval.core import JSON, ChoiceLogprobs, Completions, Record, TokenLogpr
 MAX_READING = 48  # characters of a reading or gold answer; a longer one is its beginning and a digest
 TOKENS_DIGITS = 8  # hex digits of a prompt's token ids that a baseline keeps
 Row = list[JSON]
+SCORE_DIGITS = 6  # of a score, here as in a baseline: else a third of a point would differ from itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def item_of(record: Record) -> Item:
         id=record.sample_id,
         group=record.group,
         cluster=record.cluster,
-        score=record.grade.score,
+        score=None if record.grade.score is None else round(record.grade.score, SCORE_DIGITS),
         extracted=short_value(record.grade.extracted),
         target=short_value(record.target),
         prompt=prompt,
@@ -116,7 +117,7 @@ def choice_kl(first: Sequence[float], second: Sequence[float]) -> float:
 
 COLUMNS: dict[str, Callable[[Item], JSON]] = {
     "id": lambda item: item.id,
-    "score": lambda item: _number(item.score, 6),
+    "score": lambda item: _number(item.score, SCORE_DIGITS),
     "read": lambda item: item.extracted,
     "gold": lambda item: item.target,
     "group": lambda item: None if item.group == _folder(item.id) else item.group,  # null: what the id says
