@@ -171,7 +171,7 @@ def test_a_changed_prompt_is_not_comparable_and_named_to_the_character(tmp_path:
         ({"benchmark": {"prompt_format": "x"}}, "prompt_format: none against x"),
         ({"protocol": "upstream"}, "protocol: robust against upstream"),
         ({"limit": 20}, "limit: none against 20"),
-        ({"version": 2}, "task_version: 1 against 2"),
+        ({"version": 7}, "task_version: 2 against 7"),
         ({"finished": False}, "unfinished"),
     ],
 )
@@ -308,7 +308,10 @@ def test_worse_fails_with_1_and_ci_can_read_it(project: Path, capsys: pytest.Cap
     assert "<table>" in Path(out[2]).read_text()
 
 
-def test_missing_and_incomparable_runs_give_3(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_incomparable_runs_give_3(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # no sentence is wrapped
     new = project / "new"
     write_run(new, answered([1.0, 0.0, 1.0] * 60, group="g", target="A"), benchmark={"shots": 4})
     write_profile(new, [10.0, 10.0, 10.1], device="Another CPU")
@@ -370,9 +373,9 @@ def test_a_run_whose_spec_cannot_be_read_is_named_and_the_others_are_judged(
     assert {j.comparison.task: j.verdict for j in found.judgements} == {
         "gsm8k": "not comparable", "wiki": "unchanged", "decode": "unchanged",
     }  # fmt: skip
-    assert "spec.json is not JSON" in next(j.why for j in found.judgements if j.comparison.task == "gsm8k")
+    assert "spec.json: cannot be read" in next(j.why for j in found.judgements if j.comparison.task == "gsm8k")
     assert main([f"accept={project / 'old'}", f"gate={project / 'new'}"]) == 2
-    assert "spec.json is not JSON" in capsys.readouterr().err
+    assert "spec.json: cannot be read" in capsys.readouterr().err
 
 
 def test_accept_makes_today_the_baseline(project: Path) -> None:
