@@ -15,7 +15,7 @@ from qwen_eval.core import Completions, ConfigError, DataError, Generate, Grade,
 from qwen_eval.engines.native.engine import NativeEngine, open_engine
 from qwen_eval.extraction import leval as reading
 from qwen_eval.models.tokenizer import load_tokenizer
-from qwen_eval.tasks.leval import Leval, Spec, cut_from_right
+from qwen_eval.tasks.leval import Leval, LevalSpec, cut_from_right
 from qwen_eval.tasks.registry import TaskContext
 
 DATA = Path(__file__).parent / "data"
@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 def leval(*, protocol: str = "robust", is_chat: bool = True, tokenizer: Any = None, **keys: Any) -> Leval:
     facts = keys.pop("facts", {})
     context = TaskContext(protocol=protocol, is_chat=is_chat, tokenizer=tokenizer, model_facts=facts)
-    return Leval(Spec(**{"data": "bundled", **keys}), context)
+    return Leval(LevalSpec(**{"data": "bundled", **keys}), context)
 
 
 def graded(sample: Sample, *replies: str, protocol: str = "robust") -> Grade:
@@ -76,7 +76,7 @@ def test_official_predictions_have_their_official_score(official: Path, exam: st
     ],
 )
 def test_official_letters(reply: str, several: bool, letters: str) -> None:
-    found = reading.official_letters(reply, several=several)
+    assert reading.official_letters(reply, several=several) == letters
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_long_document_loses_its_end_for_all_its_questions_alike() -> None:
     whole = next(s for s in leval().samples() if s.group == "quality").data["document"]
     assert whole.startswith(samples[0].data["document"])
     assert any("documents lost their end to fit 400 tokens" in note for note in task.notes)
-    with pytest.raises(ConfigError, match="a question of .* alone takes"):
+    with pytest.raises(ConfigError, match=r"a question of .* alone takes"):
         leval(tokenizer=tokenizer, max_prompt_tokens=20).samples()
 
 

@@ -12,14 +12,14 @@ from report_runs import said
 from qwen_eval.core import ConfigError, DataError, Generate, Sample, Turn
 from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.tasks.registry import TaskContext
-from qwen_eval.tasks.vcsum import Spec, Vcsum, rouge_l, without_middle
+from qwen_eval.tasks.vcsum import Vcsum, VcsumSpec, rouge_l, without_middle
 
 DATA = Path(__file__).parent / "data"
 
 
 def vcsum(*, is_chat: bool = False, facts: dict[str, Any] | None = None, **keys: Any) -> Vcsum:
     context = TaskContext(is_chat=is_chat, tokenizer=load_tokenizer(DATA), model_facts=facts or {})
-    return Vcsum(Spec(**{"data": "bundled", **keys}), context)
+    return Vcsum(VcsumSpec(**{"data": "bundled", **keys}), context)
 
 
 def f_of(common: int, of_reply: int, of_reference: int) -> float:

@@ -161,7 +161,7 @@ def test_shots_are_drawn_as_the_harness_draws_them() -> None:
 
 
 def test_more_shots_than_rows_are_refused() -> None:
-    with pytest.raises(ConfigError, match="task.shots=16: bundled:wmt22 zh-en has 16 rows"):
+    with pytest.raises(ConfigError, match=r"task.shots=16: bundled:wmt22 zh-en has 16 rows"):
         wmt22(shots=16).samples()
 
 

@@ -72,9 +72,7 @@ def _long_command(row: Published, model: str) -> str | None:
     tricks = TRICKS.get(row.variant or "")
     if row.benchmark != "arXiv" or tricks is None:
         return None
-    return (
-        f"{EVAL} task=long_ppl +tricks={tricks} model={model} task.lengths={row.setting['seq_len']} task.path=TEXTS"
-    )
+    return f"{EVAL} task=long_ppl +tricks={tricks} model={model} task.lengths={row.setting['seq_len']} task.path=TEXTS"
 
 
 def _official_shots(task: str, model: str) -> int:

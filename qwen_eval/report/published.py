@@ -209,7 +209,7 @@ def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
     if BENCHMARKS.get(run.task) != row.benchmark or run.headline is None:
         return None
     if row.metric in HEADLINES:
-        return run.headline
+        return None if run.headline[1].kind == "count" else run.headline  # a split without answers was only answered
     if (named := OUR_NAMES.get(row.metric)) in run.metrics:
         return str(named), run.metrics[str(named)]
     if row.metric not in CATEGORY_METRICS:

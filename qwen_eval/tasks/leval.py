@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
@@ -29,9 +28,11 @@ from qwen_eval.core import (
 from qwen_eval.data.sources import Source
 from qwen_eval.extraction import leval as reading
 from qwen_eval.extraction.letters import concluded_letter
-from qwen_eval.extraction.symptoms import completions_of, flags
+from qwen_eval.extraction.numbers import concluded_number
+from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import macro, share
 from qwen_eval.tasks.generation import GenerativeTask
+from qwen_eval.tasks.registry import TaskContext
 
 EXAMS = ("tpo", "quality", "coursera", "gsm100", "sci_fi")
 ONE_LETTER, SEVERAL_LETTERS = ("tpo", "quality"), ("coursera",)
@@ -60,7 +61,7 @@ HOW = "pass task.path=<folder of tpo.jsonl, quality.jsonl, coursera.jsonl, gsm10
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class LevalSpec(TaskSpec):
     name: str = "leval"
     hub_id: str | None = "L4NLP/LEval"
     split: str = "test"
@@ -68,11 +69,11 @@ class Spec(TaskSpec):
     max_prompt_tokens: int | None = None  # longer documents lose their end; null: what the checkpoint states
 
 
-class Leval(GenerativeTask[Spec]):
-    Spec = Spec
+class Leval(GenerativeTask[LevalSpec]):
+    Spec = LevalSpec
     version = 1
 
-    def __init__(self, spec: Spec, context: Any):
+    def __init__(self, spec: LevalSpec, context: TaskContext):
         super().__init__(spec, context)
         if spec.max_prompt_tokens is not None and spec.max_prompt_tokens < 1:
             raise ConfigError(f"task.max_prompt_tokens={spec.max_prompt_tokens}: at least 1, or null")
@@ -224,7 +225,7 @@ def _read_robustly(sample: Sample, replies: Sequence[str]) -> tuple[JSON, float]
         truths = [reading.concluded_truth(reply) for reply in replies]
         return (truths if all(truths) else None), _mean_right(truths, gold)
     if sample.group == "gsm100":
-        number = reading.concluded_number(replies[0])
+        number = concluded_number(answer_part(replies[0]))
         return (None if number is None else str(number)), float(reading.is_number(replies[0], gold))
     if sample.group in SEVERAL_LETTERS:
         letters = reading.concluded_letters(replies[0])

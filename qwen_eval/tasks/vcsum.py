@@ -15,6 +15,7 @@ from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask
+from qwen_eval.tasks.registry import TaskContext
 
 TEMPLATE = "下面有一段会议记录，请你阅读后，写一段总结，总结会议的内容。\n会议记录：\n{context}\n\n会议总结："
 FILES = ("vcsum.jsonl", "data/vcsum.jsonl", "vcsum.jsonl.gz", "vcsum_test_longbench_form.jsonl.gz")
@@ -22,7 +23,7 @@ MAX_WORDS = 2_000  # of a summary that are compared: gold ones have some 200, an
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class VcsumSpec(TaskSpec):
     name: str = "vcsum"
     hub_id: str | None = "THUDM/LongBench"
     split: str = "test"
@@ -30,11 +31,11 @@ class Spec(TaskSpec):
     max_prompt_tokens: int | None = None  # longer prompts lose their middle; null: what the checkpoint states
 
 
-class Vcsum(GenerativeTask[Spec]):
-    Spec = Spec
+class Vcsum(GenerativeTask[VcsumSpec]):
+    Spec = VcsumSpec
     version = 1
 
-    def __init__(self, spec: Spec, context: Any):
+    def __init__(self, spec: VcsumSpec, context: TaskContext):
         super().__init__(spec, context)
         if spec.max_prompt_tokens is not None and spec.max_prompt_tokens < 2:
             raise ConfigError(f"task.max_prompt_tokens={spec.max_prompt_tokens}: at least 2, or null")
