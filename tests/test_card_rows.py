@@ -131,3 +131,18 @@ def test_a_table_of_the_cards_is_one_command(
     argv = [f"+experiment={experiment}", f"runs_dir={tmp_path}", "engine=fake", *given]
     assert cli.run(argv, config_name="config", schema=config.EvalSpec, job=note) == 0
     assert found == cells
+
+
+def test_the_commands_of_the_documentation_compose() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "model_cards.md").read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].strip() for line in text.split("```")[1].strip().splitlines()]
+    assert len(lines) == 11
+    for line in lines:
+        words = shlex.split(line)[3:]
+        if line.startswith(PROFILE):
+            name, schema, check = "profile", profile_config.ProfileSpec, profile_config.check
+            assert cli.run(words, config_name=name, schema=schema, job=check) == 0, line
+        elif line.startswith(f"{EVAL} "):
+            argv = [*words, "engine=fake"]
+            assert cli.run(argv, config_name="config", schema=config.EvalSpec, job=config.check) == 0, line
+    assert report.main(["ledger=rows", "format=csv"]) == 0
