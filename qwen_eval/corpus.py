@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from qwen_eval.core import Metric
-from qwen_eval.metrics import t_interval
+from qwen_eval.metrics import cluster_variance, t_interval
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BLEU_QWEN, BLEU_SACREBLEU, CHRF = "bleu_qwen", "bleu_sacrebleu", "chrf2"
 NUM_DRAWS = 1_000
@@ -109,12 +110,11 @@ def corpus_metric(name: str, segments: Sequence[Segment]) -> Metric:
     if not segments:
         return Metric(value=math.nan, n=0, kind="mean", unit=unit)
     value = group_mean(name, segments)
-    error, num_clusters = bootstrap_error(replicates(name, segments)), least_clusters(segments)
-    # Without any spread, where nothing matches, the draws say nothing: no interval rather than one of no width.
-    low, high = (t_interval(value, error**2, num_clusters - 1) if error > 0 else None) or (None, None)
+    low, high = t_interval(value, *variance_of(replicates(name, segments), segments)) or (None, None)
     return Metric(
         value=value, n=len(segments), kind="mean", low=None if low is None else max(0.0, low),
-        high=None if high is None else min(100.0, high), num_clusters=_num_clusters(segments), unit=unit,
+        high=None if high is None else min(100.0, high), unit=unit,
+        num_clusters=len({(segment.group, segment.cluster) for segment in segments}),
     )  # fmt: skip
 
 
@@ -128,6 +128,8 @@ def replicates(name: str, segments: Sequence[Segment], *, seed: int = 0) -> NDAr
 
     The draws depend on the clusters and the seed alone: two systems over the same segments meet the same draws.
     """
+    import numpy as np
+
     tables = _by_cluster(segments)
     found = np.zeros(NUM_DRAWS)
     for i, table in enumerate(tables):
@@ -137,21 +139,39 @@ def replicates(name: str, segments: Sequence[Segment], *, seed: int = 0) -> NDAr
     return np.asarray(found / len(tables), dtype=np.float64)
 
 
-def bootstrap_error(scores: NDArray[np.float64]) -> float:
-    return float(scores.std(ddof=1))
+def variance_of(scores: NDArray[np.float64], segments: Sequence[Segment]) -> tuple[float, float]:
+    """Variance that the replicates show, and its degrees of freedom; NaN and 0 where they show none.
+
+    Of few or uneven clusters a bootstrap shows too little: the variance is raised as much as CR2 would raise it for a
+    mean over clusters of these sizes, and the degrees of freedom are CR2's, of the group that has fewest.
+    """
+    import numpy as np
+
+    variance = float(scores.var(ddof=1))
+    sizes = [table[:, 1].astype(np.float64) for table in _by_cluster(segments)]  # tokens of the references
+    if not variance > 0 or min(map(np.count_nonzero, sizes)) < 2:
+        return math.nan, 0.0  # no draw differs, or there is one cluster: the draws say nothing
+    known = [size[size > 0] for size in sizes]
+    dof = min(float(cluster_variance(np.zeros_like(size), size)[1]) for size in known)
+    return variance * max(_shortfall(size) for size in known), dof
+
+
+def _shortfall(sizes: NDArray[np.float64]) -> float:
+    """True over shown variance, where clusters move as a whole; clusters / (clusters - 1) for equal sizes."""
+    weights = sizes / sizes.sum()
+    squares = (weights**2).sum()
+    return float(squares / (weights**2 * (1 - 2 * weights + squares)).sum())
 
 
 def least_clusters(segments: Sequence[Segment]) -> int:
-    """Clusters of the group that has fewest: what a t interval may count on."""
+    """Clusters of the group that has fewest."""
     return min(len(table) for table in _by_cluster(segments))
-
-
-def _num_clusters(segments: Sequence[Segment]) -> int:
-    return len({(segment.group, segment.cluster) for segment in segments})
 
 
 def _by_cluster(segments: Sequence[Segment]) -> list[NDArray[np.int64]]:
     """One table a group: a row a cluster, the sums of its counts; both sorted, so that draws depend on no order."""
+    import numpy as np
+
     sums: dict[str, dict[Hashable, NDArray[np.int64]]] = defaultdict(dict)
     for segment in segments:
         row = np.asarray(segment.counts, dtype=np.int64)

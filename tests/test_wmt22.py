@@ -196,23 +196,29 @@ def segments(counts: Sequence[tuple[int, ...]]) -> list[corpus.Segment]:
     return [corpus.Segment(counts=row, group="zh-en", cluster=i // 4) for i, row in enumerate(counts)]
 
 
-def test_the_interval_covers_the_corpus_it_was_drawn_from() -> None:
+@pytest.mark.parametrize("sizes", ["equal", "uneven"])
+def test_the_interval_covers_the_corpus_it_was_drawn_from(sizes: str) -> None:
+    """Documents of 4 segments, or of 1 to 20: a few draws of them, with the share of intervals that hold the truth."""
     rng = np.random.default_rng(1)
-    population = drawn_counts(rng, 4000, 0.6)
-    truth = corpus.corpus_score(corpus.BLEU_QWEN, np.sum(population, axis=0).tolist())
+    lengths = np.full(1000, 4) if sizes == "equal" else np.clip(rng.lognormal(1.2, 0.7, 1000), 1, 20).astype(int)
+    population = [drawn_counts(rng, int(n), 0.6 + 0.15 * rng.standard_normal()) for n in lengths]
+    everything = np.sum([row for document in population for row in document], axis=0)
+    truth = corpus.corpus_score(corpus.BLEU_QWEN, everything.tolist())
     hits = 0
-    for _ in range(60):
-        documents = rng.choice(1000, size=30, replace=False)
-        rows = [
-            corpus.Segment(counts=population[4 * d + k], group="zh-en", cluster=int(d))
-            for d in documents
-            for k in range(4)
-        ]
+    for _ in range(80):
+        drawn = rng.choice(len(population), size=20, replace=False)
+        rows = [corpus.Segment(counts=row, cluster=int(d)) for d in drawn for row in population[d]]
         metric = corpus.corpus_metric(corpus.BLEU_QWEN, rows)
         assert metric.low is not None
         assert metric.high is not None
         hits += metric.low <= truth <= metric.high
-    assert hits >= 53  # of 57 expected; 53 or more has a chance of 98 %
+    assert hits >= 71  # of 76 expected at 95 %: fewer have a chance of 2 %
+
+
+def test_nothing_that_matches_has_no_interval() -> None:
+    rows = [corpus.Segment(counts=(5, 5, 0, 0, 0, 0, 5, 4, 3, 2), cluster=i) for i in range(20)]
+    metric = corpus.corpus_metric(corpus.BLEU_QWEN, rows)
+    assert (metric.value, metric.low, metric.high) == (0.0, None, None)
 
 
 def test_a_paired_difference_is_far_narrower_than_two_intervals() -> None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_eval.corpus import Segment, bootstrap_error, group_mean, least_clusters, replicates
+from qwen_eval.corpus import Segment, group_mean, least_clusters, replicates, variance_of
 from qwen_eval.metrics import ALPHA, ratio_variance, t_quantile
 
 LEVEL = 0.03  # of the tests: at a level of 5 % every other count of false alarms would be above 5 %
@@ -132,17 +132,14 @@ def paired_perplexity(
 def paired_corpus(name: str, first: Sequence[Segment], second: Sequence[Segment]) -> Difference:
     """Difference of two corpus scores (BLEU) of the same segments: a paired bootstrap over their clusters.
 
-    Both sides meet the same draws. The spread of the differences is the standard error of a t test with as many
-    degrees of freedom as the corpus of fewest clusters has.
+    Both sides meet the same draws. The spread of the differences is the standard error of a t test.
     """
     assert [(s.group, s.cluster) for s in first] == [(s.group, s.cluster) for s in second]
     if not first:
         return Difference(delta=math.nan, n=0, num_clusters=0)
-    delta = group_mean(name, second) - group_mean(name, first)
-    error = bootstrap_error(replicates(name, second) - replicates(name, first))
-    num_clusters = least_clusters(first)
-    variance = error**2 if error > 0 else math.nan  # no draw differs: the draws say nothing
-    spread = _Spread(variance=variance, dof=num_clusters - 1.0, num_draws=num_clusters)
+    delta, num_clusters = group_mean(name, second) - group_mean(name, first), least_clusters(first)
+    variance, dof = variance_of(replicates(name, second) - replicates(name, first), first)
+    spread = _Spread(variance=variance, dof=dof, num_draws=num_clusters)
     found = _interval(delta, spread, n=len(first), test="paired bootstrap")
     return found if num_clusters >= MIN_DRAWS else replace(found, p_value=None, test=TOO_FEW)
 
