@@ -209,6 +209,16 @@ def test_the_average_says_of_how_many_it_is() -> None:
     assert {s.group for s in task.samples()} == {"tpo"}
 
 
+def test_settings_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match="leval is asked without examples"):
+        leval(shots=5)
+
+
+def test_room_to_think_leaves_room_for_the_document() -> None:
+    assert leval(facts={"max_length": 32768}).limit == 32768 - 512
+    assert leval(facts={"max_length": 32768, "thinks": True}).limit == 16384
+
+
 def test_odd_rows_are_refused(tmp_path: Path) -> None:
     row = {"instructions": ["q"], "outputs": ["True"], "input": "x"}
     (tmp_path / "sci_fi.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -252,7 +262,7 @@ def test_the_questions_of_a_document_share_its_computation() -> None:
 
 def test_quality_is_read_at_least_three_times_less(official: Path) -> None:
     engine = nano(share=True)
-    keys: dict[str, Any] = {"max_new_tokens": 1, "max_prompt_tokens": 1500, "subjects": ["quality"]}
+    keys: dict[str, Any] = {"max_new_tokens": 4, "max_prompt_tokens": 1500, "subjects": ["quality"]}
     task = leval(path=str(official / "leval"), tokenizer=engine.tokenizer, **keys)
     requests = requests_of(task)
     assert len(requests) == 202
@@ -260,3 +270,5 @@ def test_quality_is_read_at_least_three_times_less(official: Path) -> None:
     asked, computed = engine.info["prompt_tokens"], engine.info["computed_tokens"] - engine.info["generated_tokens"]
     print(f"QuALITY: {asked:,} tokens asked, {computed:,} computed, {asked / computed:.1f} times fewer")
     assert asked >= 3 * computed
+    first = requests[:16]  # the questions of the first document
+    assert answers(nano(share=False), first) == answers(engine, first)

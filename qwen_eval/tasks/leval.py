@@ -75,6 +75,8 @@ class Leval(GenerativeTask[LevalSpec]):
 
     def __init__(self, spec: LevalSpec, context: TaskContext):
         super().__init__(spec, context)
+        if spec.shots:
+            raise ConfigError(f"task.shots={spec.shots}: leval is asked without examples")
         if spec.max_prompt_tokens is not None and spec.max_prompt_tokens < 1:
             raise ConfigError(f"task.max_prompt_tokens={spec.max_prompt_tokens}: at least 1, or null")
         self.limit = context.prompt_limit(spec.max_prompt_tokens, self.reply_tokens)

@@ -58,9 +58,12 @@ class TaskContext:
         return Sampling(**found, seed=spec.seed)
 
     def prompt_limit(self, asked: int | None, new_tokens: int) -> int | None:
-        """The most tokens of a prompt: as asked, else what the checkpoint states less the reply; None: unknown."""
+        """The most tokens of a prompt: as asked, else what the checkpoint states less the reply; None: unknown.
+
+        At least half of what it states: the room to think may be as large as all of it.
+        """
         stated = self.model_facts.get("max_length")
-        return asked if asked is not None or not stated else max(1, int(stated) - new_tokens)
+        return asked if asked is not None or not stated else max(int(stated) - new_tokens, int(stated) // 2, 1)
 
     def required_tokenizer(self, task: str, why: str) -> Tokenizer:
         """The tokenizer, for tasks that count in tokens. Raises ConfigError where the engine has none."""

@@ -37,6 +37,8 @@ class Vcsum(GenerativeTask[VcsumSpec]):
 
     def __init__(self, spec: VcsumSpec, context: TaskContext):
         super().__init__(spec, context)
+        if spec.shots:
+            raise ConfigError(f"task.shots={spec.shots}: vcsum is asked without examples")
         if spec.max_prompt_tokens is not None and spec.max_prompt_tokens < 2:
             raise ConfigError(f"task.max_prompt_tokens={spec.max_prompt_tokens}: at least 2, or null")
         self.limit = context.prompt_limit(spec.max_prompt_tokens, self.reply_tokens)
