@@ -11,7 +11,7 @@ import pytest
 from report_runs import said
 
 from qwen_eval.config import EngineSpec, ModelSpec
-from qwen_eval.core import Completions, ConfigError, DataError, Generate, Grade, Request, Sample, Turn
+from qwen_eval.core import Completions, ConfigError, DataError, Generate, Grade, Record, Request, Sample, Turn
 from qwen_eval.engines.native.engine import NativeEngine, open_engine
 from qwen_eval.extraction import leval as reading
 from qwen_eval.models.tokenizer import load_tokenizer
@@ -27,8 +27,8 @@ def leval(*, protocol: str = "robust", is_chat: bool = True, tokenizer: Any = No
     return Leval(LevalSpec(**{"data": "bundled", **keys}), context)
 
 
-def graded(sample: Sample, *replies: str, protocol: str = "robust") -> Grade:
-    task = leval(protocol=protocol)
+def graded(sample: Sample, *replies: str) -> Grade:
+    task = leval()
     turns: list[Turn] = []
     for reply in replies:
         request = task.request(sample, turns)
@@ -174,10 +174,16 @@ def test_science_fiction_is_the_mean_of_loyalty_and_fact() -> None:
 
 def test_the_protocol_chooses_the_reading() -> None:
     sample = next(s for s in leval().samples() if s.id == "tpo/0/0")
-    reply = "As the professor says, the answer is B."
-    assert graded(sample, reply).score == 1
-    assert graded(sample, reply, protocol="upstream").score == 0  # the A of "As"
-    assert graded(sample, reply).score_upstream == 0
+    grade = graded(sample, "As the professor says, the answer is B.")
+    assert (grade.extracted, grade.score) == ("B", 1)
+    assert (grade.extracted_upstream, grade.score_upstream) == ("A", 0)  # the A of "As"
+    record = Record(
+        sample_id=sample.id, group="tpo", cluster=sample.cluster, target=sample.target, prompts=("",),
+        prompt_sha256=("",), num_prompt_tokens=(0,), answers=(said("x"),), grade=grade,
+    )  # fmt: skip
+    for protocol, score in (("robust", 1), ("upstream", 0)):
+        metrics = leval(protocol=protocol).summarise([record.under(protocol)])
+        assert metrics["accuracy"].value == metrics["accuracy/tpo"].value == score
 
 
 def test_a_long_document_loses_its_end_for_all_its_questions_alike() -> None:

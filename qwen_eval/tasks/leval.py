@@ -159,7 +159,7 @@ class Leval(GenerativeTask[LevalSpec]):
         read_upstream, upstream = _read_officially(sample, replies)
         symptoms = [flags(completion, has_answer=bool(read)) for completion in completions]
         return Grade(
-            score=self.chosen(robust, upstream),
+            score=robust,
             extracted=read,
             extracted_upstream=read_upstream,
             score_upstream=upstream,

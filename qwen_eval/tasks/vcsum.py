@@ -82,7 +82,7 @@ class Vcsum(GenerativeTask[VcsumSpec]):
         text = answer_part(completion.text).strip()
         robust, upstream = (best_rouge_l(reply, sample.target) for reply in (text, completion.text))
         return Grade(
-            score=self.chosen(robust, upstream),
+            score=robust,
             extracted=text,
             extracted_upstream=completion.text,
             score_upstream=upstream,
