@@ -46,8 +46,9 @@ def page(
     """The whole document. `roots`: run directories whose samples and plots it carries."""
     runs = find_runs(roots) if roots else RunSet(runs=(), unreadable=())
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    readable = _readable(runs)
+    readable, drawn = _readable(runs), plots(runs, judgements)
     data = sample_data(readable, max_samples=max_samples, comparisons=[j.comparison for j in judgements])
+    verdicts = _verdicts(judgements, _linked(data, readable))
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">',
@@ -55,7 +56,7 @@ def page(
         '<meta name="color-scheme" content="light dark">',
         '<link rel="icon" href="data:,">',
         f"<title>{html_text(title)}</title>\n<style>{style}</style>\n</head>\n<body>",
-        *_body(title, tables, _verdicts(judgements, _linked(data, readable)), plots(runs, judgements), bool(data["runs"])),
+        *_body(title, tables, verdicts, drawn, bool(data["runs"])),
         f'<script type="application/json" id="data">{embeddable(data)}</script>',
         f"<script>{script}</script>\n</body>\n</html>\n",
     ])  # fmt: skip

@@ -21,7 +21,7 @@ OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u2
 def sample_data(
     runs: Sequence[LoadedRun], *, max_samples: int, comparisons: Sequence[Comparison] = ()
 ) -> dict[str, JSON]:
-    """`{"runs": [...], "left_out": n, "start": key}`; every run keeps its first samples when there are more than `max_samples`.
+    """`{"runs": [...], "left_out": n, "start": key}`; each run keeps its first samples where there are more than `max_samples`.
 
     A run that was compared names its `reference` by key. A baseline has no texts: it comes as a run of its changed
     samples alone, with reading and score. `start` is the run that lost most.

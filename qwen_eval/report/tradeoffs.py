@@ -94,7 +94,7 @@ def _point(name: str, score: Metric, speeds: Sequence[float], peak: float) -> Tr
 
 
 def _measured(profiles: Sequence[LoadedRun]) -> tuple[Measured, list[str]]:
-    """(profile, tokens/s, peak bytes) of each name, all of one shape on one device; a name measured twice is left out."""
+    """(profile, tokens/s, peak bytes) of each name, all of one shape on one device; not of a name measured twice."""
     cells = [(run, cell) for run in profiles for cell in profile_cells(run) if cell.get("new_tokens")]
     cells = [(run, cell) for run, cell in cells if speeds_of(cell)]
     if not cells:
