@@ -39,6 +39,7 @@ class Candidate:
     @property
     def text(self) -> str:
         """The answer in one sentence: what broke, else what all tasks together say."""
+        words: tuple[tuple[str, Verdict], ...]
         words = (("changed for the worse", "worse"), ("not comparable", "not comparable"))
         said = [f"{word}: {', '.join(tasks)}" for word, verdict in words if (tasks := self._tasks(verdict))]
         return "; ".join([*said, *self._together()]) or "speed and memory as before, within the margin"

@@ -21,7 +21,7 @@ OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u2
 def sample_data(
     runs: Sequence[LoadedRun], *, max_samples: int, comparisons: Sequence[Comparison] = ()
 ) -> dict[str, JSON]:
-    """`{"runs": [...], "left_out": n, "start": key}`; each run keeps its first samples where there are more than `max_samples`.
+    """`{"runs": [...], "left_out": n, "start": key}`; each run keeps its first when there are over `max_samples`.
 
     A run that was compared names its `reference` by key. A baseline has no texts: it comes as a run of its changed
     samples alone, with reading and score. `start` is the run that lost most.
@@ -55,7 +55,7 @@ def run_keys(runs: Sequence[LoadedRun]) -> dict[Path, str]:
 
 def _baseline(comparison: Comparison, key: str) -> dict[str, JSON]:
     items = [flip.first for flip in comparison.flips]
-    rows = [
+    rows: list[JSON] = [
         [x.id, x.group, _text(x.target), 0, "", [], _text(x.extracted), None, _number(x.score), None, [], []]
         for x in items
     ]
