@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +30,15 @@ class Candidate:
         return tuple(j for j in self.judgements if j.comparison.family != "speed")
 
     @property
+    def worst(self) -> Judgement:
+        """The one whose difference is furthest to the worse, by its margin; one without a difference before all."""
+        return min(self.quality or self.judgements, key=_room)
+
+    @property
     def tone(self) -> Tone:
         verdicts = {j.verdict for j in self.judgements}
         words = {j.decision.word if j.decision else "" for j in self.quality}
-        if verdicts & {"worse", "not comparable"} or "worse by more than the margin" in words:
+        if verdicts & {"worse", "not comparable"} or any(map(_is_broken, self.quality)):
             return "bad"
         return "open" if words & {"", "not decided"} and not self._is_identical else "good"
 
@@ -45,7 +51,9 @@ class Candidate:
         return "; ".join([*said, *self._together()]) or "speed and memory as before, within the margin"
 
     def _tasks(self, verdict: Verdict) -> list[str]:
-        return list(dict.fromkeys(j.comparison.task for j in self.judgements if j.verdict == verdict))
+        """Tasks of this verdict; not those that the answer by the margin names as worse already."""
+        found = [j for j in self.judgements if j.verdict == verdict and not _is_broken(j)]
+        return list(dict.fromkeys(j.comparison.task for j in found))
 
     def _together(self) -> list[str]:
         judged = [j for j in self.quality if j.verdict != "not comparable"]
@@ -60,6 +68,17 @@ class Candidate:
     @property
     def _is_identical(self) -> bool:
         return bool(self.quality) and all(j.comparison.is_identical for j in self.quality)
+
+
+def _room(judgement: Judgement) -> float:
+    c = judgement.comparison
+    if c.difference is None or not c.margin:
+        return -math.inf
+    return (c.difference.delta if c.higher_is_better else -c.difference.delta) / c.margin
+
+
+def _is_broken(judgement: Judgement) -> bool:
+    return judgement.decision is not None and judgement.decision.word == "worse by more than the margin"
 
 
 def candidates(judgements: Sequence[Judgement]) -> list[Candidate]:

@@ -126,7 +126,7 @@ def _linked(data: Mapping[str, object], runs: Sequence[LoadedRun]) -> Keys:
 def _verdicts(judgements: Sequence[Judgement], keys: Keys) -> str:
     found = sorted(candidates(judgements), key=lambda candidate: ORDER.index(candidate.tone))
     is_open = sum(len(candidate.judgements) for candidate in found) <= MAX_OPEN
-    return "".join(_verdict(candidate, keys, is_open=is_open or candidate.tone == "bad") for candidate in found)
+    return "".join(_verdict(candidate, keys, is_open=is_open) for candidate in found)
 
 
 def _verdict(candidate: Candidate, keys: Keys, *, is_open: bool) -> str:
@@ -146,15 +146,12 @@ def _verdict(candidate: Candidate, keys: Keys, *, is_open: bool) -> str:
 
 
 def _brief(candidate: Candidate) -> str:
-    """The evidence of a folded verdict in one line."""
-    found = [j.comparison for j in candidate.quality]
-    if len(candidate.judgements) > 1:
-        n = sum(c.difference.n for c in found if c.difference)
-        return f"{len(candidate.judgements)} comparisons, n = {n:,}; {_flips(found)}"
-    c, d = candidate.judgements[0].comparison, candidate.judgements[0].comparison.difference
-    if d is None:
-        return candidate.judgements[0].why
-    return f"{c.task}: Δ {delta_cell(c, d).text}, margin {shown(c, c.margin)}, n = {d.n:,}; {_flips(found)}"
+    """The evidence of a folded verdict in one line: the worst task, and how many samples changed in all."""
+    worst, found = candidate.worst, [j.comparison for j in candidate.quality]
+    c, d, num = worst.comparison, worst.comparison.difference, len(candidate.judgements)
+    said = worst.why if d is None else f"Δ {delta_cell(c, d).text}, margin {shown(c, c.margin)}, n = {d.n:,}"
+    said = f"the worst of {num} comparisons is {c.task}: {said}" if num > 1 else f"{c.task}: {said}"
+    return f"{said}; {_flips(found)}" if any(c.flips for c in found) else said
 
 
 def _flips(found: Sequence[Comparison]) -> str:

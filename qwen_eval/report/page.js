@@ -288,9 +288,9 @@
     return `#${encodeURIComponent(row.run.key)}/${encodeURIComponent(row[ID])}${reference}`;
   };
   const read = (row) => {
+    panes.classList.add("reading"); // a phone shows the list or the sample
     open(row);
     history.replaceState(null, "", link(row));
-    panes.classList.add("reading"); // a phone shows the list or the sample
     if (getComputedStyle(panes.querySelector(".list")).display === "none") panes.scrollIntoView({ behavior: "instant" });
   };
   const toList = () => {
