@@ -218,6 +218,19 @@ def test_a_phone_shows_the_answer_when_a_sample_is_tapped(report: Path, page: Pa
     assert page.js(shown.format(".list"))
 
 
+def test_the_tab_key_walks_the_page_in_its_order(report: Path, page: Page) -> None:
+    page.open(report)
+    seen = []
+    where = "(document.activeElement.closest('main > section, header') ?? document.activeElement).id"
+    for _ in range(45):
+        for kind in ("keyDown", "keyUp"):
+            page.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        seen.append(page.js(where))
+    order = [name for i, name in enumerate(seen) if i == 0 or name != seen[i - 1]]
+    places = [name for name in order if name in ("verdicts", "plots", "samples", "tables")]
+    assert [name for name in places if name != "plots"][:3] == ["verdicts", "samples", "tables"]
+
+
 def test_print_opens_what_is_folded(report: Path, page: Page) -> None:
     page.open(report)
     page.js("dispatchEvent(new Event('beforeprint'))")

@@ -142,6 +142,11 @@
     clearTimeout(timer);
     timer = setTimeout(() => show({ words: search.value.toLowerCase() }), 120);
   });
+  search.addEventListener("keydown", (event) => {
+    if (event.key !== "ArrowDown" && event.key !== "Enter") return;
+    event.preventDefault();
+    rows.querySelector(".row")?.focus();
+  });
   const chips = el("div", { class: "chips", role: "group", "aria-label": "Filter" });
   const rows = el("div", { class: "rows" });
   const count = el("span");
@@ -260,7 +265,11 @@
   };
   const open = (row) => {
     state.current = row;
-    for (const node of rows.children) if (node.sample) node.setAttribute("aria-current", String(node.sample === row));
+    for (const node of rows.children) {
+      if (!node.sample) continue;
+      node.setAttribute("aria-current", String(node.sample === row));
+      node.tabIndex = node.sample === row ? 0 : -1; // one stop of the tab key; the arrows move within
+    }
     if (!row) return detail.replaceChildren();
     const first = twin(row);
     detail.replaceChildren(
