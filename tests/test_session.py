@@ -15,7 +15,10 @@ def notebooks(timeout_s: float = 20.0, **options: object) -> Notebooks:
 
 
 def test_variables_functions_and_files_are_kept_between_cells() -> None:
-    cells = ["def double(x):\n    return 2 * x\ny = double(20)\nopen('n.txt', 'w').write('1')", "y + int(open('n.txt').read()) + 1"]
+    cells = [
+        "def double(x):\n    return 2 * x\ny = double(20)\nopen('n.txt', 'w').write('1')",
+        "y + int(open('n.txt').read()) + 1",
+    ]
     first, second = notebooks().results("q", cells)
     assert (first.output, first.error) == ("1\n", "")
     assert (second.output, second.error) == ("42\n", "")
@@ -76,7 +79,9 @@ def test_a_cell_that_leaves_or_writes_to_the_channel_ends_the_interpreter(cell: 
 def test_an_answer_that_never_ends_is_cut_off_in_time() -> None:
     """A stated length with no bytes behind it would keep a reader for ever."""
     start = time.perf_counter()
-    [hung] = notebooks(timeout_s=1.0).results("q", ["import os, time\nos.write(3, b'\\x00\\x01\\x00\\x00')\ntime.sleep(60)"])
+    [hung] = notebooks(timeout_s=1.0).results(
+        "q", ["import os, time\nos.write(3, b'\\x00\\x01\\x00\\x00')\ntime.sleep(60)"]
+    )
     assert hung.is_lost
     assert time.perf_counter() - start < 10
 

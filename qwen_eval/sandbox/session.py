@@ -200,8 +200,9 @@ class Session:
         timer.start()
         try:
             yield
-        except (Hangup, Damaged):
-            self._lose("timed out" if has_rung.is_set() else "killed")
+        except (Hangup, Damaged) as error:
+            told = "killed" if isinstance(error, Hangup) else "damaged answer"
+            self._lose("timed out" if has_rung.is_set() else told)
         finally:
             timer.cancel()
         if has_rung.is_set():

@@ -22,6 +22,8 @@ TASKS = {
     "mbpp_plus": "qwen_eval.tasks.mbpp:Mbpp",
     "plugin": "qwen_eval.tasks.plugin:Plugin",
     "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
+    "hf_agent": "qwen_eval.tasks.hf_agent:HfAgent",
+    "hf_agent_chat": "qwen_eval.tasks.hf_agent:HfAgent",
     "bbh": "qwen_eval.tasks.bbh:Bbh",
     "long_ppl": "qwen_eval.tasks.long_ppl:LongPpl",
     "needle": "qwen_eval.tasks.needle:Needle",
