@@ -20,8 +20,8 @@ def test_variables_functions_and_files_are_kept_between_cells() -> None:
         "y + int(open('n.txt').read()) + 1",
     ]
     first, second = notebooks().results("q", cells)
-    assert (first.output, first.error) == ("1\n", "")
-    assert (second.output, second.error) == ("42\n", "")
+    assert (first.value, first.error) == ("1", "")
+    assert (second.value, second.error) == ("42", "")
 
 
 def test_another_key_has_another_interpreter() -> None:
@@ -33,9 +33,9 @@ def test_another_key_has_another_interpreter() -> None:
 def test_a_closed_notebook_finds_its_variables_again_by_running_its_cells() -> None:
     books = notebooks(most_open=1)
     books.results("a", ["import random", "x = random.random()"])
-    drawn = books.results("a", ["import random", "x = random.random()", "x"])[2].output
+    drawn = books.results("a", ["import random", "x = random.random()", "x"])[2].value
     books.results("b", ["1"])  # closes a
-    assert books.results("a", ["import random", "x = random.random()", "x"])[2].output == drawn
+    assert books.results("a", ["import random", "x = random.random()", "x"])[2].value == drawn
 
 
 def test_an_endless_loop_is_ended_and_the_interpreter_with_it() -> None:
@@ -67,7 +67,7 @@ def test_a_flood_of_output_is_cut_and_counted() -> None:
 def test_what_a_cell_may_not_do_is_an_error_of_the_cell(cell: str, error: str) -> None:
     refused, after = notebooks().results("q", [cell, "6 * 7"])
     assert error in refused.error
-    assert after.output == "42\n"
+    assert after.value == "42"
 
 
 @pytest.mark.parametrize("cell", ["import os\nos._exit(0)", "import os\nos.write(3, b'\\x00\\x00\\x00\\x05hello')"])

@@ -43,14 +43,14 @@ class Capture(io.TextIOBase):
 
 
 def run_cell(source: str, limit: int, wants_figure: bool) -> list[Any]:
-    """[output, characters dropped, error or "", the last figure as PNG or None]."""
-    captured, error = Capture(limit), ""
+    """[output, characters dropped, value of the last expression, error, the last figure as PNG or None]."""
+    captured, value, error = Capture(limit), "", ""
     with contextlib.redirect_stdout(captured), contextlib.redirect_stderr(captured):
         try:
-            _execute(source)
+            value = _execute(source)[:limit]
         except BaseException as raised:  # SystemExit too: a cell does not end the notebook
             error = "".join(traceback.format_exception_only(type(raised), raised)).strip()[:limit]
-    return [captured.kept.getvalue(), captured.num_dropped, error, _figure() if wants_figure else None]
+    return [captured.kept.getvalue(), captured.num_dropped, value, error, _figure() if wants_figure else None]
 
 
 def put_file(name: str, content: bytes) -> None:
@@ -59,8 +59,8 @@ def put_file(name: str, content: bytes) -> None:
         file.write(content)
 
 
-def _execute(source: str) -> None:
-    """Run a cell; the value of its last expression is printed, as notebooks do."""
+def _execute(source: str) -> str:
+    """Run a cell; the value of its last expression as notebooks show it, "" where there is none."""
     tree = ast.parse(source, "<cell>")
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for name in names & ALIASES.keys() - _cells.keys():
@@ -71,7 +71,8 @@ def _execute(source: str) -> None:
     if isinstance(last, ast.Expr):
         value = eval(compile(ast.Expression(last.value), "<cell>", "eval", dont_inherit=True), _cells)
         if value is not None:
-            print(repr(value))
+            return repr(value)
+    return ""
 
 
 def _figure() -> bytes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """`error` is the last line of what a cell raised, or why it was lost: "timed out", "killed", ..."""
+    """`value` of the last expression; `error`: the last line of what was raised, or "timed out", "killed", ..."""
 
     output: str
+    value: str = ""
     error: str = ""
     figure: bytes | None = None
     is_lost: bool = False  # the interpreter is gone, with its variables
@@ -76,9 +77,9 @@ class Notebook:
 def _result(answer: Any, most: int) -> CellResult:
     """The candidate's word, checked for its shape alone."""
     match answer:
-        case [str(output), int(dropped), str(error), figure] if figure is None or isinstance(figure, bytes):
+        case [str(output), int(dropped), str(value), str(error), figure] if isinstance(figure, bytes | None):
             cut = f"\n... ({dropped:,} more characters)" if dropped > 0 else ""
-            return CellResult(output=output[:most] + cut, error=error[:most], figure=figure)
+            return CellResult(output=output[:most] + cut, value=value[:most], error=error[:most], figure=figure)
     return CellResult(output="", error="damaged answer", is_lost=True)
 
 
@@ -103,12 +104,13 @@ class Notebooks:
         wants_figures: bool = False,
         most_open: int = 8,
     ) -> None:
-        self._make = {
-            "mode": mode,
-            "timeout_s": timeout_s,
-            "most_characters": most_characters,
-            "wants_figures": wants_figures,
-        }
+        self._make = partial(
+            Notebook,
+            mode=mode,
+            timeout_s=timeout_s,
+            most_characters=most_characters,
+            wants_figures=wants_figures,
+        )
         self.most_open = most_open
         self._open: OrderedDict[str, Notebook] = OrderedDict()
 
@@ -118,7 +120,7 @@ class Notebooks:
         if notebook is None or notebook.cells != list(cells)[: len(notebook.cells)]:
             if notebook is not None:
                 notebook.close()
-            notebook = Notebook(**self._make, files=dict(files or {}))
+            notebook = self._make(files=dict(files or {}))
         self._open[key] = notebook
         for cell in cells[len(notebook.cells) :]:
             notebook.run(cell)

@@ -22,6 +22,7 @@ TASKS = {
     "mbpp_plus": "qwen_eval.tasks.mbpp:Mbpp",
     "plugin": "qwen_eval.tasks.plugin:Plugin",
     "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
+    "code_interpreter": "qwen_eval.tasks.code_interpreter:CodeInterpreter",
     "hf_agent": "qwen_eval.tasks.hf_agent:HfAgent",
     "hf_agent_chat": "qwen_eval.tasks.hf_agent:HfAgent",
     "bbh": "qwen_eval.tasks.bbh:Bbh",
