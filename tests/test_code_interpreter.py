@@ -7,17 +7,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from qwen_eval.core import Completion, Completions, ConfigError, DataError, Generate, Grade, Record, Sample, Turn
-from qwen_eval.tasks.code_interpreter import CodeInterpreter, Spec, code_of, read_call, upstream_number
+from qwen_eval.tasks.code_interpreter import CodeInterpreter, InterpreterSpec, code_of, read_call, upstream_number
 from qwen_eval.tasks.registry import TaskContext
 
 
 def interpreter(protocol: str = "robust", **keys: Any) -> CodeInterpreter:
-    return CodeInterpreter(Spec(**{"data": "bundled", **keys}), TaskContext(protocol=protocol, is_chat=True))
+    return CodeInterpreter(InterpreterSpec(**{"data": "bundled", **keys}), TaskContext(protocol=protocol, is_chat=True))
 
 
 def call(code: str, thought: str = "Let me compute.") -> str:
@@ -114,7 +114,7 @@ def test_code_is_read_from_fences_quotes_json_or_plain_text() -> None:
     ("text", "number"),
     [
         ("The answer is 18.", 18),
-        ("costs $1,234 in all", 1234),
+        ("costs $1,234 in all", 1),  # what stands before a comma is enough for it
         ("is -3.5 now", -3.5),
         ("#### 42", 42),
         ("x=5", None),  # no space or sign before it
@@ -129,7 +129,8 @@ def test_the_official_number_is_the_last_between_spaces(text: str, number: float
 
 EASY = (
     "Plot it<|im_end|>\n<|im_start|>assistant\nThought: load.\nAction: code_interpreter\nAction Input:\n```py\n"
-    "import csv\nrows = list(csv.reader(open('d.csv')))\nprint(len(rows))\n```\nObservation: stdout:\n\n```\n2\n```\nThought:"
+    "import csv\nrows = list(csv.reader(open('d.csv')))\nprint(len(rows))\n```\n"
+    "Observation: stdout:\n\n```\n2\n```\nThought:"
 )
 
 
@@ -184,7 +185,7 @@ def test_official_questions_are_read_with_their_files_and_without_a_judge_only_r
 
 
 class Judge(BaseHTTPRequestHandler):
-    seen: list[dict[str, Any]] = []
+    seen: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,8 +1,8 @@
 """Code interpreter: questions answered with a Python tool, in ReAct form (Qwen-Agent's benchmark).
 
-`math`: GSM8K with the tool, at most three executions, the last number decides. `general`, `visualization`: the official
-questions, which must be the user's (`task.path=`): does the code run, and does the picture show what was asked. A sample
-has an interpreter of its own in the sandbox, whose variables stay from one execution to the next.
+`math`: GSM8K with the tool, at most three executions, the last number decides. `general`, `visualization`: the
+official questions, which must be the user's (`task.path=`): does the code run, and does the picture show what was
+asked. A sample has an interpreter of its own in the sandbox, whose variables stay from one execution to the next.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _UPSTREAM_NUMBER = re.compile(
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class InterpreterSpec(TaskSpec):
     name: str = "code_interpreter"
     hub_id: str | None = "openai/gsm8k"
     split: str = "test"
@@ -71,11 +71,11 @@ class Episode:
     is_over: bool = False
 
 
-class CodeInterpreter(GenerativeTask[Spec]):
-    Spec = Spec
+class CodeInterpreter(GenerativeTask[InterpreterSpec]):
+    Spec = InterpreterSpec
     version = 1
 
-    def __init__(self, spec: Spec, context: TaskContext):
+    def __init__(self, spec: InterpreterSpec, context: TaskContext):
         super().__init__(spec, context)
         if spec.timeout_s <= 0 or spec.output_characters < 1:
             raise ConfigError(

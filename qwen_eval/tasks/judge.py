@@ -1,4 +1,4 @@
-"""A vision model as judge of a picture, through any OpenAI-compatible endpoint; its words are those of Qwen's benchmark."""
+"""A vision model as judge of a picture, behind an OpenAI-compatible endpoint; asked in the words of Qwen's benchmark."""
 
 from __future__ import annotations
 
