@@ -1,4 +1,4 @@
-"""A vision model as judge of a picture, behind an OpenAI-compatible endpoint; asked in the words of Qwen's benchmark."""
+"""A vision model as judge of a picture, behind an OpenAI-compatible endpoint, asked as Qwen's benchmark asks."""
 
 from __future__ import annotations
 
