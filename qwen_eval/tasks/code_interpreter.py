@@ -18,7 +18,7 @@ from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
 from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.numbers import UPSTREAM_GOLD, concluded_number, written
-from qwen_eval.extraction.symptoms import completions_of, flags
+from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask
 from qwen_eval.tasks.judge import VisionJudge, says_right
@@ -205,7 +205,7 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
         )
 
     def _graded_math(self, sample: Sample, turns: Sequence[Turn], episode: Episode) -> Grade:
-        answer = concluded_number(episode.text.rpartition("Final Answer:")[2])
+        answer = concluded_number(answer_part(episode.text).rpartition("Final Answer:")[2])
         robust = answer == Fraction(sample.target)
         read = upstream_number(episode.text)
         upstream = read is not None and read == upstream_number(sample.data["answer"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
 from qwen_eval.data.sources import Source, open_source
-from qwen_eval.extraction.symptoms import completions_of, cut, flags
+from qwen_eval.extraction.symptoms import answer_part, completions_of, cut, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask
 
@@ -133,7 +133,8 @@ class HfAgent(GenerativeTask[Spec]):
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         steps, replies = steps_of(sample), self.replies(turns)
-        read = [read_chat(reply) if self.is_conversation else read_run(reply) for reply in replies]
+        reader = read_chat if self.is_conversation else read_run
+        read = [reader(reply if self.is_upstream else answer_part(reply)) for reply in replies]
         results = {
             reading: run_snippets(reading, [code for _, code in read], steps, self.context.sandbox)
             for reading in ("robust", "upstream")

@@ -21,6 +21,7 @@ TASKS = {
     "mbpp_sanitized": "qwen_eval.tasks.mbpp:Mbpp",
     "mbpp_plus": "qwen_eval.tasks.mbpp:Mbpp",
     "plugin": "qwen_eval.tasks.plugin:Plugin",
+    "plugin_template": "qwen_eval.tasks.plugin:Plugin",
     "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
     "code_interpreter": "qwen_eval.tasks.code_interpreter:CodeInterpreter",
     "hf_agent": "qwen_eval.tasks.hf_agent:HfAgent",
