@@ -179,9 +179,15 @@ def with_body(options: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     return {**options, "extra_body": {**options.get("extra_body", {}), **fields}}
 
 
+def _said(message: Any) -> str:
+    """The message with its calls, which a server reads out of the text, put back as Qwen writes them."""
+    calls = getattr(message, "tool_calls", None) or ()
+    objects = (f'{{"name": {json.dumps(c.function.name)}, "arguments": {c.function.arguments or "{}"}}}' for c in calls)
+    return "\n".join([message.content or "", *(f"<tool_call>\n{text}\n</tool_call>" for text in objects)]).strip("\n")
+
+
 def _completion(choice: Any, request: Generate, num_tokens: int) -> Completion:
-    text = choice.text if hasattr(choice, "text") else choice.message.content
-    text = text or ""
+    text = (choice.text if hasattr(choice, "text") else _said(choice.message)) or ""
     reasons: dict[str, FinishReason] = {"length": "length"}
     reason = reasons.get(choice.finish_reason, "eos")
     ends = [at for at in (text.find(stop) for stop in request.stop) if at >= 0]

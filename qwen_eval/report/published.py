@@ -23,13 +23,21 @@ LEDGER = Path(__file__).with_name("ledger.json")
 BENCHMARKS = {
     "mmlu": "MMLU", "ceval": "C-Eval", "cmmlu": "CMMLU", "gsm8k": "GSM8K", "math": "MATH", "humaneval": "HumanEval",
     "mbpp": "MBPP", "bbh": "BBH", "vcsum": "VCSUM", "leval": "L-Eval",
+    "plugin": "tool_use", "plugin_template": "tool_use", "code_interpreter": "code_interpreter",
+    "hf_agent": "hf_agent", "hf_agent_chat": "hf_agent",
 }  # fmt: skip
+AGENTS = ("tool_use", "code_interpreter", "hf_agent")  # several published metrics of one run, each by its own name
+AGENT_METRICS = {
+    "tool_selection_acc": "tool_selection",
+    "tool_input_rougeL": "tool_input_rouge_l",
+}  # where ours differs
 HEADLINES = ("accuracy", "avg", "pass@1", "average", "Rouge-L")
 CATEGORY_METRICS = ("STEM", "Social Sciences", "Humanities", "Others", "avg_hard")
 UNPUBLISHED = {
     "MATH": "the published script is not public", "MBPP": "the published script is not public",
     "BBH": "the published script is not public", "CMMLU": "", "VCSUM": "published truncation and prompt are not public",
     "L-Eval": "published truncation and prompt are not public", "arXiv": "the published documents are not public",
+    "tool_use": "the published rows are not public",
 }  # fmt: skip
 HARDWARE = ("gpu", "torch", "cuda", "context_tokens")  # of a speed: where it was measured, not what
 PRECISIONS = ("BF16", "FP16", "FP32", "AUTO")
@@ -133,6 +141,10 @@ def differences(run: LoadedRun, row: Published) -> list[str]:
         found.append("ours reads answers with protocol=robust")
     if row.variant == "BF16" and not run.variant.startswith("BF16"):
         found.append(f"precision: ours {run.variant}, published BF16")
+    if run.task == "plugin_template":
+        found.append("ours through the tool template, published in ReAct form")
+    if row.metric == "math_executable_rate":
+        found.append("published over questions of its own; ours over GSM8K where those are not given")
     if UNPUBLISHED.get(row.benchmark):
         found.append(UNPUBLISHED[row.benchmark])
     if not row.checked:
@@ -193,6 +205,8 @@ def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
         return _our_perplexity(run, row)
     if BENCHMARKS.get(run.task) != row.benchmark or run.headline is None:
         return None
+    if row.benchmark in AGENTS:
+        return _agent_metric(run, row)
     if row.metric in HEADLINES:
         return run.headline
     if row.metric not in CATEGORY_METRICS:
@@ -202,6 +216,14 @@ def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
         if "/" in name and _squeezed(name.rpartition("/")[2]).rstrip("s") == wanted:
             return name, metric
     return None
+
+
+def _agent_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
+    """The metric of the same meaning, in the same mode."""
+    if row.benchmark == "hf_agent" and (row.setting.get("mode") == "chat") != (run.task == "hf_agent_chat"):
+        return None
+    name = AGENT_METRICS.get(row.metric, row.metric)
+    return (name, run.metrics[name]) if name in run.metrics else None
 
 
 def _our_perplexity(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
@@ -252,6 +274,9 @@ def _what(row: Published, ours: str) -> str:
     setting += [f"{row.setting[key]} tokens" for key in ("seq_len", "gen_tokens", "tokens") if key in row.setting]
     setting += [f"batch {row.setting['batch_size']}"] if "batch_size" in row.setting else []
     setting += ["int8 cache"] if row.setting.get("kv_cache_int8") else []
+    setting += [
+        str(row.setting[key]) for key in ("dataset_version", "mode") if row.benchmark in AGENTS and key in row.setting
+    ]
     setting += ["encoding"] if str(row.setting.get("mode", "")).startswith("encode") else []
     metric = "" if row.metric in HEADLINES or row.benchmark == "arXiv" else f" {row.metric}"
     listed = ", ".join(part for part in setting if part)
