@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from qwen_eval.core import JSON, Metric
+from qwen_eval.profile.measure import median
+from qwen_eval.report.finetune import METHOD_NAMES
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, settings, with_runs
 from qwen_eval.tables import Cell, Table, metric_cell, number_cell, text_cell
@@ -96,7 +98,7 @@ def _read() -> dict[str, JSON]:
 def published_tables(runs: RunSet) -> list[Table]:
     """Every number of ours that has a published counterpart, and what differs between the two."""
     found = [(run, row) for run in runs.finished for row in _quality_rows(run)]
-    found += [(run, row) for run in runs.profiles for row in _speed_rows(run)]
+    found += [(run, row) for run in runs.profiles for row in (*_speed_rows(run), *_finetune_rows(run))]
     members = list({id(run): run for run, _ in found}.values())
     places = run_names([(f"{run.label} {run.variant} {run.task}", [run]) for run in members])
     place_of = {} if places is None else {run.path: place for run, place in zip(members, places)}
@@ -187,6 +189,38 @@ def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
                 text_cell(differing), text_cell(_sources(row)),
             ))  # fmt: skip
     return rows
+
+
+def _finetune_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+    """Memory and seconds of a step of the same method and length on one GPU."""
+    rows: list[tuple[Cell, ...]] = []
+    for cell in profile_cells(run):
+        steps = sorted(float(step) for step in cell.get("step_s") or ())
+        ours = {"seconds_per_iter": median(steps), "gpu_memory": _gib(cell.get("peak_bytes"))}
+        for row in ledger():
+            value = ours.get(row.metric)
+            if row.benchmark != "finetune" or value is None or not row.value or not _same_tuning(run, cell, row):
+                continue
+            differing = [f"device: ours {device_name(run)}, published {row.setting.get('gpu')}"]
+            differing += ["ours NF4, published GPTQ Int4"] if row.variant == "Q-LoRA" else []
+            differing += ["ours of random weights"] if run.engine_info.get("is_random") else []
+            what = f"{'seconds a step' if row.unit == 's/it' else 'memory'} ({row.variant}, {cell['seq']} tokens)"
+            rows.append((
+                text_cell(run.label), text_cell(run.variant), text_cell(what), number_cell(value, 2),
+                Cell(text=row.text or str(row.value), value=row.value),
+                Cell(text=f"{value / row.value:.2f} ×", value=value / row.value), text_cell(None),
+                text_cell("; ".join(differing)), text_cell(_sources(row)),
+            ))  # fmt: skip
+    return rows
+
+
+def _same_tuning(run: LoadedRun, cell: Mapping[str, JSON], row: Published) -> bool:
+    single = row.setting.get("nodes") == row.setting.get("gpus_per_node") == 1
+    step = row.setting.get("seq_len"), row.setting.get("grad_accum")
+    same_step = step == (cell.get("seq"), cell.get("accumulation"))
+    model = _squeezed(run.model).replace("chat", "")  # the table names sizes: adapters were put on chat models
+    is_method = METHOD_NAMES.get(str(cell.get("method"))) == row.variant
+    return single and same_step and is_method and model == _squeezed(row.model)
 
 
 def _same_model(run: LoadedRun, row: Published) -> bool:
