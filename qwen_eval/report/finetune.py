@@ -43,7 +43,8 @@ def _cells(found: Sequence[tuple[LoadedRun, Row]]) -> Table:
             text_cell(_label(run)), text_cell(_method(cell)), number_cell(_number(cell.get("seq")), 0),
             step_cell(cell),
             number_cell(median(_floats(cell.get("tok_per_s"))), 0), _gib(cell.get("peak_bytes")),
-            _gib(_own_bytes(cell)), _gib(cell.get("predicted_bytes")), number_cell(_number(cell.get("num_trainable")), 0),
+            _gib(_own_bytes(cell)), _gib(cell.get("predicted_bytes")),
+            number_cell(_number(cell.get("num_trainable")), 0),
             _share(cell.get("prefill_share")), text_cell(state, tone="" if state == "ok" else "bad"),
         ))  # fmt: skip
     columns = (
