@@ -38,9 +38,8 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, inputs: int, outputs: Sequence[int], lora: Lora, like: Tensor) -> None:
         super().__init__()
         self.base, self.scale, self.dropout = base, lora.alpha / lora.rank, lora.dropout
-        options = {"dtype": like.dtype, "device": like.device}
-        self.down = nn.ParameterList(nn.Parameter(torch.empty(lora.rank, inputs, **options)) for _ in outputs)
-        self.up = nn.ParameterList(nn.Parameter(torch.zeros(size, lora.rank, **options)) for size in outputs)
+        self.down = nn.ParameterList(nn.Parameter(like.new_empty(lora.rank, inputs)) for _ in outputs)
+        self.up = nn.ParameterList(nn.Parameter(like.new_zeros(size, lora.rank)) for size in outputs)
         for matrix in self.down:
             nn.init.kaiming_uniform_(matrix, a=5**0.5)
 
@@ -114,7 +113,7 @@ class Tuner:
         sums = [
             # the logits of a chunk are made again in the backward pass: a row of Qwen's vocabulary is 0.6 MB
             checkpoint(_chunk_loss, model.head, hidden, targets, use_reentrant=False)
-            for hidden, targets in zip(hidden_TE.split(LOSS_CHUNK), ids_T[1:].split(LOSS_CHUNK))
+            for hidden, targets in zip(torch.split(hidden_TE, LOSS_CHUNK), torch.split(ids_T[1:], LOSS_CHUNK))
         ]
         return torch.stack(sums).sum() / (len(ids_T) - 1)
 

@@ -102,8 +102,7 @@ def open_model(spec: ModelSpec, tuning: Tuning) -> tuple[Transformer, dict[str, 
     fields = read_config(base, spec)
     config = ModelConfig.from_hf(fields)
     placement = placement_of(spec, fields, base)
-    packed = f"gptq-int{placement.packed.config.bits}" if hasattr(placement.packed, "config") else None
-    refuse(tuning, packed or spec.quant)
+    refuse(tuning, "gptq" if placement.packed is not None else spec.quant)
     fingerprint = model_fingerprint(spec, directory)
     if spec.weights == "random":
         model = random_model(config, placement, spec.seed)
