@@ -121,10 +121,10 @@ def _say(spec: ProfileSpec, line: str) -> None:
 # --- a cell's own process --------------------------------------------------------------------------------------------
 
 
-def in_child(spec: Any, cell: Any, child: Sequence[str] = CHILD) -> dict[str, JSON]:
+def in_child(spec: Any, cell: Any, child: Sequence[str] | None = None) -> dict[str, JSON]:
     """The row of one cell, from the program `child`; how it ended when it ended without one. Both are dataclasses."""
     job = {"parent": os.getpid(), "spec": dataclasses.asdict(spec), "cell": dataclasses.asdict(cell)}
-    command, pipe = [sys.executable, *child], subprocess.PIPE
+    command, pipe = [sys.executable, *(child or CHILD)], subprocess.PIPE
     process = subprocess.Popen(
         command,
         stdin=pipe,

@@ -26,8 +26,8 @@ USAGE = """
 python -m qwen_eval.tokens [key=value ...]
 
 The embedded vocabulary:       python -m qwen_eval.tokens
-Any tokenizers side by side:   python -m qwen_eval.tokens tokenizers=Qwen-7B,Qwen3-8B,xlm-roberta-base
-Relative to one of them:       python -m qwen_eval.tokens tokenizers=Qwen-7B,xlm-roberta-base baseline=xlm-roberta-base
+Any tokenizers side by side:   python -m qwen_eval.tokens tokenizers=DIR/Qwen-7B,DIR/xlm-roberta-base
+Relative to one of them:       python -m qwen_eval.tokens tokenizers=DIR/Qwen-7B,DIR/xlm-roberta-base baseline=DIR/xlm-roberta-base
 Your own text:                 python -m qwen_eval.tokens text=DIR out=tokens.csv,tokens.svg
 
 A tokenizer is qwen-nano, qwen-tiny or a directory with qwen.tiktoken, tokenizer.json or what transformers reads.
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(spec: TokensSpec) -> None:
     """Measure, print, write."""
-    forms = [form_of(name) for name in spec.out]
+    forms = [form_of(name) for name in check(spec).out]
     measured = measure(spec)
     tables = tables_of(measured)
     for name, form in zip(spec.out, forms):
@@ -115,6 +115,17 @@ def compare(spec: TokensSpec) -> None:
     print_tables(tables)
     if spec.out:
         print(", ".join(spec.out))
+
+
+def check(spec: TokensSpec) -> TokensSpec:
+    """ConfigError for what needs no file to be seen wrong."""
+    if spec.repetitions < 1:
+        raise ConfigError(f"repetitions={spec.repetitions}: must be at least 1")
+    if not spec.tokenizers or len(set(spec.tokenizers)) < len(spec.tokenizers):
+        raise ConfigError(f"tokenizers={','.join(spec.tokenizers)}: name one or more, each once")
+    for name in spec.out:
+        form_of(name)
+    return spec
 
 
 def form_of(name: str) -> str:
@@ -153,8 +164,6 @@ def _read(file: Path) -> str:
 
 def vocabularies(names: Sequence[str]) -> list[Vocabulary]:
     """The tokenizers, labelled by the last part of their directory, by all of it where two have the same."""
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"tokenizers={','.join(names)}: name one or more, each once")
     short = [Path(name).expanduser().resolve().name for name in names]
     labels = [name if short.count(last) > 1 else last for name, last in zip(names, short)]
     return [_vocabulary(name, label) for name, label in zip(names, labels)]
@@ -226,9 +235,7 @@ def _transformers(folder: Path, label: str) -> Vocabulary:
 
 
 def measure(spec: TokensSpec) -> Measured:
-    if spec.repetitions < 1:
-        raise ConfigError(f"repetitions={spec.repetitions}: must be at least 1")
-    texts, names = texts_of(spec), vocabularies(spec.tokenizers)
+    texts, names = texts_of(check(spec)), vocabularies(spec.tokenizers)
     labels = [vocabulary.name for vocabulary in names]
     given = dict(zip(spec.tokenizers, labels))
     baseline = given.get(spec.baseline or spec.tokenizers[0], spec.baseline)
