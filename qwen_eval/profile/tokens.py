@@ -27,7 +27,7 @@ python -m qwen_eval.tokens [key=value ...]
 
 The embedded vocabulary:       python -m qwen_eval.tokens
 Any tokenizers side by side:   python -m qwen_eval.tokens tokenizers=DIR/Qwen-7B,DIR/xlm-roberta-base
-Relative to one of them:       python -m qwen_eval.tokens tokenizers=DIR/Qwen-7B,DIR/xlm-roberta-base baseline=DIR/xlm-roberta-base
+Relative to one of them:       python -m qwen_eval.tokens tokenizers=DIR/Qwen-7B,DIR/xlmr baseline=DIR/xlmr
 Your own text:                 python -m qwen_eval.tokens text=DIR out=tokens.csv,tokens.svg
 
 A tokenizer is qwen-nano, qwen-tiny or a directory with qwen.tiktoken, tokenizer.json or what transformers reads.
