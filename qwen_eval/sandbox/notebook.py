@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,25 +113,28 @@ class Notebooks:
             wants_figures=wants_figures,
         )
         self.most_open = most_open
+        self._lock = threading.RLock()  # asked by the thread that asks the model and by those that grade
         self._open: OrderedDict[str, Notebook] = OrderedDict()
 
     def results(self, key: str, cells: Sequence[str], files: Mapping[str, bytes] | None = None) -> list[CellResult]:
         """What each cell gave, the cells run in their order in the interpreter of `key`."""
-        notebook = self._open.pop(key, None)
-        if notebook is None or notebook.cells != list(cells)[: len(notebook.cells)]:
-            if notebook is not None:
-                notebook.close()
-            notebook = self._make(files=dict(files or {}))
-        self._open[key] = notebook
-        for cell in cells[len(notebook.cells) :]:
-            notebook.run(cell)
-        while len(self._open) > self.most_open:
-            self._open.popitem(last=False)[1].close()
-        return list(notebook.results)
+        with self._lock:
+            notebook = self._open.pop(key, None)
+            if notebook is None or notebook.cells != list(cells)[: len(notebook.cells)]:
+                if notebook is not None:
+                    notebook.close()
+                notebook = self._make(files=dict(files or {}))
+            self._open[key] = notebook
+            for cell in cells[len(notebook.cells) :]:
+                notebook.run(cell)
+            while len(self._open) > self.most_open:
+                self._open.popitem(last=False)[1].close()
+            return list(notebook.results)
 
     def close(self, key: str | None = None) -> None:
         """End one notebook, or all."""
-        for name in [key] if key is not None else list(self._open):
-            notebook = self._open.pop(name, None)
-            if notebook is not None:
-                notebook.close()
+        with self._lock:
+            for name in [key] if key is not None else list(self._open):
+                notebook = self._open.pop(name, None)
+                if notebook is not None:
+                    notebook.close()

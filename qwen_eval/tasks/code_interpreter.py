@@ -93,6 +93,8 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
             return [_gsm8k(source, i, row) for i, row in enumerate(source.hub_rows("main", self.spec.split))]
         official = source.jsonl(QUESTIONS) if source.has(QUESTIONS) else []
         samples = [_question(source, i, row) for i, row in enumerate(official)]
+        for sample in samples:
+            self._files(sample)  # now, so that the digest of the data holds them and a missing one is told at once
         names = (f"{self.spec.split}.jsonl", f"{self.spec.split}.jsonl.gz")
         if source.has(*names) or not samples:
             samples += [_gsm8k(source, i, row) for i, row in enumerate(source.jsonl(*names))]
@@ -211,7 +213,7 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
         upstream = read is not None and read == upstream_number(sample.data["answer"])
         ran = [not result.error for result in episode.results]
         return Grade(
-            score=self.chosen(robust, upstream),
+            score=float(robust),
             extracted=written(answer),
             extracted_upstream=None if read is None else written(read),
             score_upstream=float(upstream),

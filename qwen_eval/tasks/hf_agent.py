@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 STOPS = {"hf_agent": ("Task:",), "hf_agent_chat": ("Human:", "=====")}
 RENAMED = {"Human:": "_HUMAN_:", "Assistant:": "_ASSISTANT_:"}  # "Human:" ends a raw reply of Qwen v1
+UPSTREAM = "_upstream"  # ends the names of the official reading's scores
 LEAD = "I will use the following "  # the run prompt ends in it
 FENCES = ("```", "```py", "```python")
 STEP_S = 5.0  # of one snippet: the tools are stubs
@@ -134,25 +135,25 @@ class HfAgent(GenerativeTask[Spec]):
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         steps, replies = steps_of(sample), self.replies(turns)
         reader = read_chat if self.is_conversation else read_run
-        read = [reader(reply if self.is_upstream else answer_part(reply)) for reply in replies]
+        read = {"robust": [reader(answer_part(reply)) for reply in replies], "upstream": list(map(reader, replies))}
         results = {
-            reading: run_snippets(reading, [code for _, code in read], steps, self.context.sandbox)
-            for reading in ("robust", "upstream")
+            name: run_snippets(name, [code for _, code in found], steps, self.context.sandbox)
+            for name, found in read.items()
         }
         references = references_of(steps, self.context.sandbox)
         scored = [
-            score_step(explanation, code, step, known, robust, upstream)
-            for (explanation, code), step, known, robust, upstream in zip(
-                read, steps, references, results["robust"], results["upstream"]
-            )
+            {
+                **score_step(*read["robust"][i], step, references[i], results["robust"][i]),
+                **score_step(*read["upstream"][i], step, references[i], results["upstream"][i], suffix=UPSTREAM),
+            }
+            for i, step in enumerate(steps)
         ]
-        code_scores = [self.chosen(item["code"], item["code_upstream"]) for item in scored]
-        upstream_scores = [item["code_upstream"] for item in scored]
         completions = [completions_of(turn)[0] for turn in turns]
-        seen = {flag for one, (_, code) in zip(completions, read) for flag in flags(one, has_answer=bool(code))}
+        pairs = zip(completions, read["robust"])
+        seen = {flag for one, (_, code) in pairs for flag in flags(one, has_answer=bool(code))}
         return Grade(
-            score=sum(code_scores) / len(code_scores),
-            score_upstream=sum(upstream_scores) / len(upstream_scores),
+            score=sum(item["code"] for item in scored) / len(scored),
+            score_upstream=sum(item[f"code{UPSTREAM}"] for item in scored) / len(scored),
             extracted=[result.value for result in results["robust"]],
             extracted_upstream=[result.value for result in results["upstream"]],
             values={"steps": scored},
@@ -162,9 +163,9 @@ class HfAgent(GenerativeTask[Spec]):
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
         found = [(step, record.cluster) for record in records for step in record.grade.values["steps"]]
         clusters = [cluster for _, cluster in found]
-        names = {"code": "code_upstream" if self.is_upstream else "code"}
-        names |= {"tool_selection": "tool_selection", "tool_used": "tool_used"}
-        names |= {} if self.is_upstream else {"code_upstream": "code_upstream"}
+        suffix = UPSTREAM if self.is_upstream else ""
+        names = {name: name + suffix for name in ("code", "tool_selection", "tool_used")}
+        names |= {} if self.is_upstream else {f"code{UPSTREAM}": f"code{UPSTREAM}"}
         return {name: share([step[key] for step, _ in found], clusters) for name, key in names.items()}
 
     def describe(self) -> Mapping[str, JSON]:
@@ -277,15 +278,14 @@ def references_of(steps: Sequence[Step], sandbox: str) -> list[tuple[str | None,
 
 
 def score_step(
-    explanation: str, code: str, step: Step, references: Sequence[str | None], robust: Result, upstream: Result
+    explanation: str, code: str, step: Step, references: Sequence[str | None], result: Result, *, suffix: str = ""
 ) -> dict[str, float]:
-    """The three official scores of one step; code is scored by both readings of it."""
-    due = tools_due(step, references, robust.value)
+    """The three official scores of one step by one reading; the official one looks at no variables for the answer."""
+    due = tools_due(step, references, result.value)
     return {
-        "tool_selection": tools_score({name for name in tool_names() if f"`{name}`" in explanation}, due),
-        "tool_used": tools_score({name for name in tool_names() if name in code}, due),
-        "code": code_score(robust, references),
-        "code_upstream": 1.0 if upstream.value is not None and upstream.value in references else WRONG,
+        f"tool_selection{suffix}": tools_score({name for name in tool_names() if f"`{name}`" in explanation}, due),
+        f"tool_used{suffix}": tools_score({name for name in tool_names() if name in code}, due),
+        f"code{suffix}": code_score(Result(value=result.value) if suffix else result, references),
     }
 
 

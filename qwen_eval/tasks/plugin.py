@@ -127,7 +127,7 @@ class Plugin(GenerativeTask[Spec]):
             "lang": str(sample.data.get("lang", "")),
         }
         return Grade(
-            score=float(robust) if upstream is None else self.chosen(robust, upstream),
+            score=float(robust),
             extracted=ours.name,
             extracted_upstream=None if official is None else official.name,
             score_upstream=None if upstream is None else float(upstream),
