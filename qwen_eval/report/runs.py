@@ -14,6 +14,7 @@ from qwen_eval.core import JSON, ConfigError, Metric, Record, StoreError
 from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.store import metric_from_json, read_json
 
+CERTIFICATE = "ship"  # the kind of what a certificate was made from: a random part of a benchmark, no run to tabulate
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
 
@@ -165,7 +166,9 @@ def find_runs(roots: Iterable[str | Path]) -> RunSet:
     unreadable: list[Unreadable] = []
     for directory in _candidates(roots):
         try:
-            runs.append(load_run(directory))
+            run = load_run(directory)
+            if run.kind != CERTIFICATE:
+                runs.append(run)
         except (OSError, StoreError) as error:
             reason = str(error).removeprefix(str(directory)).lstrip("/: ")
             unreadable.append(Unreadable(path=directory, reason=reason))
