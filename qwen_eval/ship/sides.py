@@ -176,7 +176,10 @@ class Pair:
         return self.reference if name == "reference" else self.candidate
 
     def records(self, samples: Sequence[Sample]) -> list[tuple[Record, Record]]:
-        return [(self.reference.records[s.id], self.candidate.records[s.id]) for s in samples]
+        """Both records of each item, with the scores of the protocol in force."""
+        protocol = self.reference.cell.protocol
+        both = (self.reference.records, self.candidate.records)
+        return [(both[0][s.id].under(protocol), both[1][s.id].under(protocol)) for s in samples]
 
     def close(self) -> None:
         for side in self._sides.values():

@@ -155,7 +155,8 @@ def _check_task(
     drawn = ordered[: section["items"]]
     if not _has_records(name, sides, drawn, findings):
         return None
-    pairs = [(reference.records[s.id], candidate.records[s.id]) for s in drawn]
+    both, protocol = (reference.records, candidate.records), str(stored["protocol"])
+    pairs = [(both[0][s.id].under(protocol), both[1][s.id].under(protocol)) for s in drawn]
     _check_evidence(directory / EVIDENCE, name, section, pairs, findings)
     for opened in sides.values():
         _check_grades(name, opened, drawn, findings)
