@@ -79,17 +79,17 @@ class NativeEngine:
     @property
     def info(self) -> Mapping[str, JSON]:
         """What was really used, and how much was computed so far."""
-        scorer, generator = self.scorer, self.generator
+        scored, generated = self.scorer.counters, self.generator.counters
         return {
             **self._facts,
             "engine": "native",
             "kv_cache": self.forward.codec.name,
             "attention": self.forward.kernel,
-            "computed_tokens": scorer.computed_tokens + generator.computed_tokens + generator.generated_tokens,
-            "prompt_tokens": scorer.prompt_tokens + generator.prompt_tokens,
-            "generated_tokens": generator.generated_tokens,
+            "computed_tokens": scored.computed_tokens + generated.computed_tokens + generated.generated_tokens,
+            "prompt_tokens": scored.prompt_tokens + generated.prompt_tokens,
+            "generated_tokens": generated.generated_tokens,
             "busy_s": self._busy_s,
-            "num_oom": scorer.num_oom + generator.num_oom,
+            "num_oom": scored.num_oom + generated.num_oom,
         }
 
     @property
@@ -155,8 +155,8 @@ class NativeEngine:
             if len(ids) <= first:
                 raise ModelError(f"a text of {len(ids)} tokens has nothing to score after {first} of context")
             jobs.append(Job(ids=ids, first=first, num_fed=request.num_fed))
-        self.scorer.on_hidden = None if self.keep_hidden is None else partial(self._keep_rows, jobs)
-        for j, scores in self.scorer.run(jobs):
+        on_hidden = None if self.keep_hidden is None else partial(self._keep_rows, jobs)
+        for j, scores in self.scorer.run(jobs, on_hidden=on_hidden):
             yield (
                 requests[j][0],
                 TokenLogprobs(

@@ -8,7 +8,7 @@ which rows run together (up to rounding), sampled ones draw from a generator of 
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
-from qwen_eval.engines.native.prefix_tree import Node, build
 from qwen_eval.engines.native.sampling import NON_FINITE, draw, generator_of, greedy_tokens
-from qwen_eval.engines.native.scoring import is_out_of_memory
+from qwen_eval.engines.native.scheduler import Counters, halved, walk
+from qwen_eval.models.decode import RunningRow
 from qwen_eval.models.kv_cache import Prefix, Slots
 from qwen_eval.models.runner import ModelRunner
 
@@ -74,6 +74,9 @@ def completion_of(row: Row, tokenizer: Tokenizer) -> Completion:
     )
 
 
+OnStep = Callable[[int, Counters], None]  # after each forward: how many rows got a token, the work so far
+
+
 class Generator:
     """Runs rows over a `ModelRunner` in slots: at most `max_slots` rows and `max_cached_tokens` tokens.
 
@@ -89,16 +92,14 @@ class Generator:
         max_slots: int = 64,
         prefill_tokens: int = 4096,
         max_cached_tokens: int | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         self.forward, self.tokenizer = forward, tokenizer
         self.max_cached_tokens = max_cached_tokens
         self.share = share and not forward.codec.is_chunked
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
-        self.generated_tokens = 0
-        self.computed_tokens = 0
-        self.prompt_tokens = 0
-        self.num_oom = 0
-        self.on_step: Callable[[int], None] | None = None  # after each forward, with how many rows got a token
+        self.on_step = on_step
+        self.counters = Counters()
 
     def run(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Finished rows as they finish."""
@@ -106,15 +107,17 @@ class Generator:
         while waiting:
             capacity = _capacity(waiting, self.forward.chunk)
             num_slots = self._num_slots(len(waiting), capacity)
-            batch = _Batch(self, self._queue(waiting), num_slots, capacity)
+            batch = _Batch(self, waiting, num_slots, capacity)
             try:
                 yield from batch.run()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or num_slots == 1:
-                    raise
-                self.num_oom += 1
-                self.max_slots = num_slots // 2
+                self.max_slots = halved(error, num_slots, num_slots, self.counters)
             waiting = deque(_restarted(row) for row in waiting if row.finish_reason is None)
+
+    def choose(self, hidden_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the most likely tokens."""
+        logits_BV = self.forward.model.logits(hidden_BE)
+        return logits_BV, greedy_tokens(logits_BV)
 
     def _num_slots(self, num_rows: int, capacity: int) -> int:
         room = self.max_slots if self.max_cached_tokens is None else max(1, self.max_cached_tokens // capacity)
@@ -122,20 +125,17 @@ class Generator:
 
     def _queue(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prefix | None]]:
         """Rows in the order in which prefixes are needed; a prefix is computed when its first row is taken."""
-        groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
-        for row in rows:
-            groups[self.forward.rope.key(len(row.prompt))].append(row)
-        for members in groups.values():
-            limits = [len(row.prompt) - 1 if self.share else 0 for row in members]
-            pending: list[tuple[Node, Prefix | None]] = [(build([r.prompt for r in members], limits), None)]
-            while pending:
-                node, prefix = pending.pop()
-                if node.ids:
-                    self.computed_tokens += len(node.ids)
-                    prefix = self.forward.grown(prefix, node.ids, len(members[0].prompt))
-                for i in sorted(node.leaves, key=lambda i: len(members[i].prompt), reverse=True):
-                    yield members[i], prefix
-                pending.extend((child, prefix) for child in node.children)
+        waves = walk(
+            self.forward,
+            [row.prompt for row in rows],
+            limits=[len(row.prompt) - 1 if self.share else 0 for row in rows],
+            lengths=[len(row.prompt) for row in rows],
+            counters=self.counters,
+        )
+        for wave in waves:
+            for branch in wave:
+                for i in sorted(branch.members, key=lambda i: len(rows[i].prompt), reverse=True):
+                    yield rows[i], branch.prefix
 
 
 def _capacity(rows: Sequence[Row], chunk: int) -> int:
@@ -155,12 +155,19 @@ def _restarted(row: Row) -> Row:
 class _Batch:
     """The running rows: the first `len(active)` slots, always without a gap."""
 
-    def __init__(
-        self, owner: Generator, queue: Iterator[tuple[Row, Prefix | None]], num_slots: int, capacity: int
-    ) -> None:
+    def __init__(self, owner: Generator, rows: Sequence[Row], num_slots: int, capacity: int) -> None:
+        queue = owner._queue(rows)
         self.owner, self.forward, self.queue, self.num_slots = owner, owner.forward, queue, num_slots
+        self.counters = owner.counters
         self.slots: Slots = owner.forward.slots(num_slots, capacity)
+        self.decoding = owner.forward.decoding(
+            self.slots,
+            prefill_lengths=(len(row.prompt) for row in rows),
+            num_positions=max(len(row.prompt) + row.max_new_tokens for row in rows),
+            finish=owner.choose,  # of the owner: a cycle with this batch would keep its slots
+        )
         self.active: list[Row] = []
+        self.is_arranged = False
         self.next_up: tuple[Row, Prefix | None] | None = next(queue, None)
 
     def run(self) -> Iterator[Row]:
@@ -196,7 +203,7 @@ class _Batch:
     def _admit_long(self, row: Row, prefix: Prefix | None) -> None:
         """A prompt beyond one chunk gets a prefix of its own, all but its last token."""
         depth = prefix.length if prefix else 0
-        self.owner.computed_tokens += len(row.prompt) - 1 - depth
+        self.counters.computed_tokens += len(row.prompt) - 1 - depth
         own = self.forward.grown(prefix, row.prompt[depth:-1], len(row.prompt))
         self.next_up = next(self.queue, None)
         self._prefill([row], own)
@@ -205,54 +212,52 @@ class _Batch:
         depth = prefix.length if prefix else 0
         suffixes = [row.prompt[depth:] for row in rows]
         first = len(self.active)
-        self.owner.computed_tokens += sum(map(len, suffixes))
-        self.owner.prompt_tokens += sum(len(row.prompt) for row in rows)
+        self.counters.computed_tokens += sum(map(len, suffixes))
+        self.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
         for row, suffix in zip(rows, suffixes):
             row.prefix, row.cached = prefix, len(suffix)
         self.active.extend(rows)
-        self._regroup()
         hidden = self.forward.packed(
             suffixes,
             [len(row.prompt) for row in rows],
-            prefix=prefix,
+            prefixes=[prefix] * len(rows),
             last_only=True,
             sink=(self.slots, range(first, first + len(rows))),
         )
-        self._accept(rows, hidden)
+        self._accept(rows, *self.owner.choose(hidden))
+        self.is_arranged = False
 
-    def _regroup(self) -> None:
-        """Per-row constants of the running batch, rebuilt only when it changes."""
-        device = self.forward.device
-        by_prefix: dict[int, tuple[Prefix, list[int]]] = {}
-        for i, row in enumerate(self.active):
-            if row.prefix is not None:
-                by_prefix.setdefault(id(row.prefix), (row.prefix, []))[1].append(i)
-        self.groups = [(prefix, torch.tensor(rows, device=device)) for prefix, rows in by_prefix.values()]
-        self.base_B = torch.tensor([r.prefix.length if r.prefix else 0 for r in self.active], device=device)
-        self.prefill_B = torch.tensor([len(r.prompt) for r in self.active], device=device)
-        self.cached_B = torch.tensor([r.cached for r in self.active], device=device)
+    def _arrange(self) -> None:
+        """Tell the device which rows run, after any of them came or went."""
+        running = [
+            RunningRow(prefill_tokens=len(row.prompt), own_tokens=row.cached, prefix=row.prefix) for row in self.active
+        ]
+        self.decoding.arrange(running, [row.tokens[-1] for row in self.active])
+        self.is_arranged = True
 
     def _step(self) -> None:
-        tokens_B = torch.tensor([row.tokens[-1] for row in self.active], device=self.forward.device)
-        hidden = self.forward.step(tokens_B, self.slots, self.cached_B, self.base_B, self.prefill_B, self.groups)
-        self.cached_B += 1
+        if not self.is_arranged:
+            self._arrange()
+        logits_BV, greedy_B = self.decoding.step()
+        assert greedy_B is not None, "the choice is part of the step"
         for row in self.active:
             row.cached += 1
-        self._accept(self.active, hidden)
+        self._accept(self.active, logits_BV, greedy_B)
 
     @torch.inference_mode()
-    def _accept(self, rows: Sequence[Row], hidden_BE: Tensor) -> None:
-        logits_BV = self.forward.model.logits(hidden_BE)
-        greedy = greedy_tokens(logits_BV).tolist()
+    def _accept(self, rows: Sequence[Row], logits_BV: Tensor, greedy_B: Tensor) -> None:
+        greedy = greedy_B.tolist()
         for i, row in enumerate(rows):
             if greedy[i] == NON_FINITE:
                 row.finish_reason = "non-finite"
                 continue
             token = greedy[i] if row.is_plain_greedy else row.choose(logits_BV[i])
             row.accept(token, self.owner.tokenizer.token_bytes(token))
-        self.owner.generated_tokens += len(rows)
+            if not row.is_plain_greedy:
+                self.is_arranged = False
+        self.counters.generated_tokens += len(rows)
         if self.owner.on_step is not None:
-            self.owner.on_step(len(rows))
+            self.owner.on_step(len(rows), self.counters)
 
     def _retire(self) -> Iterator[Row]:
         """Take finished rows out; the last slot moves into each gap."""
@@ -264,9 +269,8 @@ class _Batch:
                 self.active[i] = self.active[last]
             self.active.pop()
             row.prefix = None
+            self.is_arranged = False
             yield row
-        if finished:
-            self._regroup()
 
 
 def refuse_empty(prompt: Sequence[int]) -> None:
