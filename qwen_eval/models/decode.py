@@ -9,18 +9,20 @@ one shape run the same kernels on the same memory and differ in data only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qwen_eval.models.attend import DecodeAttend, PrefixGroup, upload
+from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import Prefix, Slots
 from qwen_eval.models.rope import Rope, RowTables
 from qwen_eval.models.transformer import Transformer
 
 # hidden states [B,E] -> what a step gives [B,*], and the tokens [B] that are fed next, where they are known by then
-Finish = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Finish = Callable[[Tensor], "StepResult"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,15 @@ class StepShape:
     num_keys: int
     is_full: bool  # every row sees every key: no mask
     longest: int  # bound of all positions, as far as LogN asks
-    groups: tuple[PrefixGroup, ...] = ()
+    groups: tuple[PrefixGroup, ...] = field(default=(), compare=False)
+
+    @property
+    def key(self) -> StepShape | None:
+        """What a captured step is known by; None where it cannot be captured, since prefixes come and go."""
+        return None if self.groups else self
+
+
+StepResult = tuple[Tensor, Tensor | None]
 
 
 class Decoding:
@@ -93,8 +103,10 @@ class Decoding:
         kernel: str,
         finish: Finish,
         buckets: Buckets = EXACT,
+        graphs: StepGraphs[StepResult] | None = None,
     ) -> None:
         self.model, self.slots, self.kernel, self.finish, self.buckets = model, slots, kernel, finish, buckets
+        self.graphs = graphs
         self.tables = RowTables(rope, sorted(set(prefill_lengths)), num_positions)
         self.num_positions = num_positions
         num_fields = 3 + len(rope.distinct_windows)
@@ -126,9 +138,11 @@ class Decoding:
             yield PrefixGroup(prefix=prefix, rows_G=None if is_all else upload(torch.tensor(same), self._data.device))
 
     @torch.inference_mode()
-    def step(self) -> tuple[Tensor, Tensor | None]:
-        """Feed each row its token; what `finish` makes of the running rows."""
-        result, tokens = self._compute(self.shape())
+    def step(self) -> StepResult:
+        """Feed each row its token; what `finish` makes of the running rows, until the next step overwrites it."""
+        shape = self.shape()
+        compute = partial(self._compute, shape)
+        result, tokens = compute() if self.graphs is None else self.graphs.run(shape.key, compute)
         self._own = [own + 1 for own in self._own]
         return result[: len(self.rows)], None if tokens is None else tokens[: len(self.rows)]
 
@@ -147,7 +161,7 @@ class Decoding:
         longest = self.num_positions if max(grown) + 1 > train_length else min(train_length, self.num_positions)
         return StepShape(num_rows=num_rows, num_keys=num_keys, is_full=is_full, longest=longest, groups=self._groups)
 
-    def _compute(self, shape: StepShape) -> tuple[Tensor, Tensor | None]:
+    def _compute(self, shape: StepShape) -> StepResult:
         tokens_B, own_B, base_B, *offsets = self._data[:, : shape.num_rows]
         positions_B = base_B + own_B
         attend = DecodeAttend(

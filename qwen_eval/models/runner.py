@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qwen_eval.models.attend import PackedAttend, upload
 from qwen_eval.models.attention import choose_kernel
-from qwen_eval.models.decode import Buckets, Decoding, Finish, buckets_for
+from qwen_eval.models.decode import Buckets, Decoding, Finish, StepResult, buckets_for
+from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import KvCodec, PlainCodec, Prefix, Slots
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Transformer
@@ -151,6 +152,7 @@ class ModelRunner:
         num_positions: int,
         finish: Finish = lambda hidden: (hidden, None),
         buckets: Buckets | None = None,
+        graphs: StepGraphs[StepResult] | None = None,
     ) -> Decoding:
         """Decode steps over `slots`; see `Decoding`."""
         return Decoding(
@@ -162,6 +164,7 @@ class ModelRunner:
             kernel=self.kernel,
             finish=finish,
             buckets=buckets or buckets_for(self.device),
+            graphs=graphs,
         )
 
     def _token_lengths(self, total_lengths: Sequence[int], lengths: Sequence[int]) -> int | list[int]:

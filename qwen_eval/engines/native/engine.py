@@ -89,6 +89,7 @@ class NativeEngine:
             "prompt_tokens": scored.prompt_tokens + generated.prompt_tokens,
             "generated_tokens": generated.generated_tokens,
             "busy_s": self._busy_s,
+            "decode_steps": self.generator.steps,
             "num_oom": scored.num_oom + generated.num_oom,
         }
 
@@ -115,6 +116,7 @@ class NativeEngine:
         return self.forward.first_non_finite(self._render_ids(request.prompt))
 
     def close(self) -> None:
+        self.generator.release()
         del self.forward, self.scorer.forward, self.generator.forward
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -138,6 +140,8 @@ class NativeEngine:
                 jobs.append(Job(ids=(*prompt, *continuation), first=len(prompt)))
                 owners.append((index, c))
         wanted = {index: len(request.choices) for index, request in requests}
+        if jobs:
+            self.generator.release()
         for j, scores in self.scorer.run(jobs):
             index, c = owners[j]
             if c < 0:
@@ -155,6 +159,8 @@ class NativeEngine:
             if len(ids) <= first:
                 raise ModelError(f"a text of {len(ids)} tokens has nothing to score after {first} of context")
             jobs.append(Job(ids=ids, first=first, num_fed=request.num_fed))
+        if jobs:
+            self.generator.release()
         on_hidden = None if self.keep_hidden is None else partial(self._keep_rows, jobs)
         for j, scores in self.scorer.run(jobs, on_hidden=on_hidden):
             yield (

@@ -1,7 +1,7 @@
 """Generation by continuous batching: finished rows are replaced at once, shared prompt prefixes are computed once.
 
 Rows run in static slots; those that share a prompt prefix attend to one copy of it. Greedy answers do not depend on
-which rows run together (up to rounding), sampled ones draw from a generator of their own.
+which rows run together (up to rounding), sampled ones draw by noise of their own.
 """
 
 # B active rows, V vocabulary, E hidden size
@@ -12,14 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
-from qwen_eval.engines.native.sampling import NON_FINITE, draw, generator_of, greedy_tokens
+from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
 from qwen_eval.engines.native.scheduler import Counters, halved, walk
-from qwen_eval.models.decode import RunningRow
-from qwen_eval.models.kv_cache import Prefix, Slots
+from qwen_eval.engines.native.workspace import Fetched, MakeGraphs, Need, Workspace, make_workspace
+from qwen_eval.models.decode import RunningRow, StepResult
+from qwen_eval.models.graph import StepGraphs, cuda_graphs
+from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
 
 
@@ -39,13 +38,6 @@ class Row:
     finish_reason: FinishReason | None = None
     prefix: Prefix | None = None
     cached: int = 0  # tokens of this row in its slot
-
-    def __post_init__(self) -> None:
-        self.is_plain_greedy = self.sampling.is_greedy and self.sampling.repetition_penalty == 1.0
-        self.generator = generator_of(self.sampling, self.prompt, self.k) if not self.sampling.is_greedy else None
-
-    def choose(self, logits_V: Tensor) -> int:
-        return draw(logits_V, [*self.prompt, *self.tokens], self.sampling, self.generator or torch.Generator())
 
     def accept(self, token: int, piece: bytes) -> None:
         """Take a token and see whether it ends the row: end token, stop string (across tokens), length."""
@@ -93,6 +85,8 @@ class Generator:
         prefill_tokens: int = 4096,
         max_cached_tokens: int | None = None,
         on_step: OnStep | None = None,
+        overlap: bool | None = None,
+        make_graphs: MakeGraphs = cuda_graphs,
     ) -> None:
         self.forward, self.tokenizer = forward, tokenizer
         self.max_cached_tokens = max_cached_tokens
@@ -100,6 +94,11 @@ class Generator:
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
         self.on_step = on_step
         self.counters = Counters()
+        # a step is launched before the tokens of the one before it are fetched; a CPU would compute it for ended rows
+        self.overlap = forward.device.type != "cpu" if overlap is None else overlap
+        self.make_graphs = make_graphs
+        self._kept: Workspace | None = None
+        self.steps = "plain"
 
     def run(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Finished rows as they finish."""
@@ -114,10 +113,34 @@ class Generator:
                 self.max_slots = halved(error, num_slots, num_slots, self.counters)
             waiting = deque(_restarted(row) for row in waiting if row.finish_reason is None)
 
-    def choose(self, hidden_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the most likely tokens."""
-        logits_BV = self.forward.model.logits(hidden_BE)
-        return logits_BV, greedy_tokens(logits_BV)
+    def workspace(self, rows: Sequence[Row], num_slots: int, capacity: int) -> Workspace:
+        """That of the last run where it fits, since its steps are captured already."""
+        samplings = [row.sampling for row in rows]
+        need = Need(
+            num_slots=num_slots,
+            capacity=capacity,
+            num_positions=max(len(row.prompt) + row.max_new_tokens for row in rows),
+            alphas=frozenset(self.forward.rope.key(len(row.prompt)) for row in rows),
+            choice=TokenChoice.kind_of(samplings),
+        )
+        if self._kept is None or self._kept.need != need:
+            self.release()
+            lengths = [len(row.prompt) for row in rows]
+            made = make_workspace(self.forward, need, lengths, samplings, self.make_graphs)
+            if made.graphs is None:
+                return made
+            self._kept = made
+        return self._kept
+
+    def release(self) -> None:
+        """Give back the memory that is kept between runs for their captured steps."""
+        self._kept = None
+
+    def note_steps(self, graphs: StepGraphs[StepResult] | None) -> None:
+        """How the steps of a run were launched, for the result."""
+        if graphs is not None:
+            why = f"; {graphs.stopped}" if graphs.stopped else ""
+            self.steps = f"{graphs.num_captured} shapes captured, {graphs.num_replays} replays{why}"
 
     def _num_slots(self, num_rows: int, capacity: int) -> int:
         room = self.max_slots if self.max_cached_tokens is None else max(1, self.max_cached_tokens // capacity)
@@ -148,8 +171,15 @@ def _restarted(row: Row) -> Row:
     row.tokens.clear()
     row.text.clear()
     row.prefix, row.cached = None, 0
-    row.__post_init__()
     return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A step that was launched: its rows, as they were then, and their tokens, not yet fetched."""
+
+    rows: Sequence[Row]
+    tokens: Fetched
 
 
 class _Batch:
@@ -159,14 +189,10 @@ class _Batch:
         queue = owner._queue(rows)
         self.owner, self.forward, self.queue, self.num_slots = owner, owner.forward, queue, num_slots
         self.counters = owner.counters
-        self.slots: Slots = owner.forward.slots(num_slots, capacity)
-        self.decoding = owner.forward.decoding(
-            self.slots,
-            prefill_lengths=(len(row.prompt) for row in rows),
-            num_positions=max(len(row.prompt) + row.max_new_tokens for row in rows),
-            finish=owner.choose,  # of the owner: a cycle with this batch would keep its slots
-        )
+        workspace = owner.workspace(rows, num_slots, capacity)
+        self.slots, self.choice, self.decoding = workspace.slots, workspace.choice, workspace.decoding
         self.active: list[Row] = []
+        self.flight: _Flight | None = None
         self.is_arranged = False
         self.next_up: tuple[Row, Prefix | None] | None = next(queue, None)
 
@@ -176,8 +202,9 @@ class _Batch:
                 self._admit()
                 yield from self._retire()
             if self.active:
-                self._step()
+                self._advance()
                 yield from self._retire()
+        self.owner.note_steps(self.decoding.graphs)
 
     def _admit(self) -> None:
         """Prefill as many waiting rows of one prefix as there is room for, in one packed forward."""
@@ -224,7 +251,9 @@ class _Batch:
             last_only=True,
             sink=(self.slots, range(first, first + len(rows))),
         )
-        self._accept(rows, *self.owner.choose(hidden))
+        self.choice.admit(first, [Draw(sampling=row.sampling, prompt=row.prompt, k=row.k) for row in rows])
+        tokens_B = self.choice(self.forward.model.logits(hidden), first)
+        self._accept(_Flight(rows=rows, tokens=Fetched(tokens_B)))
         self.is_arranged = False
 
     def _arrange(self) -> None:
@@ -235,29 +264,37 @@ class _Batch:
         self.decoding.arrange(running, [row.tokens[-1] for row in self.active])
         self.is_arranged = True
 
-    def _step(self) -> None:
+    def _advance(self) -> None:
+        """Tokens of one step, while the next is under way. A row that ends was then fed once more, for nothing."""
+        flight = self.flight or self._launch()
+        self.flight = self._launch() if self._may_overlap() else None
+        self._accept(flight)
+        if self.flight is not None and any(row.finish_reason is not None for row in self.active):
+            self._accept(self.flight)  # before rows move to other slots
+            self.flight = None
+
+    def _may_overlap(self) -> bool:
+        """Rows that end by their length end on time: only what the text says is not known in advance."""
+        return self.owner.overlap and all(len(row.tokens) + 1 < row.max_new_tokens for row in self.active)
+
+    def _launch(self) -> _Flight:
         if not self.is_arranged:
             self._arrange()
-        logits_BV, greedy_B = self.decoding.step()
-        assert greedy_B is not None, "the choice is part of the step"
+        tokens_B, _ = self.decoding.step()
         for row in self.active:
             row.cached += 1
-        self._accept(self.active, logits_BV, greedy_B)
+        return _Flight(rows=list(self.active), tokens=Fetched(tokens_B))
 
-    @torch.inference_mode()
-    def _accept(self, rows: Sequence[Row], logits_BV: Tensor, greedy_B: Tensor) -> None:
-        greedy = greedy_B.tolist()
-        for i, row in enumerate(rows):
-            if greedy[i] == NON_FINITE:
+    def _accept(self, flight: _Flight) -> None:
+        running = [(row, token) for row, token in zip(flight.rows, flight.tokens.wait()) if row.finish_reason is None]
+        for row, token in running:
+            if token == NON_FINITE:
                 row.finish_reason = "non-finite"
-                continue
-            token = greedy[i] if row.is_plain_greedy else row.choose(logits_BV[i])
-            row.accept(token, self.owner.tokenizer.token_bytes(token))
-            if not row.is_plain_greedy:
-                self.is_arranged = False
-        self.counters.generated_tokens += len(rows)
+            else:
+                row.accept(token, self.owner.tokenizer.token_bytes(token))
+        self.counters.generated_tokens += len(running)
         if self.owner.on_step is not None:
-            self.owner.on_step(len(rows), self.counters)
+            self.owner.on_step(len(running), self.counters)
 
     def _retire(self) -> Iterator[Row]:
         """Take finished rows out; the last slot moves into each gap."""
@@ -266,6 +303,7 @@ class _Batch:
             row, last = self.active[i], len(self.active) - 1
             if i != last:
                 self.slots.move(last, i, self.active[last].cached)
+                self.choice.move(last, i)
                 self.active[i] = self.active[last]
             self.active.pop()
             row.prefix = None
