@@ -10,11 +10,11 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_eval.config import EngineSpec, ModelSpec, nearest, not_one_of
+from qwen_eval.config import EngineSpec, ModelSpec, check_values, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.tasks.registry import TASKS, task_class
 from qwen_eval.terminal import plain_text
@@ -24,6 +24,8 @@ NUMBER_LIST = re.compile(r"\d+(,\d+)+")
 FOREIGN = re.compile(r"[^\x00-\x7f]|[ =]")
 SYNTAX = re.compile(r"[\[\]{}()'\",$]")  # a list, a sweep or quotes: the writer knows the grammar
 PLAIN_KEY = re.compile(r"[+~]*[a-z_]\w*([./]\w+)*")
+DEFAULT_MODEL = "qwen-nano"  # of every command that has a model
+FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 LISTS_IN_TEXT = ("model.window",)  # text to Hydra, but "2048,4096" in it is one value and no sweep
 TEXTS = ("model.system",)  # a sentence: no comma, quote or bracket in it is grammar
 ENGINE_GROUPS = ("model", "engine", "protocol")
@@ -73,13 +75,35 @@ def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        refuse_doubled(sys.argv[1:])
+        refuse_unknown_keys(config)
         try:
-            spec = OmegaConf.to_object(config)
+            spec: Any = OmegaConf.to_object(config)
         except OmegaConfBaseException as error:
             raise ConfigError(explain(error, schema)) from error
+        _settle_model(spec)
         job(spec)
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
+
+
+def _settle_model(spec: Any) -> None:
+    """A checkpoint given by its place alone gets its name and form from there, and a named one must be that model."""
+    from hydra.core.hydra_config import HydraConfig
+
+    model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
+    if not isinstance(model, ModelSpec) or (engine is not None and engine.name == "fake"):
+        return
+    from qwen_eval.models.naming import anonymous, settle
+
+    check_values(spec)  # before anything is looked for, let alone fetched
+    given = {_key(override) for override in HydraConfig.get().overrides.task}
+    if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
+        given.add("model")  # by an experiment
+    if engine is None or engine.name != "openai":
+        spec.model = settle(model, frozenset(given))
+    elif "model" not in given and engine.api_model is not None:
+        spec.model = anonymous(model, engine.api_model, frozenset(given))
 
 
 def _tell(line: str) -> str:
@@ -209,6 +233,57 @@ def cell_tag(tag: str) -> str:
     return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in overrides)])
 
 
+# --- what Hydra lets pass ------------------------------------------------------------------------------------------
+
+
+def _key(override: str) -> str:
+    """`"++model.rope.dynamic_ntk=true"` -> `"model.rope.dynamic_ntk"`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def refuse_doubled(argv: Sequence[str]) -> None:
+    """ConfigError for a key that is given twice: Hydra lets the last one win without a word."""
+    given: dict[str, str] = {}
+    for argument in argv:
+        if "=" not in argument or argument.startswith("-"):
+            continue
+        key, value = _key(argument), argument.partition("=")[2]
+        if key in given:
+            raise ConfigError(f"{key}= is given twice: {given[key]} and {value}; give it once, or sweep both with -m")
+        given[key] = value
+
+
+def refuse_unknown_keys(config: Any) -> None:
+    """ConfigError for a key that no schema has, however it was written: `+key=`, `++key=`, a yaml of an experiment.
+
+    And for a value from the environment: every setting is recorded, which would put it on record.
+    """
+    for key, value in _leaves(config, ""):
+        if isinstance(value, str) and FROM_ENVIRONMENT.search(value):
+            raise ConfigError(
+                f"{key}={value}: not filled in, since every setting is recorded; let the shell do it: $NAME"
+            )
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value as written) of every leaf; ConfigError at a key that its dataclass does not have."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
+    is_plain = not (node._is_interpolation() or node._is_missing() or node._is_none())
+    if isinstance(node, DictConfig) and is_plain:
+        kind = OmegaConf.get_type(node)
+        known = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
+        for name in map(str, node):
+            if known is not None and name not in known:
+                raise ConfigError(_no_such_key(name, prefix, known))
+            yield from _leaves(node._get_node(name), f"{prefix}{name}.")
+    elif isinstance(node, ListConfig) and is_plain:
+        for index in range(len(node)):
+            yield from _leaves(node._get_node(index), f"{prefix}{index}.")
+    else:
+        yield prefix.rstrip("."), node._value()
+
+
 # --- error text ------------------------------------------------------------------------------------------------------
 
 
@@ -221,8 +296,10 @@ def explain(error: Exception, schema: type) -> str:
         return _unknown_option(error.missing_cfg_file, error.options or ())
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, OmegaConfBaseException):
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
         return _bad_key(cause, schema)
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}"
@@ -243,7 +320,12 @@ def _bad_key(error: Any, schema: type) -> str:
     parent, _, _ = str(error.full_key).rpartition(".")
     owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
     known = [field.name for field in dataclasses.fields(owner)]
-    guess = nearest(str(error.key), known)
-    prefix = f"{parent}." if parent else ""
+    return _no_such_key(str(error.key), f"{parent}." if parent else "", known)
+
+
+def _no_such_key(key: str, prefix: str, known: Sequence[str]) -> str:
+    """`'modle: no such key; did you mean "model"?'`; at the top the groups of `conf/` are keys too."""
+    words = [*known, *(() if prefix else (path.name for path in conf_dir().iterdir() if path.is_dir()))]
+    guess = nearest(key, words)
     hint = f'did you mean "{prefix}{guess}"?' if guess else f"one of {', '.join(prefix + name for name in known)}"
-    return f"{error.full_key}: no such key; {hint}"
+    return f"{prefix}{key}: no such key; {hint}"

@@ -24,6 +24,7 @@ PROTOCOLS = ("robust", "upstream")
 WEIGHTS = ("checkpoint", "random")
 THINKING = ("auto", "on", "off")
 SAMPLING = ("task", "checkpoint")
+DIGESTS = ("sample", "full")
 
 
 def _switch(value: str) -> str:
@@ -65,6 +66,7 @@ class ModelSpec:
     attention: str = "auto"
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     seed: int = 0  # of random weights
+    digest: str = "sample"  # how a checkpoint is known again: small files and a part of every tensor | full: every byte
     arch: dict[str, Any] = field(default_factory=dict)  # config.json of the shape, for plans and random weights
 
     def __post_init__(self) -> None:
@@ -138,6 +140,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.hub": HUBS,
     "model.weights": WEIGHTS,
     "model.thinking": THINKING,
+    "model.digest": DIGESTS,
     "model.logn": ("auto", "true", "false"),
     "model.rope.dynamic_ntk": ("auto", "true", "false"),
     "task.data": ("auto", "bundled", "hub"),
@@ -182,6 +185,9 @@ def check(spec: EvalSpec) -> EvalSpec:
     for key in ("limit", "seed"):
         short = getattr(spec, key)
         if short is not None:
+            long = getattr(spec.task, key)
+            if long not in (short, getattr(type(spec.task)(), key)):
+                raise ConfigError(f"{key}={short} and task.{key}={long}: two values for one setting; give one of them")
             setattr(spec.task, key, short)
     check_values(spec)
     if not 0 < spec.engine.memory_fraction <= 1:

@@ -129,6 +129,10 @@ class Choose:
     choices: tuple[str, ...]
     max_prompt_tokens: int | None = None
 
+    def kept(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The token ids of the rendered prompt that the model reads."""
+        return ids if self.max_prompt_tokens is None else ids[-self.max_prompt_tokens :]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -267,7 +271,7 @@ class Grade:
     `extracted` is the answer our extractor read, `extracted_upstream` what the official script's would read and
     `score_upstream` the score with it: both always recorded where they exist. `values` holds further numbers that
     `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
-    "no_answer".
+    "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt".
     """
 
     score: float | None
@@ -280,7 +284,10 @@ class Grade:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One graded sample as it stands in records.jsonl. `prompts` are the rendered texts, one a turn."""
+    """One graded sample as it stands in records.jsonl. `prompts` are the rendered texts, one a turn.
+
+    Text, hash and number of tokens are those of what the model read: of a cut prompt, its end.
+    """
 
     sample_id: str
     group: str
@@ -334,6 +341,13 @@ class GradesInBatches(Protocol):
     """A task that grades many samples faster than one by one (it runs their programs side by side)."""
 
     def grade_many(self, items: Sequence[tuple[Sample, Sequence[Turn]]]) -> list[Grade]: ...
+
+
+@runtime_checkable
+class DrawsLimit(Protocol):
+    """A task whose `samples()` are already those of `limit`: its samples are not to be drawn one by one."""
+
+    draws_limit: Literal[True]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwen_eval.core import Completions, Grade, Metric, Record
 
+if TYPE_CHECKING:  # numpy takes a tenth of a second to import, and a mistake on the command line shall show at once
+    import numpy as np
+    from numpy.typing import NDArray
+
 ALPHA = 0.05
 FLAGS = ("truncated", "empty", "looping", "no_answer")
+RARE_FLAGS = ("overlong", "grading_timeout", "cut_prompt")  # a rate only where one was seen
 
 Clusters = Sequence[Hashable] | None
 Interval = tuple[float, float]
@@ -38,45 +43,64 @@ def share(scores: Sequence[float | None], clusters: Clusters = None, *, higher_i
 
 
 def mean(
-    values: Sequence[float | None], clusters: Clusters = None, unit: str = "", higher_is_better: bool = True
+    values: Sequence[float | None],
+    clusters: Clusters = None,
+    unit: str = "",
+    higher_is_better: bool = True,
+    *,
+    is_positive: bool = False,
 ) -> Metric:
-    """Mean of any numbers with a t interval, cluster-robust where `clusters` are given; no interval below two draws."""
+    """Mean of any numbers with a t interval, cluster-robust where `clusters` are given; no interval below two draws.
+
+    `is_positive`: the quantity cannot be below zero (a divergence, a speed), so neither can its interval.
+    """
     kept, groups = _finite(values, clusters)
     if not kept:
         return Metric(value=math.nan, n=0, kind="mean", higher_is_better=higher_is_better, unit=unit)
     value = math.fsum(kept) / len(kept)
     variance, dof = ratio_variance(kept, [1.0] * len(kept), groups)
-    low, high = t_interval(value, variance, dof) or (None, None)
+    low, high = (positive_interval if is_positive else t_interval)(value, variance, dof) or (None, None)
     return Metric(
         value=value, n=len(kept), kind="mean", low=low, high=high, num_clusters=_num_clusters(groups),
         higher_is_better=higher_is_better, unit=unit,
     )  # fmt: skip
 
 
-def macro(groups: Mapping[str, Sequence[float | None]], *, kind: Literal["share", "mean"] = "share") -> Metric:
+def macro(
+    groups: Mapping[str, Sequence[float | None]],
+    clusters: Mapping[str, Sequence[Hashable]] | None = None,
+    *,
+    kind: Literal["share", "mean"] = "share",
+) -> Metric:
     """Unweighted mean of group means: the groups are fixed, their items are the draws.
 
-    The variance is that of the items within their groups; a group of one item borrows the pooled variance.
+    The variance is that of the items within their groups; a group of one item borrows the pooled variance. `clusters`
+    (group -> one a score) names items that are one draw, such as a question asked twice; they may lie in two groups.
     """
-    kept = [values for values in (_finite(scores, None)[0] for scores in groups.values()) if values]
+    found = [_finite(scores, None if clusters is None else clusters[name]) for name, scores in groups.items()]
+    found = [(values, draws) for values, draws in found if values]
+    kept = [values for values, _ in found]
     if not kept:
         return Metric(value=math.nan, n=0, kind=kind)
     n = sum(map(len, kept))
     value = math.fsum(math.fsum(values) / len(values) for values in kept) / len(kept)
     variance, dof = _stratified_variance(kept)
+    variance += _shared_variance(kept, [draws for _, draws in found])
     interval: Interval | None
     if kind == "share":
         interval = proportion_interval(value, _implied_n(value, variance, dof, default=n))
     else:
         interval = t_interval(value, variance, dof)
     low, high = interval or (None, None)
-    return Metric(value=value, n=n, kind=kind, low=low, high=high)
+    num_clusters = None if clusters is None else len({draw for _, draws in found for draw in draws or ()})
+    return Metric(value=value, n=n, kind=kind, low=low, high=high, num_clusters=num_clusters)
 
 
 def perplexity(nll_sums: Sequence[float], num_tokens: Sequence[int], clusters: Clusters = None) -> Metric:
     """`exp(sum of NLL / sum of tokens)`; `n` counts tokens. The draws are documents (or `clusters` of them).
 
-    The interval is the linearised ratio estimator's on the log scale, then exponentiated; none for one document.
+    The interval is that of NLL per token, a ratio of sums over documents, on the log scale: it cannot fall below 0, nor
+    the perplexity's below 1. None for one document.
     """
     assert len(nll_sums) == len(num_tokens), (len(nll_sums), len(num_tokens))
     rows = [i for i, (nll, num) in enumerate(zip(nll_sums, num_tokens)) if num > 0 and not math.isnan(nll)]
@@ -86,7 +110,7 @@ def perplexity(nll_sums: Sequence[float], num_tokens: Sequence[int], clusters: C
     groups = [clusters[i] for i in rows] if clusters is not None else rows
     value = math.fsum(sums) / math.fsum(counts)
     variance, dof = ratio_variance(sums, counts, groups)
-    low, high = t_interval(value, variance, dof) or (None, None)
+    low, high = positive_interval(value, variance, dof) or (None, None)
     return Metric(
         value=_exp(value), n=int(sum(counts)), kind="ppl", low=None if low is None else _exp(low),
         high=None if high is None else _exp(high), num_clusters=len(set(groups)), higher_is_better=False, unit="ppl",
@@ -108,8 +132,9 @@ def rates(records: Iterable[Record]) -> dict[str, Metric]:
     rows = list(records)
     generated = [row for row in rows if any(isinstance(answer, Completions) for answer in row.answers)]
     found: dict[str, Metric] = {}
-    for flag in FLAGS:
-        basis = generated if generated else [row for row in rows if any(flag in r.grade.flags for r in rows)]
+    for flag in (*FLAGS, *RARE_FLAGS):
+        is_seen = any(flag in row.grade.flags for row in rows)
+        basis = generated if generated and (is_seen or flag in FLAGS) else rows if is_seen else []
         if basis:
             found[flag] = share([float(flag in row.grade.flags) for row in basis], higher_is_better=False)
     both = [row.grade for row in rows if row.grade.score_upstream is not None]
@@ -146,22 +171,59 @@ def t_quantile(dof: float, level: float = 1 - ALPHA / 2) -> float:
     return float(stdtrit(dof, level))
 
 
-def ratio_variance(sums: Sequence[float], counts: Sequence[float], groups: Clusters) -> tuple[float, float]:
-    """Cluster-robust variance of `sum(sums) / sum(counts)` and its degrees of freedom (clusters - 1).
+def positive_interval(value: float, variance: float, dof: float) -> Interval | None:
+    """The t interval of the logarithm, taken back: of a quantity that cannot be below zero."""
+    if not value > 0:
+        return t_interval(value, variance, dof)
+    log = t_interval(0.0, variance / value**2, dof)
+    return None if log is None else (value * _exp(log[0]), value * _exp(log[1]))
 
-    With counts of 1 this is the variance of a mean; with no groups every item is a cluster. NaN for one cluster.
+
+def ratio_variance(sums: Sequence[float], counts: Sequence[float], groups: Clusters) -> tuple[float, float]:
+    """Cluster-robust variance of `sum(sums) / sum(counts)` and its degrees of freedom; NaN for one cluster.
+
+    With counts of 1 this is the variance of a mean; with no groups every item is a cluster.
     """
-    total = math.fsum(counts)
-    ratio = math.fsum(sums) / total
-    residuals: dict[Hashable, float] = {}
-    for i, (num, den) in enumerate(zip(sums, counts)):
-        key = groups[i] if groups is not None else i
-        residuals[key] = residuals.get(key, 0.0) + num - ratio * den
-    num_draws = len(residuals)
-    if num_draws < 2:
+    import numpy as np
+
+    totals, sizes = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if groups is not None:
+        numbers: dict[Hashable, int] = {}
+        index = [numbers.setdefault(group, len(numbers)) for group in groups]
+        totals, sizes = (np.bincount(index, weights=x).astype(np.float64) for x in (totals, sizes))
+    totals, sizes = totals[sizes > 0], sizes[sizes > 0]
+    if len(totals) < 2:
         return math.nan, 0.0
-    scatter = math.fsum(r * r for r in residuals.values())
-    return scatter * num_draws / (num_draws - 1) / total**2, num_draws - 1.0
+    variance, dof = cluster_variance(totals, sizes)
+    return float(variance), float(dof)
+
+
+def cluster_variance(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """CR2 variance of `sums.sum(-1) / sizes.sum(-1)` and Satterthwaite's degrees of freedom; clusters on the last axis.
+
+    Bell and McCaffrey's estimator for a mean, under a working model in which the items of a cluster move together, so
+    that a large cluster is one draw like a small one (Pustejovsky and Tipton 2018,
+    https://doi.org/10.1080/07350015.2016.1247004). Equal sizes give the usual variance with clusters - 1 degrees;
+    uneven ones give fewer, down to 1 where one cluster holds nearly everything. With w = size / total and S = sum(w²)
+    the residual of cluster g has variance 1 - 2 w_g + S in units of a cluster's own, by which its square is divided.
+    """
+    total_1 = sizes.sum(-1, keepdims=True)
+    weights_G = sizes / total_1
+    squares_1 = (weights_G**2).sum(-1, keepdims=True)
+    spread_G = 1 - 2 * weights_G + squares_1
+    residuals_G = (sums - weights_G * sums.sum(-1, keepdims=True)) / total_1
+    variance = (residuals_G**2 / spread_G).sum(-1)
+    # Satterthwaite: (trace P)² / trace P², P_gh = w_g w_h (g==h - w_g - w_h + S) / sqrt(spread_g spread_h), no G x G
+    factor_G = weights_G**2 / spread_G
+    moments = [(factor_G * weights_G**k).sum(-1) for k in range(3)]
+    squares = squares_1[..., 0]
+    every = squares**2 * moments[0] ** 2 + 2 * moments[0] * moments[2] + 2 * moments[1] ** 2
+    every = every - 4 * squares * moments[0] * moments[1]
+    diagonal = (weights_G**4 - (factor_G * (squares_1 - 2 * weights_G)) ** 2).sum(-1)
+    dof = squares**2 / (every + diagonal)
+    return variance, dof.clip(1.0, sizes.shape[-1] - 1.0)
 
 
 def _effective_n(scores: Sequence[float], groups: Clusters) -> float:
@@ -198,6 +260,20 @@ def _stratified_variance(groups: Sequence[Sequence[float]]) -> tuple[float, floa
     total = math.fsum(parts)
     weights = math.fsum(part**2 / max(len(g) - 1, 1) for part, g in zip(parts, groups))
     return total / len(groups) ** 2, total**2 / weights if weights > 0 else float(spare)
+
+
+def _shared_variance(groups: Sequence[Sequence[float]], clusters: Sequence[Clusters]) -> float:
+    """What clusters add to the variance of the mean of group means: the products of the residuals within each."""
+    sums: dict[Hashable, float] = {}
+    squares = 0.0
+    for values, draws in zip(groups, clusters):
+        centre, n = math.fsum(values) / len(values), len(values)
+        scale = math.sqrt(n / (n - 1)) / (n * len(groups)) if n > 1 else 0.0
+        for value, draw in zip(values, draws or ()):
+            residual = (value - centre) * scale
+            sums[draw] = sums.get(draw, 0.0) + residual
+            squares += residual**2
+    return max(0.0, math.fsum(total**2 for total in sums.values()) - squares)
 
 
 def _finite(scores: Sequence[float | None], clusters: Clusters) -> tuple[list[float], Clusters]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_eval.metrics import perplexity, share
-from qwen_eval.report.compare import compare_sides
+from qwen_eval.report.compare import compare_runs
 from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.items import Item
 from qwen_eval.report.runs import LoadedRun
@@ -57,7 +57,8 @@ def found_regressions(family: Family, num: int, *, seed: int) -> int:
 
 
 def _again(family: Family, rng: np.random.Generator, base: Any, effect: float) -> Judgement:
-    return judge(compare_sides(family.first(base), family.rerun(rng, base, effect), Margins()))
+    [comparison] = compare_runs(family.first(base), family.rerun(rng, base, effect), Margins())
+    return judge(comparison)
 
 
 def side(values: Array, *, tokens: NDArray[np.int64] | None = None, documents: int = 0) -> Side:
@@ -113,9 +114,8 @@ def document_base(rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
 
 def document_rerun(rng: np.random.Generator, base: tuple[Array, NDArray[np.int64]], effect: float) -> Side:
     nll, tokens = base
-    shift = math.log1p(effect / math.exp(nll.sum() / tokens.sum()))
     noise = np.repeat(rng.normal(0, 0.02, 25), 2) + rng.normal(0, 0.01, 50)
-    return side(nll + (shift + noise) * tokens, tokens=tokens, documents=25)
+    return side(nll + (effect + noise) * tokens, tokens=tokens, documents=25)
 
 
 def speed_side(raw: Array) -> Side:

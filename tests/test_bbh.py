@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qwen_eval.core import Completion, Completions, Generate, Grade, Record, Sample, Turn
-from qwen_eval.tasks.bbh import Bbh, Spec, canonical, concluded_choice, upstream_answer, upstream_target
+from qwen_eval.extraction.short_answers import canonical, concluded_choice
+from qwen_eval.tasks.bbh import Bbh, Spec, upstream_answer, upstream_target
 from qwen_eval.tasks.registry import TaskContext
 
 TASK = Bbh(Spec(data="bundled"), TaskContext())
@@ -70,6 +71,38 @@ def test_official_conclusions_are_right_for_both_readers() -> None:
 )
 def test_the_answer_has_the_kind_of_the_question(reply: str, target: str, answer: str | None) -> None:
     assert concluded_choice(reply, target, "Options:\n(A) red\n(B) the blue one") == answer
+
+
+SORT = "Sort the following words alphabetically: List: cherry banana apple"
+DYCK = "Complete the rest of the sequence. Input: [ { ("
+
+
+@pytest.mark.parametrize(
+    ("reply", "target", "question", "answer"),
+    [
+        ("The argument does not appear to be valid.", "valid", "", "invalid"),
+        ("I would not say that it is invalid.", "valid", "", "valid"),
+        ("Is it valid or invalid? It does not follow, so it is invalid.", "valid", "", "invalid"),
+        ("You do not return to the start.\n\nNo", "Yes", "", "no"),
+        ("True and not False = True and True = True", "False", "", "true"),
+        ("The statement is not true.", "False", "", "false"),
+        ("1) apple\n2) banana\n3) cherry\n", "apple", SORT, "apple banana cherry"),
+        (
+            "The original list:\ncherry\nbanana\n\nThe sorted list:\napple\nbanana\ncherry",
+            "a",
+            SORT,
+            "apple banana cherry",
+        ),
+        ("So the answer is apple apricot banana cherry.", "apple", SORT, "apple apricot banana cherry"),  # invented
+        ("[ { ( ) } ]", ")", DYCK, ")}]"),  # the whole sequence
+        ("\\boxed{\\text{) \\} ]}}", ")", DYCK, ")}]"),
+        ("`)` closes `(`.\n\nSo, the answer is: ) } ] (three brackets).", ")", DYCK, ")}]"),
+        ("You have eight instruments.", "3", "", "8"),
+        ("<think>The answer is 3.</think>8", "3", "", "8"),
+    ],
+)
+def test_answers_are_read_in_the_forms_models_give_them(reply: str, target: str, question: str, answer: str) -> None:
+    assert concluded_choice(reply, target, question) == answer
 
 
 def test_protocols_are_both_graded() -> None:

@@ -224,7 +224,11 @@ def test_base_form_of_mmlu(tmp_path: Path) -> None:
     request = task.request(task.samples()[0], ())
     assert isinstance(request, Choose)
     assert request.choices == (" A", " B", " C", " D")
-    assert request.max_prompt_tokens == 2047
+    assert request.max_prompt_tokens is None  # nothing is cut for a model that can read it
+    upstream = exam("mmlu", path=str(mmlu_folder(tmp_path, "Q?,w,x,y,z,D\n")), shots=1, protocol="upstream")
+    asked = upstream.request(upstream.samples()[0], ())
+    assert isinstance(asked, Choose)
+    assert asked.max_prompt_tokens == 2047  # as the official script does
     assert request.prompt.text == (
         "The following are multiple choice questions (with answers) about anatomy.\n\n"
         "Question: D?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: A\n\nQuestion: Q?\nA. w\nB. x\nC. y\nD. z\nAnswer:"

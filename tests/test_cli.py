@@ -70,6 +70,56 @@ def test_a_mistake_is_one_line_with_the_way_out(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["+trick=ntk"], 'trick: no such key; did you mean "tricks"?'),
+        (["+expirement=long_context_ablation"], 'expirement: no such key; did you mean "experiment"?'),
+        (["+modle.dtype=fp32"], 'modle: no such key; did you mean "model"?'),
+        (
+            ["++model.rope.dynamic_ntkk=true"],
+            'model.rope.dynamic_ntkk: no such key; did you mean "model.rope.dynamic_ntk"?',
+        ),
+        (["+task._target_=os.system"], "task._target_: no such key"),
+        (["+engine.max_batch=3"], 'engine.max_batch: no such key; did you mean "engine.max_batch_size"?'),
+        (["++limits=3"], 'limits: no such key; did you mean "limit"?'),
+        (["task=toy"], "task= is given twice: toy and toy; give it once, or sweep both with -m"),
+        (["limit=3", "++limit=4"], "limit= is given twice: 3 and 4"),
+        (["limit=3", "task.limit=4"], "limit=3 and task.limit=4: two values for one setting"),
+        (
+            ["task.path=${oc.env:HOME}/data"],
+            "task.path=${oc.env:HOME}/data: not filled in, since every setting is recorded",
+        ),
+        (["task.subjects=[a,'${oc.env:HOME}']"], "task.subjects.1=${oc.env:HOME}: not filled in"),
+    ],
+)
+def test_what_hydra_lets_pass_is_an_error_too(
+    tmp_path: Path, command: Command, arguments: list[str], said: str
+) -> None:
+    done = command("task=toy", "model=toy", "engine=fake", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_key_of_an_experiment_is_an_error(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "short.yaml").write_text("# @package _global_\ntask:\n  nmu: 3\n")
+    done = command("hydra.searchpath=[file://conf]", "task=toy", "model=toy", "engine=fake", "+experiment=short")
+    assert done.returncode == 2
+    assert 'task.nmu: no such key; did you mean "task.num"?' in done.stderr
+
+
+def test_a_known_key_may_be_written_with_a_plus(tmp_path: Path, command: Command) -> None:
+    arguments = ["++task.num=3", "+model.arch.hidden_size=64", "+tricks=ntk", "run_dir=r"]
+    done = command("task=toy", "model=toy", "engine=fake", *arguments)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "r" / "spec.json").read_text())["config"]
+    assert (config["task"]["num"], config["model"]["arch"]) == (3, {"hidden_size": 64})
+
+
 @pytest.mark.parametrize("typo", ["task=mmlv", "modle=x", "model.dtype=fp17"])
 def test_a_typo_loads_nothing_heavy(tmp_path: Path, typo: str) -> None:
     code = (

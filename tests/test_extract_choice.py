@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_eval.extraction import letters as extract
-from qwen_eval.extraction.letters import concluded_letter, official_ceval_letter, official_mmlu_letter
+from qwen_eval.extraction import official_letters as extract
+from qwen_eval.extraction.letters import concluded_letter
+from qwen_eval.extraction.official_letters import official_ceval_letter, official_mmlu_letter
 
 CITIES = ("Paris", "London", "Berlin", "Madrid")
 ACIDS = ("Ascorbic acid", "Acid", "A and B only", "None of the above")
@@ -164,6 +165,53 @@ def test_hostile_replies_are_read_in_a_moment(tail: str) -> None:
     start = time.perf_counter()
     concluded_letter(tail, CITIES)
     assert time.perf_counter() - start < 2.0
+
+
+CELL = ("mitochondria", "nucleus", "ribosome", "cilia")
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("A. mitochondria: Incorrect\nB. nucleus: Correct\nC. ribosome: Incorrect\nD. cilia: Incorrect", "B"),
+        ("(A) mitochondria – False\n(B) nucleus – True\n(C) ribosome – False\n(D) cilia – False", "B"),
+        ("A) mitochondria: This is incorrect.\nB) nucleus: This is the correct answer.", "B"),
+        ("A is incorrect, B is correct, C is incorrect, D is incorrect.", "B"),
+        ("- A: mitochondria → ✗\n- B: nucleus → ✓\n- C: ribosome → ✗", "B"),
+        ("mitochondria - wrong\nnucleus - correct\nribosome - wrong\ncilia - wrong", "B"),
+        ("A. mitochondria - correct\nB. nucleus - correct\nC. ribosome - wrong", None),  # two are right
+        ("A. mitochondria - correct\nB. nucleus - wrong\nSo the answer is B.", "B"),  # the conclusion outweighs them
+        ("Let us look at each option:\nA. mitochondria: wrong\nB. nucleus: right", "B"),
+        ("B) nucleus is not correct. C) ribosome is.", "C"),
+        ("A：对；B：错；C：错；D：错", "A"),
+        ("A.甲 ×\nB.乙 ×\nC.丙 √\nD.丁 ×", "C"),
+    ],
+)
+def test_a_list_that_judges_its_options_names_the_right_one(reply: str, letter: str | None) -> None:
+    choices = CELL if reply.isascii() or "mito" in reply else ("甲", "乙", "丙", "丁")
+    assert concluded_letter(reply, choices) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("A正确；C正确；D正确。B项说法错误，当选。", "B"),
+        ("A、C、D项说法正确，不当选；B项说法错误，当选。", "B"),
+        ("故B项不当选，D项当选。", "D"),
+        ("B选项错误，为本题的正确答案。", "B"),
+        ("A、B、D三项均正确，C项错误，符合题意。", "C"),
+        ("A不符合题意，B符合题意。", "B"),
+        ("甲公司由A当选人大代表的乙设立。", "A"),  # no verdict, and the only letter
+    ],
+)
+def test_the_key_of_a_chinese_exam_may_choose_a_wrong_statement(reply: str, letter: str) -> None:
+    assert concluded_letter(reply) == letter
+
+
+def test_questions_of_the_models_own_are_not_answered() -> None:
+    assert concluded_letter("Answer: C\n\nQuestion: What is 2+3?\nAnswer: A") == "C"
+    assert concluded_letter("C\n\n交换机工作在____。\nA. 物理层\nB. 数据链路层\n答案：B") == "C"
+    assert concluded_letter("Question: 2+3?\nAnswer: B") == "B"  # the question asked, repeated
 
 
 def test_the_official_reader_of_mmlu_chats(golden: Path) -> None:

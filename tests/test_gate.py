@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from report_runs import answered, chose, documents, record, said, scored, write_profile, write_run
 from reruns import FAMILIES, false_alarms, found_regressions
 
-from qwen_eval.core import ChoiceLogprobs
+from qwen_eval.core import ChoiceLogprobs, Metric
+from qwen_eval.metrics import perplexity, share
 from qwen_eval.report.__main__ import main
+from qwen_eval.report.compare import adjusted, compare_paths
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.gate import gate as run_gate
 from qwen_eval.report.runs import LoadedRun
@@ -39,8 +42,6 @@ def test_a_regression_of_the_stated_size_is_found_four_times_of_five(family: str
 
 
 def compared(first: Path, second: Path) -> Comparison:
-    from qwen_eval.report.compare import compare_paths
-
     return compare_paths([str(first), str(second)])[0]
 
 
@@ -53,6 +54,60 @@ def test_an_extractor_bug_is_worse_however_small_the_run(tmp_path: Path) -> None
     found = judge(compared(write_run(tmp_path / "a", before), write_run(tmp_path / "b", after)))
     assert found.verdict == "worse"
     assert "extraction changed: 3 lost" in found.why
+
+
+def reread(num_lost_words: int, num_gained: int, num_reread_lost: int = 0) -> list[Any]:
+    """Of 200 (120 right): right ones lost by other words, wrong ones gained and right ones lost by another reading."""
+    rows = answered([1.0] * 120 + [0.0] * 80)
+    for i in range(num_lost_words):
+        rows[i] = record(f"q{i}", said("It is B, I think."), 0.0, extracted="B")
+    for i in range(60, 60 + num_reread_lost):
+        rows[i] = record(f"q{i}", said("The answer is A."), 0.0, extracted="T")
+    for i in range(120, 120 + num_gained):
+        rows[i] = record(f"q{i}", said("The answer is B."), 1.0, extracted="A")
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("lost_words", "gained", "reread_lost", "verdict"),
+    [
+        (60, 1, 0, "worse"),  # one gained answer must not switch the test off
+        (60, 60, 0, "worse"),  # nor may sixty hide what the model lost
+        (60, 70, 0, "worse"),
+        (0, 1, 0, "better"),
+        (0, 2, 3, "worse"),
+        (0, 40, 2, "better"),  # by the test: 38 more of 200 are no chance
+        (0, 3, 2, "cannot tell"),  # read otherwise both ways: no plain gain
+    ],
+)
+def test_an_answer_gained_by_another_reading_hides_nothing(
+    tmp_path: Path, lost_words: int, gained: int, reread_lost: int, verdict: str
+) -> None:
+    before = write_run(tmp_path / "a", reread(0, 0))
+    after = write_run(tmp_path / "b", reread(lost_words, gained, reread_lost))
+    assert judge(compared(before, after)).verdict == verdict
+
+
+@pytest.mark.parametrize("score", [None, math.nan, math.inf])
+def test_a_score_that_is_missing_or_no_number_is_worse_by_name(tmp_path: Path, score: float | None) -> None:
+    before, after = answered([1.0] * 50), answered([1.0] * 50)
+    after[7] = record("q7", said("The answer is A."), score, extracted="A")
+    metrics = {"accuracy": share([1.0] * 50)}
+    first, second = (write_run(tmp_path / n, rows, metrics=metrics) for n, rows in (("a", before), ("b", after)))
+    found = judge(compared(first, second))
+    assert found.verdict == "worse"
+    assert "q7" in found.why
+    assert judge(compared(second, first)).verdict == "not comparable"
+
+
+def test_a_log_probability_that_is_no_number_is_worse_by_name(tmp_path: Path) -> None:
+    before, after = documents([2.0] * 9), documents([2.0] * 9)
+    after[4] = record("d4", scored(math.nan, 200), None, target=None)
+    metrics = {"ppl": perplexity([400.0] * 9, [200] * 9)}
+    first, second = (write_run(tmp_path / n, rows, metrics=metrics) for n, rows in (("a", before), ("b", after)))
+    found = judge(compared(first, second))
+    assert found.verdict == "worse"
+    assert "d4 (log-probability is nan)" in found.why
 
 
 def test_another_cpu_deciding_a_tie_is_not_an_extractor_bug(tmp_path: Path) -> None:
@@ -116,7 +171,7 @@ def test_a_changed_prompt_is_not_comparable_and_named_to_the_character(tmp_path:
         ({"benchmark": {"prompt_format": "x"}}, "prompt_format: none against x"),
         ({"protocol": "upstream"}, "protocol: robust against upstream"),
         ({"limit": 20}, "limit: none against 20"),
-        ({"version": 2}, "task_version: 1 against 2"),
+        ({"version": 7}, "task_version: 2 against 7"),
         ({"finished": False}, "unfinished"),
     ],
 )
@@ -159,12 +214,20 @@ def test_perplexity_is_told_by_length_too(tmp_path: Path) -> None:
             for i in range(6)
         ]
 
-    found = compared(
-        write_run(tmp_path / "a", rows(0.0), task="long"), write_run(tmp_path / "b", rows(0.1), task="long")
-    )
-    short, long = dict(found.by_group)["1024"], dict(found.by_group)["2048"]
-    assert short.delta == pytest.approx(0.0, abs=1e-3)
-    assert long.delta == pytest.approx(math.exp(2.35) - math.exp(2.25), rel=1e-4)
+    def written(name: str, shift: float) -> Path:
+        values = {n: math.exp(2.25 + shift * (n == 2048)) for n in (2048, 1024)}
+        metrics = {f"ppl/{n}": Metric(value=x, n=6 * n, kind="ppl", higher_is_better=False) for n, x in values.items()}
+        return write_run(tmp_path / name, rows(shift), task="long", metrics=metrics)
+
+    long, short = compare_paths([str(written("a", 0.0)), str(written("b", 0.1))])
+    assert (long.metric, short.metric) == ("ppl/2048", "ppl/1024")
+    for found, delta in ((long, 0.1), (short, 0.0)):
+        assert found.difference is not None
+        assert found.first is not None
+        assert found.second is not None
+        assert found.difference.delta == pytest.approx(delta, abs=1e-6)
+        assert found.second.value / found.first.value == pytest.approx(math.exp(delta), rel=1e-5)  # as shown
+    assert [judge(c).verdict for c in adjusted([long, short])] == ["worse", "unchanged"]
 
 
 def test_a_window_counts_for_the_tokens_its_task_says(tmp_path: Path) -> None:
@@ -218,7 +281,7 @@ def gate(project: Path, runs: Path, *more: str) -> int:
 
 def test_the_same_answers_pass(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gate(project, project / "old") == 0
-    assert "passed: 3 unchanged" in capsys.readouterr().out
+    assert "passed: 5 unchanged" in capsys.readouterr().out
 
 
 def test_baselines_hold_no_place_of_this_machine(project: Path) -> None:
@@ -237,12 +300,18 @@ def test_worse_fails_with_1_and_ci_can_read_it(project: Path, capsys: pytest.Cap
     assert "changed for the worse" in capsys.readouterr().out
     assert "changed for the worse" in Path(out[0]).read_text()
     suite = ElementTree.parse(out[1]).getroot()
-    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "1", "0")
-    assert suite.find("testcase/failure") is not None
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("5", "1", "0")
+    failure = suite.find("testcase/failure")
+    assert failure is not None
+    assert "lost (60): q2, q5, q8, q11" in str(failure.text)
+    assert "q2, q5, q8, q11" in Path(out[0]).read_text()
     assert "<table>" in Path(out[2]).read_text()
 
 
-def test_missing_and_incomparable_runs_give_3(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_incomparable_runs_give_3(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # no sentence is wrapped
     new = project / "new"
     write_run(new, answered([1.0, 0.0, 1.0] * 60, group="g", target="A"), benchmark={"shots": 4})
     write_profile(new, [10.0, 10.0, 10.1], device="Another CPU")
@@ -269,6 +338,46 @@ def test_slower_on_the_same_device_is_worse(project: Path) -> None:
     assert gate(project, new) == 1
 
 
+def test_a_cell_that_runs_out_of_memory_now_is_worse(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = project / "old" / "profile" / "decode" / "qwen-7b-chat" / "default" / "result.json"
+    result = json.loads(path.read_text())
+    result["cells"][0] |= {"status": "oom", "reason": "out of memory"}
+    path.write_text(json.dumps(result))
+    assert gate(project, project / "old") == 1
+    assert "the cell is oom" in capsys.readouterr().out
+
+
+def test_no_mean_over_unlike_cells_is_shown(project: Path) -> None:
+    for name, speeds in (("slow", [40.0, 40.4]), ("fast", [1300.0, 1301.0])):
+        path = write_profile(project / name, speeds)
+        cell = json.loads((path / "result.json").read_text())["cells"][0]
+        cells = [cell, {**cell, "name": "int8", "tok_per_s": [1300.0, 1310.0]}]
+        result = json.loads((path / "result.json").read_text()) | {"cells": cells}
+        (path / "result.json").write_text(json.dumps(result))
+    found = compare_paths([str(project / "slow"), str(project / "fast")])
+    shown = {
+        (c.label.partition(" BF16 ")[2], round(c.first.value)) for c in found if c.first and c.metric == "tok_per_s"
+    }
+    assert shown == {
+        ("decode, batch 1, 1 + 2048 tokens throughput", 40),
+        ("int8, batch 1, 1 + 2048 tokens throughput", 1305),
+    }
+
+
+def test_a_run_whose_spec_cannot_be_read_is_named_and_the_others_are_judged(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = project / "old" / "eval" / "gsm8k" / "qwen-7b-chat" / "default" / "spec.json"
+    spec.write_text(spec.read_text()[:40])
+    found = run_gate(project / "baselines", [str(project / "old")])
+    assert {j.comparison.task: j.verdict for j in found.judgements} == {
+        "gsm8k": "not comparable", "wiki": "unchanged", "decode": "unchanged",
+    }  # fmt: skip
+    assert "spec.json: cannot be read" in next(j.why for j in found.judgements if j.comparison.task == "gsm8k")
+    assert main([f"accept={project / 'old'}", f"gate={project / 'new'}"]) == 2
+    assert "spec.json: cannot be read" in capsys.readouterr().err
+
+
 def test_accept_makes_today_the_baseline(project: Path) -> None:
     new = project / "new"
     write_run(new, answered([0.0, 0.0, 0.0] * 60, group="g", target="A"))
@@ -291,6 +400,7 @@ def test_accept_makes_today_the_baseline(project: Path) -> None:
         (["runs={old}", "out=x.xml"], "only the gate has verdicts"),
         (["runs={empty}"], "no run under"),
         (["runz=x"], "runz"),
+        (["compare={old},{old}", "margin=150"], "margin=150.0: points or per cent"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

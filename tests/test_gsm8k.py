@@ -183,6 +183,16 @@ def test_the_sign_of_every_gold_answer_is_kept(golds: list[str], form: str) -> N
         ("5-3", "3"),
         ("\\boxed{18\\text{ dollars}}", "18"),
         ("The answer is 1/0", "1"),
+        ("The answer is 5 more than 13, so 18.", "18"),
+        ("Answer: 42 = 18 + 24", "42"),
+        ("After 3 days, there are 40 left; after 5 days, there are 20 left.", "20"),
+        ("So Tina earns $990 in total over the 5 days.", "990"),
+        ("The answer is 20... no wait, that's wrong. It's 22.", "22"),
+        ("The answer is 18.\n\nI forgot to mention the 3 friends of hers.", "18"),  # takes nothing back
+        ("The answer is 18.<|im_end|>\n<|im_start|>user\nAnd 5?", "18"),
+        ("- 5 apples", "5"),  # a list, not a debt
+        ("2 \\frac{1}{2}", "2.5"),
+        ("2 3/2", "1.5"),  # no mixed number
         ("The answer is seven.", None),
         ("", None),
         ("9" * 100_000, None),  # a stuck model is not asked for its number

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import random
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,41 @@ def test_upstream_readings_equal_the_recorded_ones(golden: Path) -> None:
     for row in golden_rows(golden, "extraction/humaneval.jsonl"):
         assert upstream_chat_body(row["response"], row["entry_point"]) == row["chat_code"]
         assert cut(row["response"], UPSTREAM_CUTS) == row["base_decode"]
+
+
+def body_by_patterns(reply: str, entry_point: str) -> str:
+    """The official script's own patterns; quadratic and worse."""
+    patterns = (
+        rf"```(?:[Pp]ython\n)?.*?def\s+{entry_point}.*?:\n(.*?)\n```",
+        rf"def\s+{entry_point}.*?:\n(.*?)(?:\n(?!\n*(?:  |\t))|$)",
+        r"def.*?:\n(.*?)(?:\n(?!\n*(?:  |\t))|$)",
+    )
+    matches = (re.search(pattern, reply, re.DOTALL) for pattern in patterns)
+    return next((match[1] for match in matches if match), textwrap.indent(reply, "    "))
+
+
+def test_the_linear_official_reader_reads_what_the_official_patterns_read() -> None:
+    pieces = [
+        "```",
+        "python\n",
+        "def",
+        " f",
+        "def f",
+        ":",
+        ":\n",
+        "\n",
+        "  x",
+        "\t",
+        "\n\n",
+        "\n```",
+        "y",
+        " ",
+        "g(x):\n    z",
+    ]
+    draw = random.Random(5)
+    for _ in range(20_000):
+        reply = "".join(draw.choices(pieces, k=draw.randint(0, 12)))
+        assert upstream_chat_body(reply, "f") == body_by_patterns(reply, "f"), reply
 
 
 # --- reading programs -----------------------------------------------------------------------------------------------
@@ -134,6 +172,39 @@ def test_a_completion_loses_only_what_keeps_it_from_running() -> None:
 def test_the_longest_program_is_linear_text() -> None:
     assert longest_program("x = 1\ny = 2\nand so on") == "x = 1\ny = 2"
     assert prompt_context(PROMPT, "area").count("def ") == 1
+
+
+KEPT = [
+    # a call that fills what the function reads
+    "S = []\ndef fill():\n    S.extend([3, 4])\nfill()\ndef area(r):\n    return S[r]\n",
+    "S = None\ndef fill():\n    global S\n    S = [3, 4]\nfill()\ndef area(r):\n    return S[r]\n",
+    "S = {}\nfor i in range(3):\n    S[i] = 3 + i\ndef area(r):\n    return S[r]\n",
+    "def area(r):\n    return r + TWO\nTWO: int = 3\n",
+    "class Solution:\n    def area(self, r):\n        return r + 3\n",
+    "from __future__ import annotations\ndef area(r: int) -> int:\n    return r + 3\n",
+    "import sys; area = lambda r: r + 3; sys.exit(1)\n",
+    "def area(r):\n    return r + 3\narea = area(1)\n",
+    "from functools import lru_cache\n@lru_cache(None)\ndef area(r):\n    return r + 3\n",
+    "import absent_module\ndef area(r):\n    return r + 3\n@absent_module.mark\ndef test_area():\n    pass\n",
+    "n = int(input())\ndef area(r):\n    n = 3\n    return r + n\nprint(area(n))\n",  # its own n is another
+    "memo = {}\ndef area(r):\n    memo[r] = r + 3\n    return memo[r]\ndef test():\n    assert area(1) == 5\ntest()\n",
+]
+
+
+@pytest.mark.parametrize("source", KEPT)
+def test_what_the_function_needs_is_kept_and_what_only_uses_it_is_not(source: str) -> None:
+    program = program_in_reply(f"```python\n{source}```", "area")
+    assert program is not None
+    names: dict[str, Any] = {}
+    exec(program, names)  # written above, not by a model
+    assert [names["area"](i) for i in (0, 1)] == [3, 4]
+
+
+def test_a_stub_or_an_import_behind_the_function_is_not_the_function() -> None:
+    for usage in ("from solution import area\nprint(area(1))", "def area(r):\n    ..."):
+        program = program_in_reply(f"```python\n{FUNCTION}```\nUse it:\n```python\n{usage}\n```", "area", PROMPT)
+        assert program is not None
+        assert "two = 2" in program
 
 
 # --- the task -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_the_arxiv_protocol_scores_all_but_the_first_token_of_chunks_side_by_sid
         assert metrics[f"bits_per_byte/{length}"].value == pytest.approx(
             math.fsum(losses) / len(losses) / math.log(2), rel=1e-12
         )
-    assert next(iter(metrics)) == "ppl"
+    assert next(iter(metrics)) == "ppl/16"  # the headline: one length, not several in one number
 
 
 @pytest.mark.parametrize("protocol", ["robust", "upstream"])
@@ -189,6 +190,47 @@ def test_every_length_covers_the_same_tokens_and_max_chunks_bounds_them(tmp_path
     assert {name for name, _ in covered["8"]} == {"doc0.txt", "doc1.txt", "doc2.txt"}  # each before any twice
 
 
+def tokens_read(task: LongPpl) -> dict[str, set[tuple[int, int]]]:
+    """Length -> (document, token) of everything that its windows read."""
+    read: dict[str, set[tuple[int, int]]] = {}
+    for sample in task.samples():
+        window = sample.data["window"]
+        places = {(sample.data["stream"], i) for i in range(window.start, window.end)}
+        read.setdefault(sample.group, set()).update(places)
+    return read
+
+
+@pytest.mark.parametrize("preset", ["qwen-arxiv", "hf-stride", "llama.cpp-512", "lm-eval-rolling"])
+def test_a_limit_draws_the_same_tokens_for_every_length(tmp_path: Path, preset: str) -> None:
+    texts = [text(2048 + 300 * i, i) for i in range(8)]
+    reads = {}
+    for limit in (2, 6, 12, None):
+        task = task_of(tmp_path, texts, preset=preset, lengths=[256, 512, 1024], limit=limit)
+        reads[limit] = tokens_read(task)
+        assert reads[limit]["256"] == reads[limit]["512"] == reads[limit]["1024"]
+        if limit:
+            assert 0 <= limit * 1024 - len(reads[limit]["1024"]) < (1024 if preset.startswith("l") else 1)
+            assert task.describe()["num_tokens"] == dict.fromkeys(("256", "512", "1024"), len(reads[limit]["1024"]))
+    assert reads[2]["1024"] < reads[6]["1024"] < reads[12]["1024"] < reads[None]["1024"]
+    assert len({document for document, _ in reads[6]["1024"]}) > 1
+
+
+def test_a_limit_draws_other_chunks_for_another_seed_and_none_twice(tmp_path: Path) -> None:
+    texts = [text(2048 + 300 * i, i) for i in range(8)]
+    drawn = []
+    for seed in (1, 1, 2):
+        task = task_of(tmp_path, texts, lengths=[256, 1024], limit=6, seed=seed)
+        ids = [sample.id for sample in task.samples()]
+        assert len(ids) == len(set(ids)) == 6 * (1 + 4)
+        drawn.append(ids)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_length_that_does_not_divide_the_longest_is_named(tmp_path: Path) -> None:
+    task = task_of(tmp_path, [text(400)], lengths=[24, 32, 64])
+    assert [note for note in task.notes if "lengths 24 do not divide 64" in note] == task.notes
+
+
 def test_one_stream_joins_documents_with_the_end_of_text_and_keeps_their_names(tmp_path: Path) -> None:
     task = task_of(tmp_path, [text(10), text(21, 1)], lengths=[11], packing="stream")
     requests = [task.request(sample, ()) for sample in task.samples()]
@@ -287,12 +329,40 @@ def test_loss_by_position_adds_up_to_the_perplexity(tmp_path: Path) -> None:
     assert math.exp(total / num) == pytest.approx(task.summarise(records)["ppl/32"].value)
 
 
+def test_an_interval_of_a_perplexity_stays_above_one_and_of_bits_above_zero(tmp_path: Path) -> None:
+    """Two texts of very different difficulty: half the interval is wider than the value."""
+    task = task_of(tmp_path, ["a" * 64, text(64, 5)], lengths=[16])
+    records = [
+        replace(record, grade=replace(record.grade, values={**record.grade.values, "nll": 1.0 + 40.0 * (i > 3)}))
+        for i, record in enumerate(records_of(task))
+    ]
+    metrics = task.summarise(records)
+    ppl, bits = metrics["ppl/16"], metrics["bits_per_byte/16"]
+    assert ppl.low is not None
+    assert bits.low is not None
+    assert bits.high is not None
+    assert 1.0 < ppl.low < ppl.value
+    assert 0.0 < bits.low < bits.value < bits.high
+    assert math.log2(ppl.low) * ppl.n / bits.n == pytest.approx(bits.low)
+
+
 def test_one_command_writes_numbers_and_files(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(text(200))
     (tmp_path / "note.txt").write_text(text(20))
     command = ["task=long_ppl", "engine=fake", f"task.path={tmp_path}", "task.lengths=32,64", f"run_dir={tmp_path}/run"]
     assert main([*command, "quiet=true"]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert list(result["metrics"]) == ["ppl", "ppl/32", "ppl/64", "bits_per_byte/32", "bits_per_byte/64"]
+    assert list(result["metrics"]) == ["ppl/64", "ppl/32", "bits_per_byte/32", "bits_per_byte/64"]
     assert any("1 of 2 documents have fewer than 64 tokens" in warning for warning in result["warnings"])
     assert set(json.loads((tmp_path / "run" / "loss_by_position.json").read_text())) == {"32", "64"}
+
+
+def test_a_limited_command_scores_as_many_tokens_of_every_length(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"doc{i}.txt").write_text(text(300 + 70 * i, i))
+    command = ["task=long_ppl", "engine=fake", f"task.path={tmp_path}", "task.lengths=32,64,128", "limit=5"]
+    assert main([*command, f"run_dir={tmp_path}/run", "quiet=true"]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["partial"] == {"limit": 5}
+    ns = {name: metric["n"] for name, metric in result["metrics"].items() if name.startswith("ppl/")}
+    assert ns == {"ppl/128": 5 * 127, "ppl/64": 5 * 126, "ppl/32": 5 * 124}  # each chunk's first token is not scored

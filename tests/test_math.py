@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
+import signal
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
 from qwen_eval.core import Completion, Completions, Generate, Turn
+from qwen_eval.extraction import math_verifier
 from qwen_eval.extraction.math import (
     boxed,
     concluded_answer,
@@ -17,8 +22,10 @@ from qwen_eval.extraction.math import (
     is_same_upstream,
     minerva_normalised,
     normalised,
+    sub_in_lines,
     upstream_answer,
 )
+from qwen_eval.runs.grading import GradingTimeout, time_limit
 from qwen_eval.tasks.math import STOPS, Math, Spec
 from qwen_eval.tasks.registry import TaskContext
 
@@ -61,6 +68,24 @@ def test_an_answer_does_not_equal_another() -> None:
         ("x = 5", "5", True),
         ("[2,5]", "[2,5)", False),
         ("-3", "3", False),
+        (r"50\%", "50", True),
+        ("0.5", r"50\%", False),
+        ("2516_9", "2516_8", False),
+        ("2516_{8}", "2516_8", True),
+        (r"101_{\text{two}}", "101_2", True),
+        (r"0.1\overline{6}", r"\frac{1}{6}", True),
+        (r"0.\overline{16}", r"\frac{1}{6}", False),
+        ("11 5/6", r"\frac{71}{6}", True),
+        ("-3 1/2", r"-\frac{7}{2}", True),
+        ("4 10/3", "10", False),
+        (r"12 \text{ cm}^2", "12", True),
+        ("90 degrees", r"90^\circ", True),
+        ("2xyz", "2", False),  # letters behind a number without a blank are no unit
+        ("10^{-30}", "10^{-31}", False),
+        ("0", "10^{-30}", False),
+        (r"\frac{1}{2004!}", r"\frac{1}{2004!}", True),
+        ("1:00", "12:00", False),
+        ("3√2", r"3\sqrt{2}", True),
         ("", "3", False),
         ("9" * 5000, "3", False),
         ("__import__('os').system('true')", "3", False),
@@ -90,6 +115,16 @@ def test_answers_are_compared_in_any_thread() -> None:
         ("Thus $x = 3$ and $y = 4$", "y = 4"),
         ("so we get 1,234", "1,234"),
         (r"cut off at \boxed{\frac{1}{", None),
+        (r"<think>\boxed{7}?</think> The answer is 5.", "5"),
+        ("The answer is $1$, $2$ and $3$.", "1, 2, 3"),
+        ("The answer is 2, because $x = 3$ is no root.", "2"),
+        ("The value of $x$ is 5.", "5"),
+        ("最终答案为：42。", "42"),
+        ("答案是 $\\frac{1}{2}$。", r"\frac{1}{2}"),
+        ("### Final Answer\n7", "7"),
+        ("Thus\n\\[\nx = 5\n\\]", "x = 5"),
+        (r"\boxed{20}. That is wrong: the answer is 18.", "18"),
+        (r"\boxed{20}. I forgot to say that $x > 0$.", "20"),  # takes nothing back
         ("no idea", None),
     ],
 )
@@ -106,6 +141,46 @@ def test_upstream_reads_boxes_and_final_answers() -> None:
     assert is_same_upstream(r"\dfrac12", r"\frac{1}{2}")
     assert is_same_upstream("x=5", "5")
     assert not is_same_upstream("2(x+1)", "2x+2")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "end"),
+    [
+        (r"(\\text\{)\((.*?)\)(\})", ")}"),
+        (r"(\\(?:text|textbf|overline)\{)(.*?)(\})", "}"),
+        (r"(\\boxed\{)(.*)(\})", "}"),
+    ],
+)
+def test_a_linear_substitution_gives_what_the_plain_one_gives(pattern: str, end: str) -> None:
+    pieces = ["\\text{", "(", ")", "}", "\\overline{", "\\boxed{", "x", "{", "\n", "1"]
+    draw = random.Random(5)
+    for _ in range(10_000):
+        text = "".join(draw.choices(pieces, k=draw.randint(0, 12)))
+        assert sub_in_lines(pattern, end, text) == re.sub(pattern, r"\2", text), text
+
+
+def test_a_comparison_that_takes_too_long_counts_as_different_and_the_next_one_works() -> None:
+    verifier = math_verifier.Verifier(limit_s=2.5)
+    begin = time.monotonic()
+    assert not verifier.same("9^{9^{9^{9}}}", "3")
+    assert time.monotonic() - begin < 60  # the start of the process counts here, and a busy machine
+    assert verifier.same("2(x+1)", "2x+2")
+
+
+def test_a_comparison_that_is_interrupted_leaves_no_answer_to_the_next_question() -> None:
+    verifier = math_verifier.Verifier()
+    assert verifier.same("2(x+1)", "2x+2")
+    with pytest.raises(GradingTimeout), time_limit(0.5):
+        verifier.same("9^{9^{9^{9}}}", "3")
+    assert verifier.same("2(x+1)", "2x+2")
+
+
+def test_a_verifier_that_is_killed_from_outside_is_started_again() -> None:
+    verifier = math_verifier.Verifier()
+    assert verifier.same("2(x+1)", "2x+2")
+    os.kill(verifier.pid, signal.SIGKILL)
+    assert verifier.same("2(x+1)", "2x+2")
+    os.kill(verifier.pid, signal.SIGKILL)
 
 
 # --- the task -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from qwen_eval.core import Completion, Completions, Generate, Sample, Turn
+from qwen_eval.core import Completion, Completions, DataError, Generate, Sample, Turn
+from qwen_eval.extraction.programs import program_between_marks
 from qwen_eval.tasks.evalplus import plus_test
-from qwen_eval.tasks.mbpp import Mbpp, Spec, entry_point, program_between_marks, test_source, upstream_program
+from qwen_eval.tasks.mbpp import Mbpp, Spec, entry_point, test_source, upstream_program
 from qwen_eval.tasks.registry import TaskContext
 
 test_source.__test__ = False  # type: ignore[attr-defined]
@@ -86,6 +90,39 @@ def test_set_up_code_stands_behind_the_solution() -> None:
     sample = Sample(id="mbpp/367", data={**row, "text": "Write it."})
     assert entry_point(sample.data) == "is_leaf"
     assert task.grade(sample, replied(task, sample, f"{row['code']}\n[DONE]")).score == 1.0
+
+
+def test_marks_in_code_are_no_marks() -> None:
+    assert program_between_marks("[BEGIN]\ndef f(a, end):\n    return a[end] + 1\n[DONE]", "f") == (
+        "def f(a, end):\n    return a[end] + 1\n"
+    )
+
+
+HUB_ROW = {
+    "task_id": 17,
+    "code": "def square_perimeter(a):\n    return 4 * a\n",
+    "prompt": "Write a function to find the perimeter of a square.",
+    "test_imports": [],
+    "test_list": ["assert square_perimeter(10) == 40", "assert square_perimeter(5) == 20"],
+    "test": "import numpy as np\n\ndef assertion(out, exp):\n    assert out == exp or np.allclose(out, exp)\n\n"
+    "for inp, exp in zip([[10], [5], [1.5]], [40, 20, 6.0]):\n    assertion(square_perimeter(*inp), exp)\n",
+}
+
+
+@pytest.mark.parametrize(("code", "score"), [("return 4 * a", 1.0), ("return {10: 40, 5: 20}.get(a)", 0.0)])
+def test_plus_rows_of_the_hub_are_run_on_their_own_test(tmp_path: Path, code: str, score: float) -> None:
+    (tmp_path / "MbppPlus.jsonl").write_text(json.dumps(HUB_ROW) + "\n", encoding="utf-8")
+    task = Mbpp(Spec(name="mbpp_plus", path=str(tmp_path), timeout_s=30.0), TaskContext(is_chat=True))
+    sample = task.samples()[0]
+    reply = f"```python\ndef square_perimeter(a):\n    {code}\n```"
+    assert task.grade(sample, replied(task, sample, reply)).score == score
+
+
+def test_plus_rows_with_nothing_but_the_shown_tests_are_refused(tmp_path: Path) -> None:
+    row = {key: value for key, value in HUB_ROW.items() if key != "test"}
+    (tmp_path / "MbppPlus.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="not a row of MBPP\\+"):
+        Mbpp(Spec(name="mbpp_plus", path=str(tmp_path)), TaskContext()).samples()
 
 
 def test_plus_references_pass() -> None:

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from qwen_eval.core import Answer, ChoiceLogprobs, Completion, Completions, Grade, Metric, Record
-from qwen_eval.metrics import macro, mean, pass_at_k, perplexity, rates, share
+from qwen_eval.metrics import macro, mean, pass_at_k, perplexity, rates, ratio_variance, share
 
 RNG = np.random.default_rng(7)
 
@@ -27,17 +27,76 @@ def test_a_share_of_independent_items_is_the_exact_binomial_interval(hits: int, 
     assert (metric.low, metric.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
 
 
-def test_a_clustered_mean_has_the_standard_error_of_statsmodels() -> None:
+def test_a_mean_of_equal_clusters_has_the_standard_error_of_statsmodels() -> None:
     regression = pytest.importorskip("statsmodels.api")
     for _ in range(20):
-        clusters = RNG.integers(0, 12, 90)
-        values = RNG.normal(size=90) + clusters * 0.3
-        fit = regression.OLS(values, np.ones(90)).fit(
+        clusters = RNG.permutation(np.repeat(np.arange(12), 7))
+        values = RNG.normal(size=84) + clusters * 0.3
+        fit = regression.OLS(values, np.ones(84)).fit(
             cov_type="cluster", cov_kwds={"groups": clusters, "use_correction": True, "df_correction": True}, use_t=True
         )
         # statsmodels multiplies by (n-1)/(n-p), which is 1 with one regressor
         metric = mean(values.tolist(), clusters.tolist())
         assert (metric.low, metric.high) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-9)
+
+
+def cr2_by_matrices(means: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Bell and McCaffrey's variance and Satterthwaite's degrees of freedom from their definitions: the regression of
+    cluster means on a constant, weighted by size, where the working model gives every cluster the same variance.
+    """
+    num = len(sizes)
+    ones, weights = np.ones((num, 1)), np.diag(sizes)
+    bread = np.linalg.inv(ones.T @ weights @ ones)
+    rest = np.eye(num) - ones @ bread @ ones.T @ weights  # residuals = rest @ means
+    adjustments = 1 / np.sqrt(np.diag(rest @ rest.T))
+    parts = [bread @ ones[[g]].T * sizes[g] * adjustments[g] @ rest[[g]] for g in range(num)]
+    variance = sum(float(((part @ means)[0]) ** 2) for part in parts)
+    gram = np.array([[float((a @ b.T).item()) for b in parts] for a in parts])
+    return variance, float(np.trace(gram) ** 2 / np.trace(gram @ gram))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.7, 1.2])
+@pytest.mark.parametrize("num", [2, 5, 25])
+def test_the_cluster_variance_is_that_of_its_definition(num: int, spread: float) -> None:
+    rng = np.random.default_rng(3)
+    sizes, means = np.exp(rng.normal(6, spread, num)), rng.normal(size=num)
+    variance, dof = ratio_variance((means * sizes).tolist(), sizes.tolist(), None)
+    assert (variance, dof) == pytest.approx(cr2_by_matrices(means, sizes), rel=1e-9)
+    assert 1 <= dof <= num - 1 + 1e-9
+
+
+def test_one_cluster_with_nearly_everything_leaves_one_degree_of_freedom() -> None:
+    even, lopsided = [100.0] * 10, [100_000.0, *[100.0] * 9]
+    sums = [0.1 * i for i in range(10)]
+    assert ratio_variance(sums, even, None)[1] == pytest.approx(9)
+    assert ratio_variance(sums, lopsided, None)[1] == pytest.approx(1, abs=0.01)
+
+
+def test_a_few_duplicates_among_many_items_change_little() -> None:
+    scores = (RNG.random(2000) < 0.7).astype(float)
+    scores[1:200:2] = scores[0:200:2]  # a hundred questions are asked twice
+    clusters = [i // 2 if i < 200 else i for i in range(2000)]
+    alone, found = share(scores.tolist()), share(scores.tolist(), clusters)
+    assert found.num_clusters == 1900
+    assert alone.low is not None
+    assert found.low is not None
+    assert 1.0 < (found.value - found.low) / (alone.value - alone.low) < 1.1
+    groups = {"a": scores[:1000].tolist(), "b": scores[1000:].tolist()}
+    by_group = {"a": clusters[:1000], "b": clusters[1000:]}
+    plain, clustered = macro(groups), macro(groups, by_group)
+    assert plain.low is not None
+    assert clustered.low is not None
+    assert 1.0 < (clustered.value - clustered.low) / (plain.value - plain.low) < 1.1
+    assert macro(groups, {"a": list(range(1000)), "b": list(range(1000, 2000))}).low == pytest.approx(plain.low)
+
+
+def test_a_positive_mean_has_a_positive_interval() -> None:
+    values = [0.01, 0.02, 0.9]
+    plain, positive = mean(values), mean(values, is_positive=True)
+    assert plain.low is not None
+    assert positive.low is not None
+    assert plain.low < 0 < positive.low < positive.value
+    assert mean([0.0, 0.0, 0.0], is_positive=True).low == 0.0
 
 
 def test_an_unclustered_mean_has_the_t_interval_of_scipy() -> None:

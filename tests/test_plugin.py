@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from readers import graded
 from test_gsm8k import DATA, golden_rows
 
 from qwen_eval.core import Completion, Completions, DataError, Generate, Record, Sample, Turn
@@ -51,6 +52,26 @@ def test_a_file_of_positives_and_negatives_gives_the_three_official_metrics(tmp_
         "tool_input_rouge_l": 1.0,
         "false_positive_error": 1.0,
     }
+
+
+def test_readings_that_agree_are_no_disagreement(tmp_path: Path) -> None:
+    answer = "Thought: I know.\nFinal Answer: 42"
+    call = '\nThought: look.\nAction: search\nAction Input: {"q": "Qwen"}'
+    rows = [{"prompt": "Q1", "response": call}, {"prompt": "Q2", "response": answer}]
+    (tmp_path / "tools.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    task = Plugin(Spec(path=str(tmp_path)), TaskContext())
+    for sample in task.samples():
+        for reply, tool in ((call, "search"), (answer, None)):
+            grade = graded(task, sample, reply)
+            assert (grade.extracted, grade.extracted_upstream) == (tool, tool), (sample.group, reply)
+
+
+def test_a_tool_only_thought_of_is_not_called(tmp_path: Path) -> None:
+    answer = "Thought: I know.\nFinal Answer: 42"
+    (tmp_path / "tools.jsonl").write_text(json.dumps({"prompt": "Q", "response": answer}))
+    task = Plugin(Spec(path=str(tmp_path)), TaskContext())
+    reply = f"<think>\nThought: perhaps\nAction: search\n</think>\n{answer}"
+    assert graded(task, task.samples()[0], reply).score == 1.0
 
 
 def test_rows_without_a_response_are_refused(tmp_path: Path) -> None:

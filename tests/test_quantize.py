@@ -235,8 +235,10 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(qwen2: Path, out: Path, *more: str) -> int:
-    arguments = ["group_size=16", "num_sequences=8", "sequence_tokens=64", "quiet=true"]
-    return quantize.main(["model=qwen2-0.5b", f"model.path={qwen2}", f"out={out}", *arguments, *more])
+    given = {argument.partition("=")[0] for argument in more}
+    usual = {"model.name": "tiny", "group_size": 16, "num_sequences": 8, "sequence_tokens": 64, "quiet": "true"}
+    arguments = [f"{key}={value}" for key, value in usual.items() if key not in given]
+    return quantize.main([f"model.path={qwen2}", f"out={out}", *arguments, *more])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

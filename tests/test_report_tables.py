@@ -121,6 +121,51 @@ def test_a_second_run_of_the_same_cell_hides_none(tmp_path: Path) -> None:
     assert [(row[2], row[3].split()[0]) for row in shown(table)] == [("a", "50.0"), ("b", "100.0")]
 
 
+def test_variants_of_a_model_stand_with_their_paired_difference(tmp_path: Path) -> None:
+    """Between documents perplexities differ by half, so both intervals are wide; every document got worse by 4 %."""
+    nll = [1.5 + 0.2 * i for i in range(12)]
+    write_run(tmp_path, documents(nll), task="wiki", dtype="bf16")
+    write_run(tmp_path, documents([x + 0.04 + 0.001 * (i % 3) for i, x in enumerate(nll)]), task="wiki",
+              model="qwen-7b-chat-int4", quant="gptq-int4")  # fmt: skip
+    write_run(tmp_path, answered([1.0, 0.0] * 20), task="gsm8k")
+    write_run(tmp_path, answered([1.0, 0.0] * 20), task="gsm8k", model="qwen-14b-chat")
+    (table,) = tables(tmp_path, "models")
+    assert [name for name in table.columns if name.startswith("Δ")] == ["Δ wiki"]  # gsm8k has one row a model
+    place = table.columns.index("Δ wiki")
+    deltas = {row[1].text: row[place] for row in table.rows if row[0].text.startswith("qwen-7b")}
+    assert deltas["BF16"].text == "reference"
+    assert deltas["Int4"].text.startswith("+4.19 % [+4.1")
+    assert deltas["Int4"].low is not None
+    assert deltas["Int4"].low > 0.04
+    scores = {run.variant: run.headline[1] for run in find_runs([tmp_path]).runs if run.headline and run.task == "wiki"}
+    assert scores["Int4"].low is not None
+    assert scores["Int4"].low < scores["BF16"].value  # side by side the intervals hide it
+    for name in ("runs", "quantisation"):
+        (other,) = tables(tmp_path, name)
+        assert any(
+            row[other.columns.index("Δ" if name == "runs" else "Δ wiki")].text.startswith("+4.19 %")
+            for row in other.rows
+        )
+
+
+def test_a_margin_decides_what_is_equivalent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right = [1.0] * 300 + [0.0] * 300
+    first = write_run(tmp_path / "a", answered(right))
+    second = write_run(tmp_path / "b", answered([0.0] * 6 + right[6:-6] + [1.0] * 6))
+    for margin, words in (("margin=1", "not decided (about"), ("margin=3", "equivalent within 3.0 points")):
+        assert main([f"compare={first},{second}", margin, "format=md"]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_a_variant_of_other_prompts_has_no_difference_and_says_why(tmp_path: Path) -> None:
+    write_run(tmp_path, answered([1.0, 0.0] * 20))
+    write_run(tmp_path, answered([1.0, 0.0] * 20), model="qwen-7b-chat-int4", quant="gptq-int4", benchmark={"shots": 8})
+    (table,) = tables(tmp_path, "quantisation")
+    cell = next(row[-1] for row in table.rows if row[1].text == "Int4")
+    assert cell.text == "–"
+    assert "shots: 0 against 8" in cell.title
+
+
 def test_what_cannot_be_used_is_named_and_kept_out_of_the_scores(tmp_path: Path) -> None:
     write_run(tmp_path, answered([1.0] * 4))
     write_run(tmp_path, answered([1.0] * 4), model="half", finished=False)

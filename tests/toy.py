@@ -20,6 +20,7 @@ class ToySpec(TaskSpec):
     num: int = 40
     levels: list[int] = field(default_factory=list)
     needs_tokenizer: bool = False
+    texts_only: bool = False
 
 
 class Toy:
@@ -47,7 +48,7 @@ class Toy:
         number = int(sample.id.split("/")[1])
         if len(turns) >= 1 + (number % 5 == 0):  # every fifth is asked twice
             return None
-        return kinds[number % 3]
+        return kinds[1 if self._spec.texts_only else number % 3]
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         answer = turns[0].answer

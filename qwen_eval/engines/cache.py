@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec
 from qwen_eval.core import Engine
+from qwen_eval.engines.identity import identity
 
 
 class EngineSlot:
@@ -15,12 +16,18 @@ class EngineSlot:
 
     def open(self, spec: EvalSpec) -> Engine:
         key = (spec.engine, spec.model, spec.protocol)
-        if self.engine is None or key != self._key:
+        if self.engine is None or key != self._key or not self._is_current(spec):
             self.close()  # before the next one loads: two models rarely fit
             from qwen_eval.engines import open_engine
 
             self.engine, self._key = open_engine(spec.engine, spec.model, protocol=spec.protocol), key
         return self.engine
+
+    def _is_current(self, spec: EvalSpec) -> bool:
+        """Whether the checkpoint or the server is still the one that was opened."""
+        assert self.engine is not None
+        opened = self.engine.info.get("weights")
+        return opened is None or opened == identity(spec.engine, spec.model)
 
     def close(self) -> None:
         if self.engine is not None:

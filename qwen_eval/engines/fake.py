@@ -114,7 +114,7 @@ class FakeEngine:
         return Completions(completions=tuple(self._complete(request, ids, reply, draw) for draw in range(request.n)))
 
     def _choose(self, request: Choose, ids: list[int], reply: str | None) -> ChoiceLogprobs:
-        ids = ids[-request.max_prompt_tokens :] if request.max_prompt_tokens else ids
+        ids = list(request.kept(tuple(ids)))
         num_tokens = tuple(len(self.tokenizer.encode(choice)) for choice in request.choices)
         logits = tuple(4 * _fraction(ids, choice) + 4 * (choice == reply) for choice in request.choices)
         logsumexp = math.log(sum(math.exp(logit) for logit in logits)) + 0.5

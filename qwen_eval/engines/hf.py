@@ -34,8 +34,11 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.generation_config import sampling_of
+from qwen_eval.models.hub import checkpoint_dir, local_dir
 from qwen_eval.models.lora import refuse_adapter
+from qwen_eval.models.naming import check_shape
 
 BATCH_SIZE = 8
 SCORE_CHUNK = 512  # tokens whose logits over the whole vocabulary are held at once
@@ -79,6 +82,7 @@ class HfEngine:
             "device": str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "attention": getattr(self._model.config, "_attn_implementation", None),
+            "max_length": getattr(self._model.config, "max_position_embeddings", None),
             **self._chat_facts,
             "sampling": self._sampling,
             **({"weights": self._weights} if self._weights else {}),
@@ -113,9 +117,7 @@ class HfEngine:
             yield index, self._choose_long(prompt, choices)
 
     def _choice_ids(self, request: Choose) -> tuple[list[int], list[list[int]]]:
-        ids = self.tokenizer.render(request.prompt)
-        if request.max_prompt_tokens is not None:
-            ids = ids[-request.max_prompt_tokens :]
+        ids = list(request.kept(tuple(self.tokenizer.render(request.prompt))))
         choices = [self.tokenizer.encode(choice) for choice in request.choices]
         if not ids or not all(choices):
             raise EngineError(f"a prompt and every choice need at least one token: {request.choices!r}")
@@ -318,16 +320,17 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
 
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
-    where = _where(model)
-    revision = None if model.path else model.revision
+    where, revision = _where(model)
+    fingerprint = model_fingerprint(model, Path(where) if model.weights != "random" else None)
+    if model.weights != "random":
+        check_shape(model, Path(where))
     with one_line(where):
         loaded = _load(model, where, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     check_vocabulary(loaded, tokenizer, where)
-    weights = f"random:{model.seed}" if model.weights == "random" else None
     size = spec.max_batch_size or BATCH_SIZE
     chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
-    return HfEngine(loaded, chat, batch_size=size, weights=weights)
+    return HfEngine(loaded, chat, batch_size=size, weights=fingerprint)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
@@ -340,17 +343,18 @@ def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
         )
 
 
-def _where(model: ModelSpec) -> str:
+def _where(model: ModelSpec) -> tuple[str, str | None]:
+    """(a directory, None), or (id, revision) of the hub for the shape of random weights, which needs no weight file."""
     if model.path is not None:
         refuse_adapter(Path(model.path), "hf")
-        if not (Path(model.path) / "config.json").is_file():
-            raise ModelError(f"model.path={model.path}: no config.json there; pass the directory of a checkpoint")
-        return model.path
+        return str(local_dir(model.path)), None
     if model.hub == "modelscope":
         raise ModelError("engine=hf reads the Hugging Face hub or model.path=DIR; for ModelScope use engine=native")
     if model.hub_id is None:
         raise ModelError(f"model={model.name}: engine=hf needs model.path=DIR or model.hub_id=ORGANISATION/NAME")
-    return model.hub_id
+    if model.weights == "random":
+        return model.hub_id, model.revision
+    return str(checkpoint_dir(replace(model, asset=None))), None
 
 
 def _load(model: ModelSpec, where: str, revision: str | None) -> Any:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import cached_property
 from typing import Any
 
 from qwen_eval.config import EngineSpec, ModelSpec
@@ -28,9 +29,11 @@ from qwen_eval.core import (
     Request,
     Score,
 )
+from qwen_eval.engines.endpoint import endpoint_identity
 from qwen_eval.models.segments import Chat
 from qwen_eval.models.template import THINKING_SWITCH, with_system
 
+OPENAI_URL = "https://api.openai.com/v1"
 MAX_RETRIES = 5  # of connection errors, 408, 409, 429 and 5xx, with growing pauses
 TIMEOUT_S = 600.0
 TOP_LOGPROBS = 20  # the most a server gives
@@ -47,6 +50,10 @@ class OpenAiEngine:
 
     tokenizer = None  # the server keeps it to itself
 
+    @cached_property
+    def _identity(self) -> str:
+        return endpoint_identity(str(self._client.base_url), self._api_model)
+
     @property
     def info(self) -> Mapping[str, JSON]:
         url = str(self._client.base_url)
@@ -54,7 +61,7 @@ class OpenAiEngine:
             "engine": "openai",
             "base_url": url,
             "api_model": self._api_model,
-            "weights": f"api:{self._api_model}",
+            "weights": self._identity,
             "not_applied": ["max_prompt_tokens"],  # only the server can count tokens
             "thinks": {"on": True, "off": False}.get(self._thinking),  # None: as the server's template does
         }
@@ -203,9 +210,18 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     if spec.base_url is None and key is None:
         raise EngineError("engine=openai: pass engine.base_url=http://HOST:PORT/v1, or set OPENAI_API_KEY")
     make: Callable[..., Any] = openai.OpenAI
-    client = make(base_url=spec.base_url, api_key=key or "none", max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
-    name = spec.api_model or model.hub_id or model.name
+    client = make(base_url=base_url(spec), api_key=key or "none", max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
+    name = api_model(spec, model)
     return OpenAiEngine(client, name, concurrency=spec.concurrency, system=model.system, thinking=model.thinking)
+
+
+def api_model(spec: EngineSpec, model: ModelSpec) -> str:
+    """The name by which the server is asked for the model."""
+    return spec.api_model or model.hub_id or model.name
+
+
+def base_url(spec: EngineSpec) -> str:
+    return spec.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
 
 
 def _line(error: BaseException) -> str:

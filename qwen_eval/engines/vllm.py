@@ -18,6 +18,7 @@ from qwen_eval.core import (
     EngineError,
     FinishReason,
     Generate,
+    ModelError,
     Prompt,
     Rendered,
     Request,
@@ -25,6 +26,7 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.lora import refuse_adapter
 
 DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -34,8 +36,8 @@ BATCH = 512  # requests handed over at once: their answers are stored before the
 class VllmEngine:
     """Answers requests with `llm` (a `vllm.LLM`). Choices and scores are read from the prompt's log-probabilities."""
 
-    def __init__(self, llm: Any, tokenizer: HfTokenizer, make_sampling: Any) -> None:
-        self._llm, self._make_sampling = llm, make_sampling
+    def __init__(self, llm: Any, tokenizer: HfTokenizer, make_sampling: Any, *, weights: str | None = None) -> None:
+        self._llm, self._make_sampling, self._weights = llm, make_sampling, weights
         self.tokenizer = tokenizer
         self._chat_facts = self.tokenizer.facts
 
@@ -43,7 +45,8 @@ class VllmEngine:
     def info(self) -> Mapping[str, JSON]:
         import vllm
 
-        return {"engine": "vllm", "version": vllm.__version__, **self._chat_facts}
+        weights = {"weights": self._weights} if self._weights else {}
+        return {"engine": "vllm", "version": vllm.__version__, **weights, **self._chat_facts}
 
     def render(self, prompt: Prompt) -> Rendered:
         ids = tuple(self.tokenizer.render(prompt))
@@ -73,8 +76,7 @@ class VllmEngine:
         scored = self._make_sampling(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         if isinstance(request, Score):
             return [(ids, scored)]
-        if request.max_prompt_tokens is not None:
-            ids = ids[-request.max_prompt_tokens :]
+        ids = list(request.kept(tuple(ids)))
         return [(ids + self.tokenizer.encode(choice), scored) for choice in request.choices]
 
     def _sampling(self, request: Generate) -> Any:
@@ -143,4 +145,11 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
     llm = LLM(model=where, **options)
     tokenizer = HfTokenizer(llm.get_tokenizer(), system=model.system, thinking=model.thinking)
-    return VllmEngine(llm, tokenizer, SamplingParams)
+    return VllmEngine(llm, tokenizer, SamplingParams, weights=_fingerprint(model))
+
+
+def _fingerprint(model: ModelSpec) -> str:
+    try:
+        return model_fingerprint(model)
+    except ModelError:  # loaded from a store of vLLM's own; by its name alone no finished run is recalled
+        return f"{model.hub}:{model.hub_id}@{model.revision or 'main'}"

@@ -1,9 +1,9 @@
-"""Reading the letter of a multiple-choice answer out of a reply: ours, and the official scripts' for comparison.
+"""Reading the letter of a multiple-choice answer out of a reply; the official scripts' way is in `official_letters`.
 
 `concluded_letter` looks for what the reply concludes. Cues are read from strong to weak: "the answer is C" and its
-kind (the last one counts), a reply that opens with the letter, "so C", "C is correct", the words of one option, the
-only letter that is left standing. A letter that is denied ("not A", "B 错误") is never the answer, several letters
-at one cue ("A or B") are none.
+kind (the last one counts), a list that judges each option, a reply that opens with the letter, "so C", "C is
+correct", the words of one option, the only letter that is left standing. A letter that is denied ("not A", "B 错误")
+is never the answer, several letters at one cue ("A or B") are none.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+
+from qwen_eval.extraction.symptoms import answer_part, before_next_question
 
 LETTERS = "ABCD"
+
+_MENTIONS = 200  # letters looked at, at the beginning and at the end of a reply
+_LINE = 400  # characters of a line that judges or is an option
 
 # --- as it is concluded --------------------------------------------------------------------------------------------
 
 _FULL_WIDTH = str.maketrans({0xFF21 + i: chr(65 + i) for i in range(26)} | {0xFF41 + i: chr(97 + i) for i in range(26)})
-_THINKING = re.compile(r"\A.*</think>", re.DOTALL)
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm|bf)\s*\{\s*([^{}]*?)\s*\}")
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\(?([^{}]*?)\)?\s*\}")
-_SMALL = re.compile(r"(?im)(\b(?:option|choice|answer(?: is)?:?)\s*[(\"']?)([a-d])(?=[)\"']?\s*[.。]?\s*$)")
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm|bf) ?\{([^{}]*)\}")
+_BOXED = re.compile(r"\\(?:boxed|fbox) ?\{([^{}]*)\}")
+_SMALL = re.compile(r"(?im)(\b(?:option|choice|answer(?: is)?:?) ?[(\"']?)([a-z])(?=[)\"']? ?[.。]? ?$)")
+_SPACES = re.compile(r"[^\S\n]+")
+_EMPTY_LINES = re.compile(r"\n{3,}")
 _MARKUP = re.compile(r"\*+|`+|\$+|\\[()\[\]]|</?[a-z]+>")
 
 _BRACKETS = "()（）[]【】\"'“”‘’「」{}"
@@ -53,15 +59,31 @@ _ANSWER_ZH = (
     r"|答案\s*[】\]）)]?"
 )
 _CHOOSE_ZH = r"(?<![可备挑筛待])(?:选择|选定|选出|选)(?!项)(?:的?(?:应该?)?(?:是|为))?"
+# what follows second thoughts: "wait, so it should be C", "不是，是C"
+_CORRECTED = (
+    r"\b(?:it|this|that)\s+(?:should|must|has\s+to)\s+(?:actually\s+)?be|(?:不是|不对|错了)[,，。：]?\s*(?:应该?|而)?是"
+)
 _ITEM = rf"{_CLOSING}(?:选?项)?\s*"  # what may stand between a letter and what is said of it
 _STATEMENT = r"的?(?:说法|描述|表述|叙述|内容)"
-_CONCLUDES = re.compile(rf"(?:{_ANSWER_EN}|{_CHOOSE_EN}|{_ANSWER_ZH}|{_CHOOSE_ZH}){_NAMED}\Z", re.IGNORECASE)
+# "B项说法错误，当选": what an exam key says of the option to choose, be it a wrong statement
+_CHOSEN = (
+    r"[^A-Z。；;\n]{0,30}?(?:(?<![不未没])当选(?=\s*(?:[。，；,.;!！)）]|$|\n))"
+    r"|(?<!不)(?:为|是)(?:本题|该题)?的?(?:正确|最佳)?(?:答案|选项)|(?<!不)(?<!不太)符合(?:题意|题目|要求))"
+)
+_IS_CHOSEN = re.compile(_CHOSEN)
+_CONCLUDES = re.compile(
+    rf"(?:{_ANSWER_EN}|{_CHOOSE_EN}|{_ANSWER_ZH}|{_CHOOSE_ZH}|{_CORRECTED}){_NAMED}\Z", re.IGNORECASE
+)
 _CONCLUDED = re.compile(
     rf"{_ITEM}(?:"
     r"(?:is|must\s+be|would\s+be|should\s+be|seems\s+to\s+be)\s+(?:(?:therefore|thus|also)\s+)?"
     r"the\s+(?:\w+\s+){0,2}(?:answer|choice|option)\b"
-    r"|(?:才?是|为|就是)(?:本题的?|该题的?|最终的?)?(?:正确|最佳|最终|唯一)?的?(?:答案|选项|选择)|符合(?:题意|题目|要求))",
+    r"|(?:才?是|为|就是)(?:本题的?|该题的?|最终的?)?(?:正确|最佳|最终|唯一)?的?(?:答案|选项|选择)"
+    rf"|{_CHOSEN})",
     re.IGNORECASE,
+)
+_ANNOUNCES = re.compile(
+    r"\b(?:options|choices|each|every|analy[sz]\w*)\b|选项(?:如下|内容)|分析|解析|逐|各", re.IGNORECASE
 )
 _THEREFORE = re.compile(
     r"(?:\b(?:so|therefore|thus|hence|consequently|but|rather|leaves|leaving)\b"
@@ -77,6 +99,20 @@ _CORRECT = re.compile(
     rf"|(?:{_STATEMENT})?(?:是|为|最|才)*(?:正确|对(?:的|[，。,.]|$)|合适|恰当))",
     re.IGNORECASE,
 )
+# What a list says of its options: "B. nucleus - correct", "B ✓", "| B | wrong |".
+_SAID_OF_IT = r"(?:(?:this\s+)?(?:option|statement|one)?\s*(?:is|was)\s+|选?项|说法|是|为)?(?:the\s+)?"
+_LEAD = rf"[\s:：\-–—|.．、,，)）\]】(（\"'“”]*{_SAID_OF_IT}\s*"
+_NO_PAIR = r"\b(?!, ?(?:true|false|right|wrong)\b)"  # "True, False" is an option, no verdict
+_RIGHT = re.compile(
+    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|正确|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
+    re.IGNORECASE,
+)
+_WRONG = re.compile(
+    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|不正确|不对|错|有误|[✗✘❌✖×])",
+    re.IGNORECASE,
+)
+_AT_END = re.compile(r"(?:[-–—:：(（\[|]|->|→|=)\s*([^-–—:：(（\[|\n]{1,20})\s*$", re.MULTILINE)
+
 _DENIES = re.compile(
     r"(?:\bnot\b(?!\s+only)|n't\b|\bcannot\b|\bnever\b|\bneither\b|\bnor\b|\brather\s+than\b|\binstead\s+of\b|\bexcept\b"
     r"|\b(?:exclud|eliminat|discard|reject)(?:e|es|ed|ing)?\b|\brul(?:e|es|ed|ing)\s+out\b"
@@ -91,10 +127,15 @@ _DENIED = re.compile(
     # "C, not A" and "C not only ..." deny nothing of C
     r"(?:\bnot\b(?!\s+(?:only\b|(?:option\s+)?[(（]?[A-Z]\b))|n['’]t\b|cannot\b"
     r"|(?:wrong|incorrect|false|invalid|impossible|(?:ruled\s+)?out|eliminated|excluded|irrelevant)\b)"
+    r"|[^A-Z。；;\n]{0,30}?不(?:当选|入选|应选)"
     rf"|(?:{_STATEMENT})?[都均也是显然明就全则]*"
     r"(?:不(?!选|仅|但|过|是[A-Z])|错|有误|非(?!常)|误|无关|(?:可以|应该?|应当|可)?被?排除))",
     re.IGNORECASE,
 )
+_ITEM_MARK = re.compile(r"\s*[)）\]】]?\s*(?:[.．。:：、,，)）]|$|\n|[-–—]\s|(?:because|since|as)\b)")
+_ITEM_DOT = re.compile(r"\s*[.．、)）]")
+_ENDS = re.compile(_CLOSING + r"(?:[.,;!。，；！\n]|$)")
+_ASKED = re.compile(_CLOSING + "[?？]")
 _HYPOTHESIS = re.compile(r"\b(?:if|suppose|assuming|whether|unless|had)\b|如果|假如|假设|若|是否|要是", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?。！？；;\n]")
 # "A dog barks" at the start of a sentence is an article; "A is", "A because" a letter.
@@ -102,6 +143,12 @@ _ARTICLE = re.compile(
     r"\s+(?!(?:is|are|was|and|or|nor|because|since|as|would|will|must|should|could|can|cannot|seems|has|does|looks"
     r"|appears|but|not|then|by)\b)[a-z]"
 )
+_PRONOUN = re.compile(r"['’]|\s+(?!(?:is|are|was|and|or|because|since)\b)[a-z]")
+
+
+def _window(text: str, end: int) -> str:
+    """What stands before a place, as far as a cue may reach."""
+    return text[max(0, end - 120) : end]
 
 
 @dataclass(frozen=True)
@@ -119,17 +166,35 @@ class _Reply:
 
     text: str
     options: Mapping[str, str]  # letter -> its words
+    letters: str
+    mentions: Sequence[_Mention] = ()
+
+    @cached_property
+    def outer_lines(self) -> tuple[str, str]:
+        """The first and the last line."""
+        lines = self.text.strip().split("\n")
+        return lines[0].strip(), lines[-1].strip()
 
     def before(self, mention: _Mention) -> str:
-        return self.text[max(0, mention.start - 120) : mention.start]
+        return _window(self.text, mention.start)
 
     def is_denied(self, mention: _Mention) -> bool:
-        return bool(_DENIES.search(self.before(mention)) or _DENIED.match(self.text, mention.end))
+        if _IS_CHOSEN.match(self.text, mention.end):
+            return False
+        is_denied = _DENIED.match(self.text, mention.end) or _DENIED.match(self.text, self.end_with_words(mention))
+        return bool(_DENIES.search(self.before(mention)) or is_denied)
+
+    def end_with_words(self, mention: _Mention) -> int:
+        """The end of "B. nucleus" for a mention of B; its own end where the option's words do not follow."""
+        words = self.options.get(mention.letters[0], "").casefold()
+        following = self.text[mention.end : mention.end + 4 + len(words)].casefold()
+        at = following.find(words) if words else -1
+        return mention.end if at < 1 or following[:at].strip(" .:：、)）") else mention.end + at + len(words)
 
     def is_supposed(self, mention: _Mention) -> bool:
         """Only considered: "if the answer is A", "is it A?"."""
         sentence = _SENTENCE_END.split(self.before(mention))[-1]
-        return bool(_HYPOTHESIS.search(sentence) or re.match(_CLOSING + "[?？]", self.text[mention.end :]))
+        return bool(_HYPOTHESIS.search(sentence) or _ASKED.match(self.text, mention.end))
 
 
 def concluded_letter(reply: str, choices: Sequence[str] = (), *, letters: str = LETTERS) -> str | None:
@@ -137,14 +202,14 @@ def concluded_letter(reply: str, choices: Sequence[str] = (), *, letters: str = 
 
     `choices` are the words of the options, in the letters' order: a reply may name its option by them alone.
     """
-    text = _plain(reply)
     options = {letter: _bare(_unmarked(words)) for letter, words in zip(letters, choices)}
+    text = _plain(before_next_question(answer_part(reply)))
     if len(bare := _bare(text).strip(_BRACKETS)) == 1:
         return bare.upper() if bare.upper() in letters else _named_option(text, options)
-    found = _Reply(text, options)
-    mentions = [m for m in _mentions(text, options, letters) if not _is_article(text, m)]
+    mentions = _outer([m for m in _mentions(text, options, letters) if not _is_article(text, m)])
+    found = _Reply(text, options, letters, mentions)
     standing = [m for m in mentions if not found.is_denied(m)]
-    for stage in (_answer, _opening, _therefore, _correct):
+    for stage in (_answer, _only_right_one, _opening, _therefore, _correct):
         letter, is_settled = stage(found, standing)
         if is_settled:
             return letter
@@ -158,20 +223,60 @@ def _answer(reply: _Reply, standing: list[_Mention]) -> _Verdict:
     """The last of: "the answer is C", "选C", "C is the answer", `\\boxed{C}`, "the answer is <words>", a line "C"."""
     found: list[tuple[int, str | None]] = []
     for mention in standing:
-        cue = _CONCLUDES.search(reply.before(mention)) or _CONCLUDED.match(reply.text, mention.end)
-        if (cue or _is_whole_line(reply.text, mention)) and not reply.is_supposed(mention):
+        cue = _concludes(reply.before(mention)) or _CONCLUDED.match(reply.text, mention.end)
+        if (cue or _is_whole_line(reply, mention)) and not reply.is_supposed(mention):
             found.append((mention.start, _single(mention)))
     for letter, words in reply.options.items():
         found += [(at, letter) for at in _concluded_words(reply, words)]
     return (max(found, key=lambda f: f[0])[1], True) if found else (None, False)
 
 
+def _concludes(before: str) -> bool:
+    """Whether the text ends in a cue; not one that announces a list: "Let us look at each option:"."""
+    cue = _CONCLUDES.search(before)
+    return cue is not None and not ("\n" in cue[0] and _ANNOUNCES.search(before[-60:].rpartition("\n")[0]))
+
+
+def _only_right_one(reply: _Reply, standing: list[_Mention]) -> _Verdict:
+    """A list that judges at least two options, by their letters or their words, and finds one of them right."""
+    mentions = [m for m in reply.mentions if _single(m)]
+    mentions += [m for letter, words in reply.options.items() for m in _mentions_of_words(reply.text, letter, words)]
+    mentions = _outer(sorted(mentions, key=lambda m: m.start))
+    judged: dict[str, set[bool]] = {}
+    for mention, following in zip(mentions, [*mentions[1:], None]):
+        said = _verdict(reply.text[reply.end_with_words(mention) : following.start if following else len(reply.text)])
+        if said is not None:
+            judged.setdefault(mention.letters[0], set()).add(said)
+    right = [letter for letter, said in judged.items() if said == {True}]
+    return (right[0], True) if len(right) == 1 and len(judged) > 1 else (None, False)
+
+
+def _verdict(behind: str) -> bool | None:
+    """Whether the text behind an option says right or wrong, there or at the end of the line."""
+    line = behind.split("\n")[0][:_LINE]
+    at_end = _AT_END.search(line)
+    for part in (line, *([at_end[1]] if at_end else [])):
+        if _WRONG.match(part):
+            return False
+        if _RIGHT.match(part):
+            return True
+    return None
+
+
+def _mentions_of_words(text: str, letter: str, words: str) -> Iterator[_Mention]:
+    if (pattern := _words_pattern(words)) is not None:
+        for match in pattern.finditer(text.casefold()):
+            yield _Mention(match.start(), match.end(), (letter,))
+
+
 def _opening(reply: _Reply, standing: list[_Mention]) -> _Verdict:
     """A reply that begins "C. ...", "(C) ...", "C because"; not one that repeats the list of options."""
     heads = [m for m in standing if _opens_line(reply.text, m)]
-    if len({m.letters for m in heads}) == 1 and not reply.text[: heads[0].start].strip(" \n(（[【"):
-        return _single(heads[0]), True
-    return None, False
+    if not heads or reply.text[: heads[0].start].strip(" \n(（[【"):
+        return None, False
+    letters = [m.letters for m in heads]
+    is_list = len(set(letters)) > 1 and letters == sorted(letters) and letters[0] == (next(iter(reply.letters)),)
+    return (None, False) if is_list else (_single(heads[0]), True)
 
 
 def _therefore(reply: _Reply, standing: list[_Mention]) -> _Verdict:
@@ -199,7 +304,7 @@ def _named_option(text: str, options: Mapping[str, str]) -> str | None:
     for words in sorted({w.casefold() for w in options.values()}, key=len, reverse=True):
         pattern = _words_pattern(words)
         if pattern is not None and (spans := [m.span() for m in pattern.finditer(rest)]):
-            if not all(_DENIES.search(rest[:start]) or _DENIED.match(rest, end) for start, end in spans):
+            if not all(_DENIES.search(_window(rest, start)) or _DENIED.match(rest, end) for start, end in spans):
                 named += [letter for letter, other in options.items() if other.casefold() == words]
             rest = pattern.sub(lambda m: "\0" * len(m[0]), rest)
     return named[0] if len(named) == 1 else None
@@ -212,8 +317,8 @@ def _concluded_words(reply: _Reply, words: str) -> Iterator[int]:
         return
     for match in pattern.finditer(reply.text.casefold()):
         mention = _Mention(match.start(), match.end(), ())
-        ends = re.match(_CLOSING + r"(?:[.,;!。，；！\n]|$)", reply.text[match.end() :])
-        if ends and _CONCLUDES.search(reply.before(mention)) and not _DENIES.search(reply.before(mention)):
+        ends = _ENDS.match(reply.text, match.end())
+        if ends and _concludes(reply.before(mention)) and not _DENIES.search(reply.before(mention)):
             yield match.start()
 
 
@@ -235,9 +340,11 @@ def _hide(text: str, pattern: re.Pattern[str]) -> str:
     folded = text.casefold()
     if len(folded) != len(text):
         return text
+    pieces, end = [], 0
     for match in pattern.finditer(folded):
-        text = text[: match.start()] + "\0" * len(match[0]) + text[match.end() :]
-    return text
+        pieces += [text[end : match.start()], "\0" * len(match[0])]
+        end = match.end()
+    return "".join([*pieces, text[end:]])
 
 
 @lru_cache(maxsize=8)
@@ -258,30 +365,33 @@ def _words_pattern(words: str) -> re.Pattern[str] | None:
 
 
 def _is_article(text: str, mention: _Mention) -> bool:
-    """ "A dog barks": a capital A that begins a sentence."""
+    """ "A dog barks": a capital A that begins a sentence. "I think" where there is an option I."""
     if mention.letters != ("A",) or not _ARTICLE.match(text, mention.end):
-        return False
-    return not (before := text[: mention.start].rstrip(" \"'“‘(")) or before[-1] in ".!?\n。！？:：,，"
+        return mention.letters == ("I",) and bool(_PRONOUN.match(text, mention.end))
+    return not (before := _window(text, mention.start).rstrip(" \"'“‘(")) or before[-1] in ".!?\n。！？:：,，"
 
 
-def _is_whole_line(text: str, mention: _Mention) -> bool:
+def _is_whole_line(reply: _Reply, mention: _Mention) -> bool:
     """The letter is all there is in the first or last line: "Let me see.\\n\\nC"."""
-    lines = text.strip().split("\n")
-    start = text.rfind("\n", 0, mention.start) + 1
-    stop = text.find("\n", mention.end)
-    line = text[start : stop if stop >= 0 else len(text)]
-    return line.strip() in (lines[0].strip(), lines[-1].strip()) and _bare(line).strip(_BRACKETS) == "".join(
-        mention.letters
-    )
+    start = reply.text.rfind("\n", 0, mention.start) + 1
+    stop = reply.text.find("\n", mention.end)
+    if mention.start - start > _LINE or (stop if stop >= 0 else len(reply.text)) - mention.end > _LINE:
+        return False
+    line = reply.text[start : stop if stop >= 0 else len(reply.text)]
+    return line.strip() in reply.outer_lines and _bare(line).strip(_BRACKETS) == "".join(mention.letters)
 
 
 def _opens_line(text: str, mention: _Mention) -> bool:
     """Begins a line, or follows another option in it, as letters in a list of options do."""
-    before = text[: mention.start].rstrip("(（[【 ")
-    mark = re.match(r"\s*[)）\]】]?\s*(?:[.．。:：、,，)）]|$|\n|[-–—]\s|(?:because|since|as)\b)", text[mention.end :])
-    return mark is not None and (
-        not before or before[-1] == "\n" or bool(re.match(r"\s*[.．、)）]", text[mention.end :]))
-    )
+    before = _window(text, mention.start).rstrip("(（[【 ")
+    if not _ITEM_MARK.match(text, mention.end):
+        return False
+    return not before or before[-1] == "\n" or bool(_ITEM_DOT.match(text, mention.end))
+
+
+def _outer(found: list[_Mention]) -> list[_Mention]:
+    """The mentions; the first and last ones of a text that names letters without end."""
+    return found if len(found) <= 2 * _MENTIONS else found[:_MENTIONS] + found[-_MENTIONS:]
 
 
 def _single(mention: _Mention) -> str | None:
@@ -294,12 +404,11 @@ def _only(mentions: Iterator[_Mention] | list[_Mention]) -> str | None:
     return letters.pop() if len(letters) == 1 else None
 
 
-def _plain(reply: str) -> str:
-    """What is said after any thinking, without markup; nothing when the thinking never ended."""
-    text = _THINKING.sub("", reply.translate(_FULL_WIDTH))
-    if "<think>" in text:
-        return ""
-    text = _BOXED.sub(r" the answer is \1 ", _LATEX_TEXT.sub(r"\1", text))
+def _plain(text: str) -> str:
+    """The text without markup, its spaces and empty lines collapsed: no pattern meets a long run of them."""
+    text = _EMPTY_LINES.sub("\n\n", "\n".join(_SPACES.sub(" ", line).strip() for line in text.split("\n")))
+    text = _LATEX_TEXT.sub(lambda m: m[1].strip(), text.translate(_FULL_WIDTH))
+    text = _BOXED.sub(lambda m: f" the answer is {m[1].strip(' ()')} ", text)
     return _SMALL.sub(lambda m: m[1] + m[2].upper(), _unmarked(text))
 
 
@@ -309,75 +418,3 @@ def _unmarked(text: str) -> str:
 
 def _bare(words: str) -> str:
     return words.strip().rstrip(".。．,，;；:：、!！").strip()
-
-
-# --- as the official chat scripts read it --------------------------------------------------------------------------
-
-_NOT_YET_DENIED = r"(?![^ABCD]{0,20}?(?:n't|not))"
-_NOT_DENIED_ZH = r"(?![^ABCD]{0,10}?(?:不|非)[^ABCD]{0,10}?(?:是|选|为|：|:|】))"
-_ANYWHERE = r"(?<![a-zA-Z])(A|B|C|D)(?![a-zA-Z=])"
-_OFFICIAL_MMLU = (  # tried in this order
-    (
-        rf"(?:(?:[Cc]hoose)|(?:(?:[Aa]nswer|[Cc]hoice){_NOT_YET_DENIED}[^ABCD]{{0,10}}?\b(?:|is|:|be))\b)"
-        r"[^ABCD]{0,20}?\b(A|B|C|D)\b"
-    ),
-    r"\b(A|B|C|D)\b(?![^ABCD]{0,8}?(?:n't|not)[^ABCD]{0,5}?(?:correct|right))[^ABCD]{0,10}?\b(?:correct|right)\b",
-    r"^(A|B|C|D)(?:\.|,|:|$)",
-    _ANYWHERE,
-)
-_OFFICIAL_CEVAL = (
-    (
-        rf"(?:(?:选|选择|选定)[：:]?\s*|(?:(?:答案|选项){_NOT_DENIED_ZH}[^ABCD]{{0,10}}?(?:是|选|为|：|:|】))[^ABCD]{{0,10}}?)"
-        r"(A|B|C|D)(?:选项)?(?:\)|。|\.|，|,|．|、|A|B|C|D|$|：|:|\)|）)"
-    ),
-    (
-        r"(A|B|C|D)(?:选?项)?(?![^ABCD]{0,4}?(?:不|非)[^ABCD]{0,4}?(?:正确|对[的，。：]|符合))"
-        r"[^ABCD]{0,4}?(?:正确|对[的，。：]|符合)"
-    ),
-    r"^[\(（]?(A|B|C|D)(?:。|\)|）|\.|，|,|．|：|:|$)",
-    _ANYWHERE,
-)
-
-
-def official_mmlu_letter(reply: str, choices: Sequence[str]) -> str:
-    """What `evaluate_chat_mmlu` reads: never nothing, in the last resort the option most like the reply."""
-    return _first_match(_OFFICIAL_MMLU, mmlu_processed(reply, choices), choices)
-
-
-def official_ceval_letter(reply: str, question: str, choices: Sequence[str]) -> str:
-    """What `evaluate_chat_ceval` reads; as `official_mmlu_letter`, in Chinese."""
-    return _first_match(_OFFICIAL_CEVAL, ceval_processed(reply, question, choices), choices)
-
-
-def mmlu_processed(reply: str, choices: Sequence[str]) -> str:
-    """The reply with each option's words replaced by its letter, the longest first, also inside other words."""
-    for letter, words in _longest_first(choices):
-        reply = re.sub(re.escape(words.rstrip(".")), letter, reply, flags=re.IGNORECASE)
-    return reply
-
-
-def ceval_processed(reply: str, question: str, choices: Sequence[str]) -> str:
-    """As `mmlu_processed`, once the question's last sentence became "答案是" (before its blank) and "" (after it)."""
-    parts = question.rstrip("。").split("。")[-1].split("_")
-    for part, instead in ((parts[0], "答案是"), (parts[-1], "")):
-        if len(part.strip()) > 4:
-            reply = reply.replace(part, instead)
-    for letter, words in _longest_first(choices):
-        reply = reply.replace(words.rstrip("。"), letter)
-    return reply
-
-
-def _longest_first(choices: Sequence[str]) -> list[tuple[str, str]]:
-    return sorted(zip(LETTERS, choices), key=lambda item: -len(item[1]))
-
-
-def _first_match(patterns: Sequence[str], text: str, choices: Sequence[str]) -> str:
-    for pattern in patterns:
-        if match := re.search(pattern, text):
-            return match[1]
-    from thefuzz import process, utils  # slow to import, and seldom needed
-
-    if not utils.full_process(text):  # nothing to compare: every option is as unlike it, the first one is taken
-        return LETTERS[0]
-    best: str = process.extractOne(text, list(choices))[0]
-    return LETTERS[list(choices).index(best)]

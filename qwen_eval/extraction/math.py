@@ -7,116 +7,208 @@ version does. Neither evaluates a model's text as code.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import threading
+from fractions import Fraction
+
+from qwen_eval.extraction.conclusions import (
+    ANY_BRACE,
+    before_next_item,
+    behind_retraction,
+    boxes,
+    single_spaced,
+)
+from qwen_eval.extraction.math_verifier import verifier
+from qwen_eval.extraction.symptoms import answer_part
 
 MAX_CHARACTERS = 400  # no answer of the benchmark is a tenth of that; parsing time grows with nesting
-TIME_LIMIT_S = 10.0
+STATEMENT_CHARACTERS = 600  # of what stands behind "the answer is"; bounds the reading of a text full of such cues
 
-CUE = re.compile(r"(?:final\s+)?answer\s*(?:is|:)\s*:?\s*|答案\s*(?:是|为|[:：])\s*", re.IGNORECASE)
-NEXT_ITEM = re.compile(r"(?<=\S)\s*\n\s*Problem:")
-HOPE = re.compile(r"\.?\s*I hope it is correct.*", re.DOTALL)
-MATH = re.compile(r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+CUE = re.compile(
+    r"\banswer\b(?:(?!\bnot\b)[^.:=\n$\\]){0,40}?"
+    r"(?:\b(?:is|are|would be|should be)\b(?! ?(?:correct|right|given|obtained|verified|not)\b)|[:：→])"
+    r"|<answer>|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$|答案\s?(?:应该|应)?(?:是|为|[:：])",
+    re.IGNORECASE | re.MULTILINE,
+)
+HOPE = re.compile(r"\.?\s?I hope it is correct|</answer>")
+DELIMITER = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]")
+CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
+
+ORNAMENT = " \t\n*_:：\"'“✅>"
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+LEADING_NUMBER = re.compile(
+    r"((?:\\?\$)?-?(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: \d+/\d+|/\d+)?(?: ?\\?%)?)"
+    r"(?=[.。*\"'”)]*$|[.。] |[,，;] ?(?![-\d$\\])| \(| ?[\u4e00-\u9fff°]"
+    r"| (?!(?:and|or|to|pi|sqrt|times|plus|minus|sin|cos|tan|log|ln)\b)[A-Za-z]{2})"
+)
+PREDICATE = re.compile(r" (?:is|are|equals|must be) (?=[-\d])")  # the value of $x$ is 5
+CLAUSE = re.compile(r",? (?:because|since|where|when|so that|as required)\b", re.IGNORECASE)
+BETWEEN_ANSWERS = re.compile(r"(?:,|，|,? ?(?:and|or)|和|或|、) ?")
 
 
 # --- finding it -----------------------------------------------------------------------------------------------------
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` or `\fbox{}`, braces balanced; None when there is none that closes."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?=[{ ])", text))):
-        rest = text[match.end() :]
-        if not rest.startswith("{"):
-            return rest.split("$")[0].strip()  # \boxed 5
-        depth = 0
-        for i, character in enumerate(rest):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return rest[1:i].strip()
-    return None
+    r"""What stands in the last `\boxed{}` or `\fbox{}` that closes; None when there is none. Every brace counts."""
+    return next((content for content in reversed(boxes(text, ANY_BRACE)) if content is not None), None)
 
 
-def concluded_answer(text: str) -> str | None:
-    """The answer a solution ends on: behind the last "final answer is", boxed, or the last formula or number."""
-    if next_item := NEXT_ITEM.search(text):
-        text = text[: next_item.start()]
-    cues = list(CUE.finditer(text))
-    stated = HOPE.sub("", text[cues[-1].end() :]) if cues else ""
-    if (inside := boxed(stated)) or (inside := boxed(text)):
+def concluded_answer(reply: str) -> str | None:
+    """The answer a solution ends on: boxed, behind the last "the answer is", or the last formula, bold or plain number.
+
+    Reasoning before `</think>` and a next problem are not looked at. What a reply takes back ("that is wrong: ...")
+    does not count once it states another answer.
+    """
+    text = before_next_item(single_spaced(answer_part(reply)))
+    if (correction := behind_retraction(text)) and (answer := _boxed_or_named(correction)):
+        return answer
+    if answer := _boxed_or_named(text):
+        return answer
+    return None if boxes(text) else _at_the_end(text)  # a box that does not close: cut off
+
+
+def _boxed_or_named(text: str) -> str | None:
+    found = boxes(text)
+    if inside := next((content for content in reversed(found) if content), None):
         return inside
-    line = stated.strip().split("\n")[0]
-    if formulas := MATH.findall(line):
-        return _first(formulas[0])
-    if line.strip(" .*:$"):
-        return line.strip().rstrip(".").strip("*").strip()
-    if re.search(r"\\(?:boxed|fbox)\s*\{", text):
-        return None  # cut off within its box
-    if formulas := MATH.findall(text):
-        return _first(formulas[-1])
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
-    return numbers[-1] if numbers else None
+    if found:
+        return None
+    cues = list(CUE.finditer(text))
+    return _stated(text[cues[-1].end() : cues[-1].end() + STATEMENT_CHARACTERS]) if cues else None
 
 
-def _first(groups: tuple[str, ...]) -> str:
-    return next(group for group in groups if group).strip()
+def _stated(behind: str) -> str | None:
+    """The answer in the line behind a cue: the formulas or the number it begins with, else its last formula or all."""
+    line = HOPE.split(behind.lstrip(ORNAMENT), maxsplit=1)[0].split("\n")[0]
+    spans = formulas(line)
+    if spans and spans[0][0] == 0:
+        return _leading(line, spans)
+    if number := LEADING_NUMBER.match(line.strip()):
+        return number[1]
+    clause = CLAUSE.split(line, maxsplit=1)[0]
+    if spans := formulas(clause) or spans:
+        return spans[-1][2]
+    if len(clause.split()) > 4 and (numbers := NUMBER.findall(clause)):
+        return str(numbers[-1])
+    return line.strip().rstrip(".。*\"'”").strip() or None
+
+
+def _leading(line: str, spans: list[tuple[int, int, str]]) -> str:
+    """`"$1$, $2$ and $3$ are"` -> `"1, 2, 3"`."""
+    end, answers = spans[0][1], [spans[0][2]]
+    for begin, next_end, content in spans[1:]:
+        if not BETWEEN_ANSWERS.fullmatch(line[end:begin].strip(" ")):
+            break
+        answers.append(content)
+        end = next_end
+    return ", ".join(answers)
+
+
+def _at_the_end(text: str) -> str | None:
+    """The conclusion of a text that names none: bold in its last line, a number behind its last formula, or that."""
+    bold = [content for content in BOLD.findall(text.strip().rpartition("\n")[2]) if not content.rstrip().endswith(":")]
+    if bold and (answer := _stated(bold[-1])):
+        return answer
+    spans = formulas(text)
+    if spans and (predicate := PREDICATE.match(text, spans[-1][1])):
+        return _stated(text[predicate.end() : predicate.end() + STATEMENT_CHARACTERS])
+    _, _, behind = re.sub(r"[.。](?=\s|$)", "\n", text[spans[-1][1] :] if spans else "\n" + text).partition("\n")
+    if numbers := NUMBER.findall(behind):
+        return str(numbers[-1])
+    return spans[-1][2] if spans else None
+
+
+def formulas(text: str) -> list[tuple[int, int, str]]:
+    r"""(begin, end, content) of each `$...$`, `$$...$$`, `\(...\)` and `\[...\]`, in one pass."""
+    marks = list(DELIMITER.finditer(text))
+    last = {match[0]: match.start() for match in marks}
+    found: list[tuple[int, int, str]] = []
+    opened: re.Match[str] | None = None
+    for match in marks:
+        if opened is None:
+            if match[0] in CLOSING and last.get(CLOSING[match[0]], -1) > match.start():
+                opened = match
+        elif match[0] == CLOSING[opened[0]]:
+            if content := text[opened.end() : match.start()].strip():
+                found.append((opened.start(), match.end(), content))
+            opened = None
+    return found
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
 
+REPEATING = re.compile(r"(?<![\d.])(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?")
+PLAIN_MIXED = re.compile(r"(-?)(\d{1,9}) (\d{1,9})/(\d{1,9})")
+BASE = re.compile(r"([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)_\{?(\w+)\}?")
+NUMERALS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+BASES = {name: str(base) for base, name in enumerate(NUMERALS, 2)}
+SYMBOLS = str.maketrans(
+    {
+        "π": r"\pi ",
+        "²": "^2",
+        "³": "^3",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "−": "-",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+    }
+)
+CLOCK = re.compile(r"\d+(?::\d+)+")
+NAMED = re.compile(r"\\(?:text|mathrm)\s?\{[^{}]*\b(?:is|are|answer):?\s*\}")
+UNIT = re.compile(
+    r"(?<=[\d}\])])\s*\\(?:text|mathrm|mbox|textrm)\s?\{\s?(?!and\b|or\b)[A-Za-z][A-Za-z ./]*\}(?:\^\{?\d\}?)?$"
+)
+UNIT_WORD = re.compile(
+    r"(?<=\d)(?: ?(?:[cmk]m|kg)| (?:(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3}[A-Za-z ]*|m|ft|in|g|hr|s))"
+    r"(?:\^\{?\d\}?)?$"
+)
+
 
 def is_same(answer: str | None, gold: str) -> bool:
     """Whether two answers mean the same: equal after normalisation, or by symbolic comparison within a time limit."""
-    if answer is None or not answer.strip():
+    if answer is None or not answer.strip() or max(len(answer), len(gold)) > MAX_CHARACTERS:
         return False
-    if normalised(answer) == normalised(gold):
+    answer, gold = undressed(answer), undressed(gold)
+    one, other = normalised(answer), normalised(gold)
+    if one == other:
         return True
-    if max(len(answer), len(gold)) > MAX_CHARACTERS:
+    if CLOCK.fullmatch(one) and CLOCK.fullmatch(other):
         return False
-    return _verifier.same(answer, gold)
+    if (left := BASE.fullmatch(one)) and (right := BASE.fullmatch(other)):
+        return left[1].lower() == right[1].lower() and _base(left[2]) == _base(right[2])
+    return bool(one) and verifier.same(answer, gold)
 
 
-class _Verifier:
-    """math-verify in a process of its own: its time limits need the main thread, and sympy can hang in C.
+def _base(name: str) -> str:
+    return BASES.get(name, name)
 
-    One line of JSON a question. A process that does not answer in time is killed, and the answer counts as different.
+
+def undressed(answer: str) -> str:
+    """Without what does not change an answer: its unit, a per-cent sign, "the answer is"; repeating decimals and
+    mixed numbers as fractions.
+
+    Per cents count as upstream counts them: 10% is 10, not 0.1.
     """
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
-
-    def same(self, answer: str, gold: str) -> bool:
-        import json
-
-        with self._lock:
-            process = self._process if self._process and self._process.poll() is None else self._start()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            timer = threading.Timer(TIME_LIMIT_S, process.kill)
-            timer.start()
-            try:
-                process.stdin.write(json.dumps([gold, answer]) + "\n")
-                process.stdin.flush()
-                return process.stdout.readline().strip() == "true"
-            except (BrokenPipeError, OSError):
-                return False
-            finally:
-                timer.cancel()
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_eval.extraction.math_verifier"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        return self._process
+    answer = NAMED.sub("", answer.strip().strip("$").rstrip(".。").strip())
+    answer = re.sub(r"\s*(?:\\?%|\bper ?cent\b)", "", answer)
+    answer = UNIT_WORD.sub("", UNIT.sub("", answer))
+    answer = re.sub(r"(?:\\sqrt\s?|√\s?(?=\d))(\d{2,}|(?<=√)\d)", r"\\sqrt{\1}", answer.translate(SYMBOLS))
+    answer = REPEATING.sub(lambda m: _fraction(_repeating(m[1], m[2], m[3])), answer)
+    if (mixed := PLAIN_MIXED.fullmatch(answer.strip())) and 0 < int(mixed[3]) < int(mixed[4]):
+        return mixed[1] + _fraction(int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4])))
+    return answer.strip()
 
 
-_verifier = _Verifier()
+def _repeating(whole: str, fixed: str, period: str) -> Fraction:
+    """0.1666... from `("0", "1", "6")`."""
+    shift = 10 ** len(fixed)
+    return Fraction(int(whole + fixed), shift) + Fraction(int(period), shift * (10 ** len(period) - 1))
+
+
+def _fraction(value: Fraction) -> str:
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def normalised(answer: str) -> str:
@@ -165,17 +257,31 @@ def minerva_normalised(answer: str) -> str:
         answer = answer.replace(before, after)
     for expression in REMOVED:
         answer = answer.replace(expression, "")
-    answer = re.sub(r"(\\text\{)\((.*?)\)(\})", r"\2", answer)
-    answer = re.sub(r"(\\(?:text|textbf|overline)\{)(.*?)(\})", r"\2", answer)
-    answer = re.sub(r"(\\boxed\{)(.*)(\})", r"\2", answer)
+    answer = sub_in_lines(r"(\\text\{)\((.*?)\)(\})", ")}", answer)
+    answer = sub_in_lines(r"(\\(?:text|textbf|overline)\{)(.*?)(\})", "}", answer)
+    answer = sub_in_lines(r"(\\boxed\{)(.*)(\})", "}", answer)
     for pattern in (r"finalansweris(.*)", r"answer?is:?(.*)", r"oxed\{(.*?)\}", r"\$(.*?)\$"):
-        if found := re.findall(pattern, answer):
+        searched = _up_to_last("}", answer) if "oxed" in pattern else answer
+        if found := re.findall(pattern, searched):
             answer = found[-1].strip()
     if "rac" in answer and "\\frac" not in answer:
         answer = answer.replace("rac", "\\frac")
     answer = re.sub(r"(frac)([^{])(.)", r"frac{\2}{\3}", answer)
     answer = re.sub(r"(sqrt)([^{])", r"sqrt{\2}", answer).replace("$", "")
     return answer.replace(",", "") if answer.replace(",", "").isdigit() else answer
+
+
+def sub_in_lines(pattern: str, end: str, text: str) -> str:
+    """`re.sub(pattern, r"\\2", text)` in linear time, for a pattern that keeps to one line and ends on `end`."""
+    lines = []
+    for line in text.split("\n"):
+        head = _up_to_last(end, line)
+        lines.append(re.sub(pattern, r"\2", head) + line[len(head) :])
+    return "\n".join(lines)
+
+
+def _up_to_last(end: str, text: str) -> str:
+    return "\n".join(line[: line.rfind(end) + len(end)] if end in line else "" for line in text.split("\n"))
 
 
 def is_same_upstream(one: str, other: str) -> bool:

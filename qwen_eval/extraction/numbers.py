@@ -6,29 +6,62 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
+
+from qwen_eval.extraction.conclusions import before_next_item, behind_retraction, boxes, single_spaced
+from qwen_eval.extraction.symptoms import answer_part
 
 MAX_DIGITS = 300  # a model stuck on one digit must not build a number of a million digits
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "万": 10**4, "亿": 10**8}
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?|(?<![\w.])\.\d+")
-SIGN = re.compile(r"(?:(?<![\w)\]}.%-])-\s?[$€£¥]?|[$€£¥]\s?-)$")  # "5-3" is a difference, "-$5" and "$-5" are debts
+SIGN = re.compile(  # "5-3" is a difference, "total - 5" has a dash, "- 5" begins a list; "-$5" and "$-5" are debts
+    r"(?:(?<![\w)\]}.%-])-[$€£¥]?|(?<=[=(:*/×])\s?-\s[$€£¥]?|[$€£¥]\s?-)$"
+)
 MIXED = re.compile(r" (\d{1,6})\s?/\s?(\d{1,9})(?![\d/.])")  # 3 1/2
 OVER = re.compile(r"\s?/\s?(\d{1,300})(?![\d/]|\.\d)")  # 3/4, but not the first half of a date
 SCALE = re.compile(r"\s?(thousand|million|billion|trillion|万|亿)(?![a-z])")
 
-NEXT_ITEM = re.compile(r"(?<=\S)\s*(?:Question:|\n\s*(?:Q|Problem|问题)\s*[:：])")
+# --- statements: where an answer is given ---
+
+STATEMENT_CHARACTERS = 400  # a longer statement is no statement
+MAX_STATEMENTS = 50  # of one kind, the last ones: a text that loops over its cue says nothing new
 CUE = re.compile(
-    r"\banswer\b(?:(?!\bnot\b)[^.:=\n]){0,60}?(?:\bis\b|:|=)|答案\s*(?:应该|应)?(?:是|为|[:：=])|^\s*A\s*:",
+    r"\banswer\b(?:(?!\bnot\b)[^.:=\n]){0,60}?(?:\b(?:is|are|would be|should be|becomes|equals)\b|[:：=→])"
+    r"|<answer>|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$"
+    r"|答案\s?(?:应该|应)?(?:是|为|[:：=])[:：]?|^\s?A\s?:|^\s?答\s?[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
-HASHES = re.compile(r"####")
+CONCLUDING = re.compile(  # a correction that states a result
+    r"\b(?:so|thus|therefore|hence|makes|total|is|it's|are|should|answer)\b|=|####|\\boxed|应|所以|答案", re.IGNORECASE
+)
+HASHES = re.compile(r"####(?!#)")
 BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
-DENIAL = re.compile(r"[(,;]?\s*\b(?:and not|but not|not|rather than|instead of)\b.*$", re.IGNORECASE)
+DENIAL = re.compile(r"[(,;]?\s?\b(?:and not|but not|not|rather than|instead of)\b.*$", re.IGNORECASE)
 NOT_BUT = re.compile(r"^\W*not\b.*?\bbut\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\n。！？；]")
-LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))")
+SENTENCE_END = re.compile(r"[.!?](?=\s|$)|;(?=\s)|[\n。！？；]|</answer>")
+OFFER = re.compile(r"\b(?:let me know|feel free|would you like|i can|i hope|is there anything)\b", re.IGNORECASE)
+
+# --- within a statement: which of several numbers ---
+
+ORNAMENT = " \t\n*_:：$\\([→{\"'“>"
+OPERATOR = re.compile(r"\s?(?:[-+*×÷^]|\\(?:times|cdot|div)|x\s?\d)\s?[\d(.$]|\s(?:more|less|fewer|times|plus|minus)\b")
+CLAUSE_BREAK = re.compile(r"[,;](?!\d)|[，；]|(?<=[\w)]) \(|\s(?:because|since)\s", re.IGNORECASE)
+LEADING_CLAUSE = re.compile(
+    r"^\W*(?:in|after|over|within|during|for|with|on|at|if|when|since|because)\b[^,]*,(?!\d)", re.IGNORECASE
+)
+TRAILING_CLAUSE = re.compile(
+    r"\s(?:after|before|when|if|because|since|while|once|given|considering|assuming|even though)\s.*$", re.IGNORECASE
+)
+ADVERBIAL = re.compile(  # "in 2 weeks", "for the 16 glasses": said of the answer, not the answer; "for $18" may be one
+    r"\b(?:in|after|for|over|within|on|at|during|every|each|per|among|between|out of|(?<!left )(?<!up )with)"
+    r"(?:\s(?:the|all|of|these|those|his|her|their|its|each|only|first|next|last|about))*\s$",
+    re.IGNORECASE,
+)
+
+LATEX_FRACTION = re.compile(r"(\d)?\s?\\[dtc]?frac\s?(?:\{\s?(-?\d+)\s?\}\s?\{\s?(\d+)\s?\}|(\d)(\d))")
 LATEX_WORDS = re.compile(
     r"\\(?:left|right|displaystyle|text|mathrm|textbf|mathbf|quad)(?![a-zA-Z])|\\[,!;: ]|\\(?=[$%#])"
 )
@@ -36,9 +69,9 @@ LATEX_WORDS = re.compile(
 
 def plain_text(text: str) -> str:
     """Full-width and other scripts' digits, typographic minus signs and LaTeX dress in their plain form."""
-    text = "".join(_plain_character(character) for character in text)
+    text = single_spaced("".join(_plain_character(character) for character in text))
     text = re.sub(r"(?<=\d)(?:\{,\}|，|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ",", text)
-    text = LATEX_FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", text)
+    text = LATEX_FRACTION.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[4]}/{m[3] or m[5]}", text)
     return LATEX_WORDS.sub("", text)
 
 
@@ -49,6 +82,8 @@ def _plain_character(character: str) -> str:
         return "-"
     if character.isdecimal():
         return str(int(character))
+    if unicodedata.decomposition(character).startswith("<fraction>"):
+        return " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/")  # ½
     if "！" <= character <= "～" and character not in "，；：！？":
         return chr(ord(character) - 0xFEE0)
     return {"￥": "¥"}.get(character, character)
@@ -56,18 +91,23 @@ def _plain_character(character: str) -> str:
 
 def numbers_in(text: str) -> Iterator[tuple[int, Fraction]]:
     """(where it begins, its value) of each number of a plain text: `1,234.50`, `-$5`, `3/4`, `3 1/2`, `1.5 million`."""
+    return ((begin, value) for begin, _, value in _spans(text))
+
+
+def _spans(text: str) -> Iterator[tuple[int, int, Fraction]]:
+    """(where it begins, where it ends, its value) of each number."""
     end = 0
     for match in NUMBER.finditer(text):
         if match.start() < end or len(match[0]) > MAX_DIGITS:
             continue
         value, end = _with_tail(Fraction(match[0].replace(",", "")), text, match.end())
-        is_negative = SIGN.search(text[max(0, match.start() - 4) : match.start()])
-        yield match.start(), -value if is_negative else value
+        is_negative = SIGN.search(text[max(0, match.start() - 5) : match.start()])
+        yield match.start(), end, -value if is_negative else value
 
 
 def _with_tail(value: Fraction, text: str, end: int) -> tuple[Fraction, int]:
     """A number and what follows it directly: a fraction, `thousand`, `万`."""
-    if (mixed := MIXED.match(text, end)) and int(mixed[2]) and value.denominator == 1:
+    if (mixed := MIXED.match(text, end)) and int(mixed[1]) < int(mixed[2]) and value.denominator == 1:
         return value + Fraction(int(mixed[1]), int(mixed[2])), mixed.end()
     if (over := OVER.match(text, end)) and int(over[1]):
         value, end = value / int(over[1]), over.end()
@@ -76,56 +116,114 @@ def _with_tail(value: Fraction, text: str, end: int) -> tuple[Fraction, int]:
     return value, end
 
 
-def concluded_number(text: str) -> Fraction | None:
+def concluded_number(reply: str) -> Fraction | None:
     """The number a solution ends on, None when it has none.
 
     In this order: the last `\\boxed{}`, the last `####`, what follows the last "the answer is", the last bold number of
-    the last line, the last number. Whatever comes after the beginning of a next question is not looked at.
+    the last line, the number that the last sentence with one is about. Reasoning before `</think>` and whatever comes
+    after the beginning of a next question are not looked at; what a reply takes back ("that is wrong: ...") counts only
+    when nothing follows.
     """
-    text = plain_text(text)
-    if next_item := NEXT_ITEM.search(text):
-        text = text[: next_item.start()]
+    text = before_next_item(plain_text(answer_part(reply)))
+    correction = behind_retraction(text)
+    value = _concluded(correction) if CONCLUDING.search(correction) else None
+    return _concluded(text) if value is None else value
+
+
+def _concluded(text: str) -> Fraction | None:
     for statements in (_boxed(text), _after(HASHES, text), _after(CUE, text), _bold_in_last_line(text)):
         for statement in reversed(statements):
             if (value := _stated(statement)) is not None:
                 return value
-    values = [value for _, value in numbers_in(_without_denials(text))]
-    return values[-1] if values else None
+    return _in_last_sentence(_without_denials(text))
 
 
 def _boxed(text: str) -> list[str]:
-    return re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}?", text)
+    return [content[:STATEMENT_CHARACTERS] for content in boxes(text)[-MAX_STATEMENTS:] if content]
 
 
 def _after(cue: re.Pattern[str], text: str) -> list[str]:
     """What stands behind each cue: the rest of its sentence, or of the next line when the cue ends its own."""
     statements = []
-    for match in cue.finditer(text):
-        rest = text[match.end() :].lstrip(" \t\n*_:$\\([")
-        lead = text[match.end() : len(text) - len(rest)]
+    for match in list(cue.finditer(text))[-MAX_STATEMENTS:]:
+        behind = text[match.end() : match.end() + STATEMENT_CHARACTERS]
+        rest = behind.lstrip(ORNAMENT)
+        lead = behind[: len(behind) - len(rest)]
         end = SENTENCE_END.search(rest)
         statements.append(lead.replace("*", "") + (rest[: end.start()] if end else rest))
     return statements
 
 
 def _bold_in_last_line(text: str) -> list[str]:
-    lines = text.strip().splitlines()
-    return BOLD.findall(lines[-1]) if lines else []
+    return BOLD.findall(text.strip().rpartition("\n")[2][-STATEMENT_CHARACTERS:])
 
 
 def _stated(statement: str) -> Fraction | None:
-    """The number a statement gives: behind the last `=` if it calculates, else the first one it does not deny."""
+    """The number a statement gives: the one it begins with, else that behind its last `=`, else its main one."""
     statement = NOT_BUT.sub("", statement.strip())
     statement = DENIAL.sub("", statement) or statement
-    for part in (statement.rpartition("=")[2], statement):
-        for _, value in numbers_in(part):
+    clause_end = CLAUSE_BREAK.search(statement, 1)
+    for part in (statement[: clause_end.start()] if clause_end else statement, statement):
+        if "=" not in part and (value := _first_number(part)) is not None:
+            return value
+        if "=" in part and (value := _equated(part)) is not None:
+            return value
+    return _main_number(statement)
+
+
+def _equated(text: str) -> Fraction | None:
+    """The number behind the last `=`, or before it where the calculation stands behind: `42 = 18 + 24`."""
+    left, _, right = text.rpartition("=")
+    first = next(_spans(right), None)
+    if first and OPERATOR.match(right, first[1]) and (value := _first_number(left)) is not None:
+        return value
+    return _main_number(right)
+
+
+def _first_number(text: str) -> Fraction | None:
+    """The number that a text begins with: `about $18 a day`, but not `9 * 2`."""
+    opening = re.match(
+        r"(?:about|approximately|around|exactly|only|a total of|≈|~)?", text.lstrip(ORNAMENT), re.IGNORECASE
+    )
+    assert opening is not None
+    begin = len(text) - len(text.lstrip(ORNAMENT)) + opening.end()
+    for start, end, value in _spans(text):
+        is_direct = not re.sub(r"[-\s$€£¥+*]", "", text[begin:start])
+        return value if is_direct and not OPERATOR.match(text, end) else None
+    return None
+
+
+def _main_number(sentence: str) -> Fraction | None:
+    """The number that a sentence is about: the last one outside its clauses and phrases of time, place and purpose."""
+    for pattern in (LEADING_CLAUSE, TRAILING_CLAUSE):
+        shorter = pattern.sub("", sentence)
+        sentence = shorter if next(numbers_in(shorter), None) else sentence
+    found = list(numbers_in(sentence))
+    main = [value for begin, value in found if not ADVERBIAL.search(sentence[max(0, begin - 40) : begin])]
+    values = main or [value for _, value in found]
+    return values[-1] if values else None
+
+
+def _in_last_sentence(text: str) -> Fraction | None:
+    """The main number of the last sentence that has one; what a chat offers at its end ("I can ...") comes last."""
+    sentences = [sentence for sentence in _sentences(text) if NUMBER.search(sentence)]
+    told = [sentence for sentence in sentences if not OFFER.search(sentence)]
+    for sentence in reversed(told or sentences):
+        part = sentence[-STATEMENT_CHARACTERS:]
+        value = _equated(part) if "=" in part else None
+        if value is not None or (value := _main_number(part)) is not None:
             return value
     return None
 
 
+def _sentences(text: str) -> list[str]:
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return [text[begin:end] for begin, end in zip([0, *ends], [*ends, len(text)])]
+
+
 def _without_denials(text: str) -> str:
     """Without "(not 20)" and ", not 20" at the end of sentences: the last number must not be the one ruled out."""
-    shorter = re.sub(r"\(\s*(?:and\s+)?not\b[^()\n]*\)|,\s*(?:and\s+)?not\s+[$\-\d][^.;\n]*", "", text)
+    shorter = re.sub(r"\(\s?(?:and )?not\b[^()\n]*\)|,\s?(?:and )?not\s[$\-\d][^.;\n]*", "", text)
     return shorter if next(numbers_in(shorter), None) else text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from qwen_eval.core import Completion, Completions, Turn
@@ -9,6 +10,48 @@ from qwen_eval.core import Completion, Completions, Turn
 LOOP_TAIL = 2_000  # characters of the end that are looked at
 LOOP_CHARACTERS = 80  # a repetition shorter than this is emphasis, a table rule or a round number
 LOOP_REPEATS = 4
+READ_CHARACTERS = 20_000  # of the end of an answer: a bound on what a hostile or looping reply costs its reader
+
+_NEXT_QUESTION = re.compile(r"\s*\**(?:Question|Q|Human|User|问题|题目|问)\s?\d{0,4}\**[:：]")
+_BLANK_OR_MARK = re.compile(r"[?？]\s*$|_{2,}|[(（]\s{0,9}[)）]")
+_OPTION_A = re.compile(r"\s*[(（]?A\s?[.．、:：)）]")
+
+REASONING_START, REASONING_END = "<think>", "</think>"
+
+
+def answer_part(reply: str) -> str:
+    """What a reader looks at: the reply behind its reasoning, and of that the last 20,000 characters.
+
+    Everything up to the last `</think>` is dropped, and everything from a `<think>` that never ends: a model that was
+    cut off while it thought has not answered.
+
+    >>> answer_part("<think>B? No.</think>\\n\\nA"), answer_part("<think>B? No."), answer_part("A")
+    ('\\n\\nA', '', 'A')
+    """
+    return _behind_reasoning(reply)[-READ_CHARACTERS:]
+
+
+def _behind_reasoning(reply: str) -> str:
+    return reply.rpartition(REASONING_END)[2].partition(REASONING_START)[0]
+
+
+def before_next_question(text: str) -> str:
+    """The answer alone, where the model goes on with questions of its own: "C\\n\\nQuestion: ...".
+
+    A line that asks and is followed by an option A counts as such a question, when something stands before it.
+    """
+    lines = text.split("\n")
+    is_begun = False
+    for i, line in enumerate(lines):
+        if is_begun and (_NEXT_QUESTION.match(line) or _asks_and_offers(lines[i : i + 3])):
+            return "\n".join(lines[:i])
+        is_begun = is_begun or bool(line.strip())
+    return text
+
+
+def _asks_and_offers(lines: list[str]) -> bool:
+    following = next((line for line in lines[1:] if line.strip()), "")
+    return bool(_BLANK_OR_MARK.search(lines[0]) and _OPTION_A.match(following))
 
 
 def cut(text: str, stops: Iterable[str]) -> str:
@@ -35,12 +78,16 @@ def is_looping(text: str) -> bool:
 
 
 def flags(completion: Completion, *, has_answer: bool) -> tuple[str, ...]:
-    """The symptoms counted beside every generative score, as `Grade.flags` names them."""
+    """The symptoms counted beside every generative score, as `Grade.flags` names them.
+
+    "overlong": the answer is longer than what its reader looks at, its end.
+    """
     symptoms = {
         "truncated": completion.finish_reason == "length",
         "empty": not completion.text.strip(),
         "looping": is_looping(completion.text),
         "no_answer": not has_answer,
+        "overlong": len(_behind_reasoning(completion.text)) > READ_CHARACTERS,
     }
     return tuple(name for name, is_seen in symptoms.items() if is_seen)
 

@@ -6,7 +6,6 @@ weights of the shape. Every tensor is checked for name, shape and finiteness; wh
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from qwen_eval.models.transformer import SplitLinear, Transformer, dense_linear
 from qwen_eval.models.weight_files import Tensors, open_weights, weight_files
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FULL_DIGEST_BYTES = 4 * 2**30
 # Buffers that old checkpoints carry and nobody reads.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "logn_tensor")
 
@@ -102,20 +100,6 @@ class TensorFiles:
 
     def unused(self) -> list[str]:
         return sorted(n for n in self.files if n not in self._used and not n.endswith(IGNORED))
-
-    def digest(self) -> str:
-        """sha256 over all weight files; above 4 GiB in all over sizes, heads and every 64th MiB, and named so."""
-        files = sorted(set(self.files.values()))
-        total = sum(f.stat().st_size for f in files)
-        sha, is_full = hashlib.sha256(), total <= FULL_DIGEST_BYTES
-        for file in files:
-            sha.update(f"{file.name}:{file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(2**20):
-                    sha.update(block)
-                    if not is_full:
-                        stream.seek(63 * 2**20, 1)
-        return sha.hexdigest() if is_full else f"sampled:{sha.hexdigest()}"
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -57,13 +57,14 @@ class HiddenStates:
         try:
             return load_file(str(path))["hidden"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise DataError(f"{path}: not readable ({error}); run again with overwrite=true") from None
+            raise DataError(f"{path}: not readable ({error}); run again with tag=NAME keep_hidden=true") from None
 
 
-def read_head(spec: ModelSpec) -> Tensor:
-    """The lm_head [V,E] of a model as stored, without loading the rest."""
+def read_head(spec: ModelSpec, *, fingerprint: str) -> Tensor:
+    """The lm_head [V,E] of a model as stored, without loading the rest; ModelError for another checkpoint."""
     from qwen_eval.models import checkpoint
     from qwen_eval.models.config import ModelConfig
+    from qwen_eval.models.fingerprint import model_fingerprint
     from qwen_eval.models.hub import checkpoint_dir
     from qwen_eval.models.load import placement_of, read_config
     from qwen_eval.models.lora import base_of
@@ -72,6 +73,12 @@ def read_head(spec: ModelSpec) -> Tensor:
     if spec.weights == "random":
         raise ModelError(f"model {spec.name}: random weights have no stored lm_head; KL divergence needs a checkpoint")
     directory = checkpoint_dir(spec)
-    fields = read_config(base_of(directory), spec)
-    placement = placement_of(spec, fields, base_of(directory))
+    found = model_fingerprint(spec, directory)
+    if found != fingerprint:
+        raise ModelError(
+            f"{directory}: is another checkpoint now ({found}) than the run's ({fingerprint or 'unknown'})"
+        )
+    base = base_of(directory)
+    fields = read_config(base, spec)
+    placement = placement_of(spec, fields, base)
     return checkpoint.read_head(open_tensors(directory), ModelConfig.from_hf(fields), placement)

@@ -17,7 +17,7 @@ from qwen_eval.config import HUBS, ModelSpec
 from qwen_eval.core import ConfigError, ModelError
 
 ASSETS = Path(__file__).parent.parent / "assets"
-FILES = ("*.safetensors", "*.bin", "*.json", "*.tiktoken", "merges.txt", "*.jinja")
+FILES = ("*.safetensors", "*.bin", "*.json", "*.tiktoken", "*.txt", "*.model", "*.jinja")
 # The first that is there holds the weights, as in transformers: an index beside a whole file is a leftover.
 ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TIMEOUT_S = 8.0  # for the first word of a hub; downloads take the time they take
@@ -41,6 +41,27 @@ def checkpoint_dir(spec: ModelSpec) -> Path:
     if spec.hub == "modelscope":
         return _from_modelscope(spec)
     return _from_huggingface(spec)
+
+
+def local_checkpoint_dir(spec: ModelSpec) -> Path:
+    """As `checkpoint_dir`, but of a hub's checkpoint the copy on this machine: no hub is asked, nothing is fetched."""
+    if spec.path is not None or spec.asset is not None or (spec.weights == "random" and spec.arch):
+        return checkpoint_dir(spec)
+    model_id = (spec.modelscope_id or spec.hub_id) if spec.hub == "modelscope" else spec.hub_id
+    if model_id is None:
+        raise ModelError(f"model {spec.name}: neither model.path, model.asset nor model.hub_id is given")
+    found = _cached(lambda: _snapshot(spec.hub)(model_id, revision=spec.revision, local_files_only=True))
+    if found is None:
+        raise ModelError(f"model.hub_id={model_id}: no copy of it is cached on this machine")
+    return found
+
+
+def _snapshot(hub: str) -> Any:
+    if hub == "modelscope":
+        from modelscope import snapshot_download
+    else:
+        from huggingface_hub import snapshot_download
+    return snapshot_download
 
 
 def local_dir(path: str) -> Path:
@@ -93,7 +114,8 @@ def _from_huggingface(spec: ModelSpec) -> Path:
     try:
         info = HfApi().model_info(spec.hub_id, revision=spec.revision, timeout=TIMEOUT_S)
         names = [sibling.rfilename for sibling in info.siblings or ()]
-        return Path(snapshot_download(spec.hub_id, revision=info.sha, allow_patterns=wanted_files(names)))
+        # by its name, not by the commit behind it: only so the copy is found under that name without a network
+        return Path(snapshot_download(spec.hub_id, revision=spec.revision, allow_patterns=wanted_files(names)))
     except errors.GatedRepoError as error:
         raise ModelError(f"{wanted}: gated; accept its licence on the hub and log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:

@@ -14,11 +14,13 @@ from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig, read_fields
+from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.generation_config import read_json, sampling_of
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
 from qwen_eval.models.lora import base_of, tokenizer_dir
 from qwen_eval.models.merged import open_tensors
+from qwen_eval.models.naming import check_shape
 from qwen_eval.models.quant import bnb, gptq, kernels
 from qwen_eval.models.quant.gptq import GptqConfig
 from qwen_eval.models.runner import ModelRunner
@@ -40,17 +42,20 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     directory = checkpoint_dir(spec)
     base = base_of(directory)
     fields = read_config(base, spec)
+    if spec.weights != "random":
+        check_shape(spec, base)
     config = with_overrides(ModelConfig.from_hf(fields), spec)
     placement = placement_of(spec, fields, base)
     tokenizer = load_tokenizer(tokenizer_dir(directory), system=spec.system, thinking=spec.thinking)
     check_vocabulary(tokenizer, config, directory)
-    model, digest = _weights(spec, directory, config, placement)
+    fingerprint = model_fingerprint(spec, directory)  # before the weights: a file replaced meanwhile is not these
+    model = _weights(spec, directory, config, placement)
     is_int8 = spec.kv_cache == "int8"
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if is_int8 else PlainCodec(placement.dtype)
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
     packed = placement.packed
     quant = f"gptq-int{packed.config.bits}" if isinstance(packed, gptq.Builder) else spec.quant
-    facts = {**_facts(spec, model, digest, placement.device), "quant": quant}
+    facts = {**_facts(spec, model, fingerprint, placement.device), "quant": quant}
     facts |= tokenizer.template.facts if tokenizer.template else {}
     facts["sampling"] = sampling_of(read_json(base / "generation_config.json"))
     facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head])  # choices read rows of the head
@@ -196,19 +201,18 @@ def _bnb_builder(quant: str, dtype: torch.dtype, device: torch.device) -> BuildF
     return bnb.builder(kinds[quant], dtype=dtype, device=device) if quant in kinds else None
 
 
-def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> tuple[Transformer, str]:
+def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> Transformer:
     if spec.weights == "random":
         packing = read_quant(spec, spec.arch, directory)
-        return random_model(config, placement, spec.seed, packing=packing), f"random:{spec.seed}"
-    model, files = load(open_tensors(directory), config, placement)
-    return model, files.digest()
+        return random_model(config, placement, spec.seed, packing=packing)
+    return load(open_tensors(directory), config, placement)[0]
 
 
-def _facts(spec: ModelSpec, model: Transformer, digest: str, device: torch.device) -> dict[str, JSON]:
+def _facts(spec: ModelSpec, model: Transformer, fingerprint: str, device: torch.device) -> dict[str, JSON]:
     report = kernels.report(model.modules())
     config = model.config
     return {
-        "weights": digest,
+        "weights": fingerprint,
         "num_parameters": num_parameters(config),
         "weight_bytes": sum(p.nbytes for p in model.parameters() if p.is_floating_point()) + report.weight_bytes,
         "dtype": str(model.dtype).removeprefix("torch."),

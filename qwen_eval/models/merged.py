@@ -5,7 +5,6 @@ W + scale * B @ A, computed in fp32; scale is lora_alpha / rank, or lora_alpha /
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,15 +68,6 @@ class MergedFiles(TensorFiles):
         if name not in self.stored:
             raise ModelError(f"{self.file}: {name} is missing")
         return self._checked(self.adapter.get_tensor(self.stored[name]), name).float()
-
-    def digest(self) -> str:
-        """Of the base's files, the adapter's weights and the settings that scale them."""
-        assert self.file is not None
-        sha = hashlib.sha256(f"{super().digest()}\n{self.config!r}\n".encode())
-        with self.file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                sha.update(block)
-        return f"lora:{sha.hexdigest()}"
 
 
 def _plain_name(stored: str) -> str:

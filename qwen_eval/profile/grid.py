@@ -17,6 +17,8 @@ from pathlib import Path
 
 from qwen_eval import core
 from qwen_eval.core import JSON, ConfigError, ModelError, QwenEvalError, StoreError
+from qwen_eval.models.fingerprint import model_fingerprint
+from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.profile.cells import Cell, cells, to_json
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.runs.provenance import deciding_versions, provenance
@@ -66,7 +68,8 @@ def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
     fields = dataclasses.asdict(spec)
     how = {key: value for key, value in fields.items() if key not in (*GRID, *PLACES)}
     config = {**fields, "task": {"name": TASK}}
-    decides = {**how, "packages": deciding_versions()}
+    weights = model_fingerprint(spec.model, checkpoint_dir(spec.model))
+    decides = {**how, "weights": weights, "packages": deciding_versions()}
     return {"format": FORMAT, "kind": "profile", "config": config, "decides": decides, "provenance": provenance()}
 
 
@@ -96,7 +99,7 @@ def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, JSON]],
     for other in (old["device"] for old in known if old.get("device")):
         if here and any(here.get(key) != other.get(key) for key in SAME_DEVICE):
             names = [", ".join(f"{key}={device.get(key)}" for key in SAME_DEVICE) for device in (other, here)]
-            raise StoreError(f"{run.path} was measured on {names[0]}, this is {names[1]}; pass tag= or overwrite=true")
+            raise StoreError(f"{run.path} was measured on {names[0]}, this is {names[1]}; pass tag=NAME")
 
 
 def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]]) -> None:

@@ -73,7 +73,8 @@ def quantise(spec: QuantizeSpec) -> None:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"written to {out}: python -m qwen_eval model={spec.model.name} model.path={out}")
+    # a name of its own, else its scores would be looked for among those of the original
+    print(f"written to {out}: python -m qwen_eval model.name={spec.model.name}-int{spec.bits} model.path={out}")
 
 
 def check(spec: QuantizeSpec) -> None:

@@ -129,20 +129,28 @@ def _overview(spec: ReportSpec) -> Report:
 
 
 def _accept(spec: ReportSpec) -> int:
+    """Write the baselines, and print what they change against those that they replace."""
     from qwen_eval.report.baseline import accept
+    from qwen_eval.report.gate import accepted_tables
 
-    for directory in accept(spec.accept, Path(spec.gate or BASELINES)):
-        print(f"baseline written: {directory}")
+    margins = _margins(spec)
+    accepted = accept(spec.accept, Path(spec.gate or BASELINES))
+    print_tables(accepted_tables(accepted, margins))
+    for item in accepted:
+        print(f"baseline written: {item.directory}{item.note}")
     return 0
 
 
 def _margins(spec: ReportSpec) -> Margins:
     from qwen_eval.report.comparison import Margins
 
-    margins = Margins(**vars(spec.margins))
+    if spec.margin is not None and not 0 < spec.margin < 100:
+        raise ConfigError(f"margin={spec.margin}: points or per cent, between 0 and 100, such as 1")
+    short = {} if spec.margin is None else dict.fromkeys(("share", "ppl", "mean"), spec.margin / 100)
+    margins = Margins(**{**vars(spec.margins), **short})
     for name, value in vars(margins).items():
-        if not 0 < value < 1:
-            raise ConfigError(f"margins.{name}={value}: a fraction between 0 and 1, such as 0.01")
+        if not 0 < value < (10 if name in ("once", "memory", "speed") else 1):
+            raise ConfigError(f"margins.{name}={value}: a fraction above 0 and below 1, such as 0.01")
     return margins
 
 

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import ConfigError, Metric, QwenEvalError
@@ -16,9 +17,13 @@ from qwen_eval.metrics import mean
 from qwen_eval.report.comparison import Agreement, Comparison, Family, Flip, Margins, Side
 from qwen_eval.report.items import Item, choice_kl
 from qwen_eval.report.kld import Divergence
-from qwen_eval.report.obstacles import obstacles
-from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share, speed_ratio
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, find_runs, profile_cells, speeds_of
+from qwen_eval.report.obstacles import lost_numbers, obstacles
+from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share
+from qwen_eval.report.runs import LoadedRun, RunSet, find_runs
+from qwen_eval.report.speed import compare_speed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HIDDEN = "hidden"  # where a run with keep_hidden=true keeps its final hidden states
 MAX_GROUPS = 40
@@ -37,13 +42,14 @@ def compare_paths(paths: Sequence[str], margins: Margins | None = None) -> list[
             why = f" ({found.unreadable[0].path}: {found.unreadable[0].reason})" if found.unreadable else ""
             raise ConfigError(f"compare: no run under {path}{why}")
     pairs = _pairs(first, second, paths)
-    return adjusted([compare_sides(Side(run=a), Side(run=b), margins or Margins()) for a, b in pairs])
+    margins = margins or Margins()
+    return adjusted([found for a, b in pairs for found in compare_runs(Side(run=a), Side(run=b), margins)])
 
 
 def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """The same with Holm's p-values over all of them."""
+    """The same with Holm's p-values over all of them; speed is judged by its margin and takes part in no test."""
     items = list(comparisons)
-    p_values = holm([None if c.difference is None else c.difference.p_value for c in items])
+    p_values = holm([None if c.difference is None or c.family == "speed" else c.difference.p_value for c in items])
     return [replace(c, p_adjusted=p) for c, p in zip(items, p_values)]
 
 
@@ -70,9 +76,28 @@ def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[Lo
 # --- one pair --------------------------------------------------------------------------------------------------------
 
 
-def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
+def compare_runs(first: Side, second: Side, margins: Margins) -> list[Comparison]:
+    """One comparison of two runs; of perplexities one for each length, the headline's first; of two profiles one for
+    each cell and quantity."""
     if first.run.kind == second.run.kind == "profile":
-        return _compare_speed(first.run, second.run, margins)
+        return compare_speed(first.run, second.run, margins, _label(first.run, second.run))
+    found = compare_sides(first, second, margins)
+    if not all(f"ppl/{group}" in first.run.metrics for group, _ in found.by_group) or not found.by_group:
+        return [found]
+    rows = [_of_length(found, first.run, second.run, group, d) for group, d in found.by_group]
+    rows.sort(key=lambda row: row.metric != found.metric)
+    return [replace(rows[0], kld=found.kld), *rows[1:]]
+
+
+def _of_length(c: Comparison, first: LoadedRun, second: LoadedRun, group: str, difference: Difference) -> Comparison:
+    name = f"ppl/{group}"
+    return replace(
+        c, metric=name, label=f"{c.label}, {group} tokens", first=first.metrics.get(name),
+        second=second.metrics.get(name), difference=difference, kld=None,
+    )  # fmt: skip
+
+
+def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
     family = _family(first)
     head, other = first.run.headline, second.run.headline
     base = Comparison(
@@ -85,6 +110,9 @@ def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
         higher_is_better=head[1].higher_is_better if head else True,
         paths=(first.run.path, second.run.path),
     )
+    failures = lost_numbers(first.items, second.items)
+    if failures:
+        return replace(base, failures=tuple(failures), flips=_flips(first.items, second.items))
     found = obstacles(first, second, family)
     if found:
         return replace(base, obstacles=tuple(found))
@@ -95,20 +123,21 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
     ids = list(first.items)
     a, b = [first.items[key] for key in ids], [second.items[key] for key in ids]
     difference, notes = _difference(base, a, b)
-    flips = tuple(Flip(id=x.id, first=x, second=y) for x, y in zip(a, b) if _flipped(x, y))
+    flips = _flips(first.items, second.items)
     same = [flip for flip in flips if flip.is_reread]
     gains = sum(flip.is_gain for flip in same)
     if _differs_in_tokens(a, b):
         notes.append("token ids of the prompts differ though their text does not: another tokenizer or special tokens")
-    reference = abs(base.first.value) if base.first else 0.0
     kld, why_not = _divergence(first, second)
     return replace(
         base,
         difference=difference,
         by_group=_perplexity_by_group(a, b) if base.family == "ppl" else (),
-        margin=margins.of(base.family) * (1.0 if base.family == "share" else reference),
+        margin=_margin(base, margins),
         flips=flips,
         regraded=(gains, len(same) - gains),
+        without_rereads=_difference(base, a, _with_old_scores(a, b, same))[0] if gains else None,
+        rewritten=tuple(x.id for x, y in zip(a, b) if _is_rewritten(x, y)),
         agreement=_agreement(a, b),
         is_identical=all(_is_identical(x, y) for x, y in zip(a, b)),
         choice_kl=_mean_choice_kl(a, b),
@@ -120,7 +149,9 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
 def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple[Difference | None, list[str]]:
     """The paired test that fits; None where the benchmark has no score per sample (a corpus score)."""
     if base.family == "ppl":
-        return _perplexity(a, b), []
+        length = base.metric.rpartition("/")[2]  # the headline is one length's: other lengths are `by_group`
+        rows = [(x, y) for x, y in zip(a, b) if x.group == length] or list(zip(a, b))
+        return _perplexity([x for x, _ in rows], [y for _, y in rows]), []
     pairs = [(x, y) for x, y in zip(a, b) if x.score is not None and y.score is not None]
     if not pairs:
         return None, ["no score per sample: only identical answers can be told"]
@@ -132,6 +163,14 @@ def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple
     factors = weights or [1.0] * len(pairs)
     weighted = [[w * s for w, s in zip(factors, side)] for side in scores]
     return paired_mean(weighted[0], weighted[1], clusters), notes
+
+
+def _margin(base: Comparison, margins: Margins) -> float:
+    """On the scale of the difference: points of a share, log of a ratio of perplexities, parts of another mean."""
+    margin = margins.of(base.family)
+    if base.family == "ppl":
+        return math.log1p(margin)
+    return margin * (abs(base.first.value) if base.family == "mean" and base.first else 1.0)
 
 
 def _perplexity(a: Sequence[Item], b: Sequence[Item]) -> Difference:
@@ -162,31 +201,6 @@ def _weights(headline: Metric | None, items: Sequence[Item]) -> tuple[list[float
     return None, ["Δ is over samples; the headline is put together otherwise"]
 
 
-def _compare_speed(first: LoadedRun, second: LoadedRun, margins: Margins) -> Comparison:
-    """All cells of two profiles as one ratio: the mean of log ratios, each cell with its own repeats."""
-    base = Comparison(
-        task=first.task, label=_label(first, second), family="speed", metric="tok_per_s", first=None, second=None,
-        margin=math.log1p(margins.speed), paths=(first.path, second.path),
-    )  # fmt: skip
-    devices = device_name(first), device_name(second)
-    if devices[0] != devices[1] or "unknown" in devices:
-        return replace(base, obstacles=(f"device: {devices[0]} against {devices[1]}",))
-    cells = [{_cell_key(cell): speeds_of(cell) for cell in profile_cells(run)} for run in (first, second)]
-    shared = [key for key in cells[0] if cells[0][key] and cells[1].get(key)]
-    if not shared:
-        return replace(base, obstacles=("no cell of the same name and shape in both profiles",))
-    centres = {key: math.fsum(map(math.log, cells[0][key])) / len(cells[0][key]) for key in shared}
-    a, b = ([math.exp(math.log(x) - centres[key]) for key in shared for x in side[key]] for side in cells)
-    first_mean, second_mean = (mean([x for key in shared for x in side[key]], unit="tok/s") for side in cells)
-    missing = [str(key[0]) for key in cells[0] if key not in shared]
-    notes = (f"not in both: {', '.join(missing)}",) if missing else ()
-    return replace(base, first=first_mean, second=second_mean, difference=speed_ratio(a, b), notes=notes)
-
-
-def _cell_key(cell: Mapping[str, object]) -> tuple[object, ...]:
-    return tuple(cell.get(key) for key in ("name", "batch", "prompt_tokens", "new_tokens"))
-
-
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +216,21 @@ def _family(side: Side) -> Family:
 def _label(first: LoadedRun, second: LoadedRun) -> str:
     names = [f"{run.label} {run.variant}" for run in (first, second)]
     return names[0] if names[0] == names[1] else f"{names[0]} → {names[1]}"
+
+
+def _flips(first: Mapping[str, Item], second: Mapping[str, Item]) -> tuple[Flip, ...]:
+    pairs = [(item, second[key]) for key, item in first.items() if key in second]
+    return tuple(Flip(id=x.id, first=x, second=y) for x, y in pairs if _flipped(x, y))
+
+
+def _with_old_scores(first: Sequence[Item], second: Sequence[Item], flips: Sequence[Flip]) -> list[Item]:
+    """The second side as if what was read otherwise had kept its score."""
+    ids = {flip.id for flip in flips}
+    return [replace(y, score=x.score) if y.id in ids else y for x, y in zip(first, second)]
+
+
+def _is_rewritten(first: Item, second: Item) -> bool:
+    return first.is_text and first.answer_sha256 != second.answer_sha256 and first.score == second.score
 
 
 def _flipped(first: Item, second: Item) -> bool:
@@ -227,7 +256,7 @@ def _agreement(first: Sequence[Item], second: Sequence[Item]) -> Agreement:
 
 
 def _differs_in_tokens(first: Sequence[Item], second: Sequence[Item]) -> bool:
-    return any(x.prompt_sha256 != y.prompt_sha256 for x, y in zip(first, second))
+    return any(x.tokens_digest != y.tokens_digest for x, y in zip(first, second))
 
 
 def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | None:
@@ -235,7 +264,7 @@ def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | N
     if not rows:
         return None
     draws = [x.draw for x, _ in rows]
-    return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False)
+    return mean([value for _, value in rows], draws, unit="nats", higher_is_better=False, is_positive=True)
 
 
 def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]]:
@@ -243,7 +272,7 @@ def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]
     kept = [side.run.path / HIDDEN for side in (first, second)]
     if not all(path.is_dir() for path in kept):
         return None, []
-    from qwen_eval.models.hidden import HiddenStates, read_head
+    from qwen_eval.models.hidden import HiddenStates
     from qwen_eval.report.kld import divergence_of_texts
 
     states = [HiddenStates(path) for path in kept]
@@ -252,10 +281,17 @@ def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]
     if not texts:
         return None, ["no KLD: the two runs kept no text of the same tokens"]
     try:
-        heads = read_head(_model_spec(first.run)), read_head(_model_spec(second.run))
+        heads = _head_of(first.run), _head_of(second.run)
         return divergence_of_texts(states[0], states[1], heads, texts), []
     except (QwenEvalError, OSError) as error:
         return None, [f"no KLD: {error}"]
+
+
+def _head_of(run: LoadedRun) -> Tensor:
+    """The lm_head of the very checkpoint of a run; ModelError where another one lies there now."""
+    from qwen_eval.models.hidden import read_head
+
+    return read_head(_model_spec(run), fingerprint=str(run.engine_info.get("weights") or ""))
 
 
 def _model_spec(run: LoadedRun) -> ModelSpec:

@@ -22,12 +22,17 @@ TIE = 1e-3  # nats between two choices; fingerprints of answers keep four decima
 
 @dataclass(frozen=True, kw_only=True)
 class Margins:
-    """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them."""
+    """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them.
+
+    `once`: of a time or speed that was measured only once (loading), where nothing shows the noise.
+    """
 
     share: float = 0.01
-    ppl: float = 0.001
+    ppl: float = 0.01
     mean: float = 0.01
     speed: float = 0.10
+    memory: float = 0.10
+    once: float = 1.0
 
     def of(self, family: Family) -> float:
         return float(getattr(self, family))
@@ -91,9 +96,12 @@ class Side:
 class Comparison:
     """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
 
-    `difference.delta` is absolute for shares and means, ΔPPL for perplexity and log(ratio) for speed; `margin` is on
+    `failures` name what the second run lost altogether: a score that is missing or no number. They need no test.
+    `difference.delta` is absolute for shares and means and log(ratio) for perplexity and speed; `margin` is on
     the same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
-    `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise.
+    `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise; where there are
+    gains among them, `without_rereads` is the difference as if those had kept their score. `rewritten` are the samples
+    whose text changed while their score did not.
     """
 
     task: str
@@ -104,12 +112,15 @@ class Comparison:
     metric: str = ""
     higher_is_better: bool = True
     obstacles: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
     difference: Difference | None = None
     by_group: tuple[tuple[str, Difference], ...] = ()
     p_adjusted: float | None = None
     margin: float = 0.0
     flips: tuple[Flip, ...] = ()
     regraded: tuple[int, int] = (0, 0)
+    without_rereads: Difference | None = None
+    rewritten: tuple[str, ...] = ()
     is_identical: bool = False
     agreement: Agreement | None = None
     choice_kl: Metric | None = None

@@ -13,9 +13,11 @@ class MarginsSpec:
     """Changes smaller than these are of no interest: shares absolute (0.01 is one point), the others relative."""
 
     share: float = 0.01
-    ppl: float = 0.001
+    ppl: float = 0.01
     mean: float = 0.01
     speed: float = 0.10
+    memory: float = 0.10
+    once: float = 1.0  # of a time measured only once, such as loading: 1.0 is twice as long
 
 
 @dataclass(kw_only=True)
@@ -35,3 +37,4 @@ class ReportSpec:
     num_flips: int = 20  # samples listed by compare in text; HTML lists all
     max_samples: int = 20_000  # samples an HTML file carries
     margins: MarginsSpec = field(default_factory=MarginsSpec)
+    margin: float | None = None  # points of a share, per cent of the others: short for margins.share, .ppl and .mean

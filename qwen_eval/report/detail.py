@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qwen_eval.core import JSON
 from qwen_eval.report.comparison import Agreement, Comparison
-from qwen_eval.report.gate import delta_cell, judgement_table
-from qwen_eval.report.verdict import judge_all
+from qwen_eval.report.gate import judgement_table
+from qwen_eval.report.verdict import joint, judge_all
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
 
 MAX_TEXT = 60
@@ -16,9 +17,11 @@ MAX_TEXT = 60
 
 def compare_tables(comparisons: Sequence[Comparison], *, num_flips: int = 20) -> list[Table]:
     judgements = judge_all(list(comparisons))
-    tables = [judgement_table(judgements, title="What changed", sides=("first", "second"))]
+    verdicts = judgement_table(judgements, title="What changed", sides=("first", "second"))
+    if sum(judgement.decision is not None for judgement in judgements) > 1:
+        verdicts = replace(verdicts, notes=(*verdicts.notes, f"All tasks: {joint(judgements)}."))
+    tables = [verdicts]
     tables += what_was_compared(comparisons)
-    tables += by_group(comparisons)
     tables += distributions(comparisons)
     for comparison in comparisons:
         tables += flips(comparison, num_flips)
@@ -57,19 +60,6 @@ def finding(found: Agreement) -> str:
     if found.same_readings < n:
         return f"no difference in the scores, {n - found.same_readings:,} of {n:,} answers were read differently"
     return f"no difference in what was read, {n - found.same_answers:,} of {n:,} answers {what}"
-
-
-def by_group(comparisons: Sequence[Comparison]) -> list[Table]:
-    """ΔPPL of each context length or document group."""
-    tables = []
-    for c in comparisons:
-        rows = tuple((text_cell(group), delta_cell(c, d), number_cell(d.n, 0)) for group, d in c.by_group)
-        if rows:
-            title = f"{c.task}: ΔPPL by group"
-            notes = ("For reading: these intervals are 95 % each, the verdict is over all groups together.",)
-            columns = ("group", "ΔPPL [95 %]", "tokens")
-            tables.append(Table(name=f"delta-{c.task}", title=title, columns=columns, rows=rows, notes=notes))
-    return tables
 
 
 def distributions(comparisons: Sequence[Comparison]) -> list[Table]:

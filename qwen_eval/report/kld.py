@@ -101,7 +101,7 @@ def _summary(pieces: Sequence[Piece], documents: Sequence[Hashable] | None) -> D
     agree = sum(int(same_T.sum()) for _, same_T in pieces)
     if not len(kld):
         raise DataError("no positions to compare: both runs hold empty hidden states")
-    metric = mean([float(x) for x in kld], documents)
+    metric = mean([float(x) for x in kld], documents, is_positive=True)
     values = np.percentile(kld, PERCENTILES)
     return Divergence(
         mean=metric.value,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from qwen_eval.core import JSON, ConfigError, Metric
-from qwen_eval.report.runs import LoadedRun, natural, precision_name, precision_rank
+from qwen_eval.report.runs import LoadedRun, base_name, natural, precision_name, precision_rank
 from qwen_eval.report.settings import Footnotes, run_names, with_runs
 from qwen_eval.tables import NONE, Table, metric_cell, text_cell
 from qwen_eval.terminal import plain_text
@@ -51,32 +51,42 @@ def tables(runs: Sequence[LoadedRun]) -> list[Table]:
 
 
 def changes(runs: Sequence[LoadedRun]) -> list[Table]:
-    """ΔPPL between any two rows of one model that differ in tricks, length by length, paired over documents."""
+    """Change of perplexity between any two rows of one model that differ in precision or tricks, length by length."""
     from qwen_eval.report.compare import compare_sides
     from qwen_eval.report.comparison import Margins, Side
     from qwen_eval.report.gate import delta_cell
 
-    families: dict[tuple[str, ...], list[LoadedRun]] = defaultdict(list)
+    families: dict[str, list[LoadedRun]] = defaultdict(list)
     for run in runs:
-        families[run.model, _precision(run), run.weights].append(run)
+        families[base_name(run.model)].append(run)
     lengths, rows = _lengths(runs), []
-    for (*labels, _), members in families.items():
+    for model, members in families.items():
         for first, second in combinations([Side(run=run) for run in members], 2):
-            names = _tricks(first.run), _tricks(second.run)
+            names = [_change(name(first.run), name(second.run)) for name in (_precision, _tricks)]
+            is_one_model = first.run.weights == second.run.weights or " → " in names[0]  # another precision, others
+            if sum(" → " in name for name in names) != 1 or not is_one_model:
+                continue
             comparison = compare_sides(first, second, Margins())
             found = dict(comparison.by_group)
-            if found and names[0] != names[1]:
+            if comparison.difference is not None and len(lengths) == 1:
+                found = {str(lengths[0]): comparison.difference}
+            if found:
                 cells = [delta_cell(comparison, found.get(str(length))) for length in lengths]
-                rows.append((*map(text_cell, (*labels, " → ".join(names))), *cells))
+                rows.append((*map(text_cell, (model, *names)), *cells))
     if not rows:
         return []
     return [
         Table(
-            name="long-changes", title="What each trick changes: ΔPPL", rows=tuple(rows),
-            columns=("model", "precision", "from → to", *map(str, lengths)),
-            notes=("95 % intervals, paired over the documents; negative is better.",), num_keys=3,
+            name="long-changes", title="What each change does to the perplexity", rows=tuple(rows),
+            columns=("model", "precision", "tricks", *map(str, lengths)),
+            notes=("In per cent of the perplexity, 95 % intervals, paired over the documents; negative is better.",),
+            num_keys=3,
         )
     ]  # fmt: skip
+
+
+def _change(first: str, second: str) -> str:
+    return first if first == second else f"{first} → {second}"
 
 
 def curves(runs: Sequence[LoadedRun], form: str) -> bytes:

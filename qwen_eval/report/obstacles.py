@@ -23,6 +23,19 @@ def obstacles(first: Side, second: Side, family: Family) -> list[str]:
     return found
 
 
+def lost_numbers(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[str]:
+    """What the second run has lost altogether: scores that are missing or no number where the first has one.
+
+    Such a pair must never be left out of the comparison in silence. Only samples with the same prompt are looked at.
+    """
+    pairs = [(first[key], second[key]) for key in first if key in second]
+    pairs = [(a, b) for a, b in pairs if a.prompt_digest == b.prompt_digest and not a.not_finite]
+    missing = [b.id for a, b in pairs if (a.score is None) < (b.score is None) or (a.nll is None) < (b.nll is None)]
+    odd = [f"{b.id} ({b.not_finite})" for _, b in pairs if b.not_finite]
+    found = [f"{len(missing)} of {len(first)} scores are missing, the first is {missing[0]}"] if missing else []
+    return found + ([f"{len(odd)} of {len(first)} samples hold no number, the first is {odd[0]}"] if odd else [])
+
+
 def first_difference(first: str, second: str, width: int = 24) -> str:
     """`at character 7: "…B. two" against "…B) two"`; positions count from 1."""
     at = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
@@ -43,10 +56,15 @@ def _sample_differences(first: Mapping[str, Item], second: Mapping[str, Item], f
     if only[0] or only[1]:
         name = (only[0] or only[1])[0]
         return [f"other samples: {len(only[0])} only in the first, {len(only[1])} only in the second, such as {name}"]
-    texts = [key for key in first if first[key].prompt != second[key].prompt]
+    texts = [key for key in first if first[key].prompt_digest != second[key].prompt_digest]
     if texts:
-        where = first_difference(first[texts[0]].prompt, second[texts[0]].prompt)
-        return [f"{len(texts)} of {len(first)} prompts differ, the first is {texts[0]} {where}"]
+        return [f"{len(texts)} of {len(first)} prompts differ, {_where_prompts_differ(first, second, texts)}"]
+    odd = [f"{key} ({first[key].not_finite})" for key in first if first[key].not_finite]
+    if odd:
+        return [f"{len(odd)} samples of the reference hold no number, the first is {odd[0]}"]
+    unscored = [key for key in first if first[key].score is None and second[key].score is not None]
+    if unscored:
+        return [f"{len(unscored)} samples have no score in the reference, the first is {unscored[0]}"]
     tokens = [key for key in first if first[key].num_tokens != second[key].num_tokens]
     if family == "ppl" and tokens:
         a, b = first[tokens[0]].num_tokens, second[tokens[0]].num_tokens
@@ -55,3 +73,12 @@ def _sample_differences(first: Mapping[str, Item], second: Mapping[str, Item], f
     if targets:
         return [f"{len(targets)} gold answers differ, the first is {targets[0]}"]
     return []
+
+
+def _where_prompts_differ(first: Mapping[str, Item], second: Mapping[str, Item], keys: list[str]) -> str:
+    """To the character where both texts were kept: a baseline keeps one prompt whole, and digests of the others."""
+    known = [key for key in keys if first[key].prompt and second[key].prompt]
+    if not known:
+        return f"the first is {keys[0]}"
+    key, ordinal = known[0], "the first" if known[0] == keys[0] else "one of them"
+    return f"{ordinal} is {key} {first_difference(first[key].prompt, second[key].prompt)}"

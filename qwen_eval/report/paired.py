@@ -1,8 +1,9 @@
 """Paired statistics: the same samples answered twice. Δ is always second minus first; p-values are two-sided.
 
 Tests: exact McNemar for independent right/wrong items; t for perplexity, where documents are few and differences about
-normal; else a sign-flip permutation test over clusters (base problems), exact up to 14 of them. Pinned against scipy
-and statsmodels in tests/test_report_paired.py.
+normal; else a sign-flip permutation test over clusters (base problems). Below seven independent draws no sign-flip test
+can reach the level, so there is an interval and no test. Pinned against scipy and statsmodels in
+tests/test_report_paired.py; error rates and coverage in docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -17,18 +18,27 @@ from numpy.typing import NDArray
 
 from qwen_eval.metrics import ALPHA, ratio_variance, t_quantile
 
+LEVEL = 0.03  # of the tests: at a level of 5 % every other count of false alarms would be above 5 %
+NORMAL_QUANTILE = 1.959963984540054  # of 0.975
 POWER = 0.85  # promised are 80 %: the spread that goes into it is itself an estimate
-NUM_FLIPS_DRAWN = 4_999
+MIN_DRAWS = 7  # all of six differences of one sign have a chance of 2 / 64 = 0.031: no test at LEVEL can say more
+TOO_FEW = f"too few independent draws to test: fewer than {MIN_DRAWS}"
 MAX_EXACT_CLUSTERS = 14
+MAX_STEPS = 50_000  # of the exact distribution of whole multiples of a step
+NUM_FLIPS_DRAWN = 4_999  # at first, and more while few of them reach what was observed
+ENOUGH_HITS = 40
+MAX_FLIPS = 1_000_000
+MAX_SIGNS = 400_000_000  # draws times clusters: two seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """`delta` in [`low`, `high`] (95 %) and how likely by chance.
+    """`delta` in [`low`, `high`] (95 %) and how likely by chance. Of perplexities, `delta` is the log of their ratio.
 
-    `low`, `high`, `p_value` and `error` (the standard error) are None when there are fewer than two independent draws.
-    `test` names the test; `discordance` is the share of pairs that differ, for right/wrong items. With `has_own_spread`
-    a regression is taken to fall on some items and not on others, by as much as it is large.
+    `low`, `high`, `p_value` and `error` (the standard error, with `dof` degrees of freedom) are None when there are
+    fewer than two independent draws, and `p_value` alone where there are too few to test. `test` names the test;
+    `discordance` is the share of pairs that differ, for right/wrong items. With `has_own_spread` a regression is taken
+    to fall on some items and not on others, by as much as it is large.
     """
 
     delta: float
@@ -38,21 +48,27 @@ class Difference:
     high: float | None = None
     p_value: float | None = None
     error: float | None = None
+    dof: float = 0.0
     discordance: float | None = None
     test: str = ""
     has_own_spread: bool = False
 
     def mde(self, alpha: float = ALPHA) -> float | None:
         """The smallest |Δ| that the test at level `alpha` finds four times of five with this n and this spread."""
+        if self.p_value is None or self.error is None:
+            return None
         if self.discordance is not None:
             return share_mde(self.num_clusters, self.discordance, alpha=alpha)
-        if self.error is None or self.num_clusters < 2:
-            return None
-        dof = self.num_clusters - 1
-        errors = t_quantile(dof, 1 - alpha / 2) + t_quantile(dof, POWER)
+        if self.is_permuted and 2.0 ** (1 - self.num_clusters) > alpha:
+            return None  # not even a change of every draw would be found
+        errors = t_quantile(self.dof, 1 - alpha / 2) + t_quantile(self.dof, POWER)
         # effect = errors * sqrt(error² + effect² / clusters), solved for the effect; at few clusters at most doubled
         own = min(errors**2 / self.num_clusters, 0.75) if self.has_own_spread else 0.0
         return errors * self.error / math.sqrt(1.0 - own)
+
+    @property
+    def is_permuted(self) -> bool:
+        return self.test.startswith("sign flip")
 
 
 def paired_share(
@@ -65,13 +81,17 @@ def paired_share(
     if n == 0:
         return Difference(delta=math.nan, n=0, num_clusters=0)
     is_binary = all(x in (0.0, 1.0) for x in first) and all(x in (0.0, 1.0) for x in second)
-    if not is_binary or groups is not None:
-        return _difference_of_means(diffs, groups, floor=True)
     gains, losses = sum(d > 0 for d in diffs), sum(d < 0 for d in diffs)
+    if not is_binary:
+        return _difference_of_shares(diffs, groups)
+    if groups is not None:
+        return _clustered_answers(diffs, groups, gains, losses)
     low, high = bonett_price(gains, losses, n)
+    is_tested = n >= MIN_DRAWS
     return Difference(
-        delta=(gains - losses) / n, n=n, num_clusters=n, low=low, high=high, p_value=mcnemar(gains, losses),
-        error=math.sqrt(gains + losses) / n, discordance=(gains + losses) / n, test="exact McNemar",
+        delta=(gains - losses) / n, n=n, num_clusters=n, low=low, high=high,
+        p_value=mcnemar(gains, losses) if is_tested else None, error=math.sqrt(gains + losses) / n, dof=n - 1.0,
+        discordance=(gains + losses) / n, test="exact McNemar" if is_tested else TOO_FEW,
     )  # fmt: skip
 
 
@@ -83,7 +103,7 @@ def paired_mean(
     if not first:
         return Difference(delta=math.nan, n=0, num_clusters=0)
     diffs = [b - a for a, b in zip(first, second)]
-    return _difference_of_means(diffs, _real_clusters(clusters, len(diffs)), floor=False)
+    return _difference_of_means(diffs, _real_clusters(clusters, len(diffs)))
 
 
 def paired_perplexity(
@@ -92,10 +112,10 @@ def paired_perplexity(
     num_tokens: Sequence[int],
     clusters: Sequence[Hashable] | None = None,
 ) -> Difference:
-    """ΔPPL of two models over the same tokens; the draws are documents (or `clusters` of rows).
+    """Log of the ratio of two perplexities over the same tokens; the draws are documents (or `clusters` of rows).
 
-    Tested is the mean difference of NLL per token, the log of the ratio of the perplexities: documents differ far more
-    in their perplexity than in what a change does to it. Its interval, times the first perplexity, is that of Δ.
+    It is the mean difference of NLL per token: documents differ far more in their perplexity than in what a change does
+    to it. An interval of the difference of two perplexities would need how both vary together; the ratio does not.
     """
     assert len(first_nll) == len(second_nll) == len(num_tokens)
     total = float(sum(num_tokens))
@@ -103,13 +123,9 @@ def paired_perplexity(
         return Difference(delta=math.nan, n=0, num_clusters=0)
     groups = _real_clusters(clusters, len(num_tokens))
     diffs = [b - a for a, b in zip(first_nll, second_nll)]
-    variance, dof = ratio_variance(diffs, [float(t) for t in num_tokens], groups)
-    log = _interval(math.fsum(diffs) / total, variance, dof, [], None, n=int(total), test="t over documents")
-    reference = math.exp(math.fsum(first_nll) / total)
-    low, high = (None if x is None else reference * math.expm1(x) for x in (log.low, log.high))
-    error = None if log.error is None else log.error * reference * math.exp(log.delta)
-    delta = reference * math.expm1(log.delta)
-    return replace(log, delta=delta, low=low, high=high, error=error, has_own_spread=True)
+    spread = _spread_of(diffs, [float(t) for t in num_tokens], groups)
+    found = _interval(math.fsum(diffs) / total, spread, n=int(total), test="t over documents")
+    return replace(found, has_own_spread=True)
 
 
 def speed_ratio(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -122,7 +138,8 @@ def speed_ratio(first: Sequence[float], second: Sequence[float]) -> Difference:
     variance = max(var_a + var_b, 1e-12)
     dof = variance**2 / max(var_a**2 / (len(a) - 1) + var_b**2 / (len(b) - 1), 1e-30)
     dof = min(dof, float(n - 2))
-    return _interval(float(b.mean() - a.mean()), variance, dof, [], None, n=n, test="Welch t of logs")
+    spread = _Spread(variance=variance, dof=dof, num_draws=n)
+    return _interval(float(b.mean() - a.mean()), spread, n=n, test="Welch t of logs")
 
 
 # --- tests ---------------------------------------------------------------------------------------------------------
@@ -136,23 +153,60 @@ def mcnemar(gains: int, losses: int) -> float:
     return 1.0 if total == 0 else min(1.0, 2.0 * float(bdtr(few, total, 0.5)))
 
 
-def sign_flip(sums: NDArray[np.float64], *, seed: int = 0) -> float:
-    """Permutation p-value of a zero sum: each cluster's difference could as well have had the other sign."""
-    values = sums[np.abs(sums) > 0]
+def sign_flip(sums: NDArray[np.float64], *, seed: int = 0) -> tuple[float, str]:
+    """Permutation p-value of a zero sum, each cluster's difference could as well have had the other sign; and its name.
+
+    Exact for up to 14 clusters and for whole multiples of a step (right/wrong answers, k of n draws); else drawn, the
+    more the smaller p is, as a fixed number would bound p from below.
+    """
+    values = np.abs(sums[np.abs(sums) > 0])
     if not len(values):
-        return 1.0
-    observed = abs(float(values.sum())) * (1 - 1e-12)
+        return 1.0, "sign flip of clusters, exact"
+    observed = abs(float(sums.sum())) * (1 - 1e-12)
+    steps = _whole_steps(values)
+    if steps is not None:
+        return _tail_of_steps(*steps, observed), "sign flip of clusters, exact"
     if len(values) <= MAX_EXACT_CLUSTERS:
         signs = 1 - 2 * ((np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1)
-        return float(np.mean(np.abs(signs @ values) >= observed))
-    rng, hits, done, width = np.random.default_rng(seed), 0, 0, -(-len(values) // 8)
-    while done < NUM_FLIPS_DRAWN:  # in slices: 5,000 x 14,000 signs would be half a gigabyte
-        rows = min(NUM_FLIPS_DRAWN - done, max(1, 4_000_000 // len(values)))
+        return float(np.mean(np.abs(signs @ values) >= observed)), "sign flip of clusters, exact"
+    p_value, num_drawn = _drawn_tail(values, observed, seed)
+    return p_value, f"sign flip of clusters, {num_drawn:,} drawn"
+
+
+def _whole_steps(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], float] | None:
+    """(`values` / step, step) where all are whole multiples of one step and not too many; else None."""
+    smallest = float(values.min())
+    for parts in range(1, 13):
+        multiples = values * (parts / smallest)
+        rounded = np.rint(multiples)
+        if np.allclose(multiples, rounded, rtol=0, atol=1e-6) and rounded.sum() <= MAX_STEPS:
+            return rounded.astype(np.int64), smallest / parts
+    return None
+
+
+def _tail_of_steps(steps: NDArray[np.int64], step: float, observed: float) -> float:
+    """Chance that |sum of ± steps| reaches `observed`: a convolution of binomials, one for each size of step."""
+    chances = np.ones(1)
+    for size, count in zip(*np.unique(steps, return_counts=True)):
+        before, chances = chances, np.zeros(len(chances) + int(size * count))
+        for ups, chance in enumerate(_binomial(np.arange(count + 1), int(count), 0.5)):
+            chances[ups * size : ups * size + len(before)] += chance * before
+    sums = 2 * np.arange(len(chances)) - int(steps.sum())
+    return min(1.0, float(chances[np.abs(sums) >= observed / step - 0.5].sum()))
+
+
+def _drawn_tail(values: NDArray[np.float64], observed: float, seed: int) -> tuple[float, int]:
+    rng, hits, done, wanted, width = np.random.default_rng(seed), 0, 0, NUM_FLIPS_DRAWN, -(-len(values) // 8)
+    most = max(NUM_FLIPS_DRAWN, min(MAX_FLIPS, MAX_SIGNS // len(values)))
+    while done < wanted:  # in slices: 5,000 x 14,000 signs would be half a gigabyte
+        rows = min(wanted - done, max(1, 4_000_000 // len(values)))
         bits = np.unpackbits(np.frombuffer(rng.bytes(rows * width), dtype=np.uint8).reshape(rows, width), axis=1)
         flipped = 2.0 * (bits[:, : len(values)].astype(np.float64) @ values) - values.sum()
         hits += int(np.count_nonzero(np.abs(flipped) >= observed))
         done += rows
-    return (hits + 1) / (NUM_FLIPS_DRAWN + 1)
+        if done >= wanted and hits < ENOUGH_HITS:
+            wanted = min(most, wanted * 4)
+    return (hits + 1) / (done + 1), done
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -166,12 +220,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def bonett_price(gains: int, losses: int, n: int, *, alpha: float = ALPHA) -> tuple[float, float]:
+def bonett_price(gains: float, losses: float, n: float, *, quantile: float = NORMAL_QUANTILE) -> tuple[float, float]:
     """Adjusted Wald interval of a paired difference of shares (Bonett & Price 2012): covers at small n, never empty."""
-    from scipy.special import ndtri
-
     up, down = (gains + 1) / (n + 2), (losses + 1) / (n + 2)
-    half = float(ndtri(1 - alpha / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = quantile * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
@@ -230,38 +282,65 @@ def _binomial(hits: NDArray[np.int64], n: int, rate: float) -> NDArray[np.float6
 # --- shared pieces -------------------------------------------------------------------------------------------------
 
 
-def _difference_of_means(diffs: Sequence[float], groups: Sequence[Hashable] | None, *, floor: bool) -> Difference:
-    delta, n = math.fsum(diffs) / len(diffs), len(diffs)
-    variance, dof = ratio_variance(diffs, [1.0] * n, groups)
-    if floor and variance == 0.0:  # no cluster changed: that is not certainty, but at most a few in this many
-        num_clusters = int(dof) + 1
-        low, high = bonett_price(0, 0, num_clusters)
-        return Difference(
-            delta=delta, n=n, num_clusters=num_clusters, low=min(low, delta), high=max(high, delta), p_value=1.0,
-            error=0.0, discordance=0.0, test="no difference",
-        )  # fmt: skip
-    return replace(_interval(delta, variance, dof, diffs, groups, n=n), has_own_spread=floor)
+@dataclass(frozen=True, kw_only=True)
+class _Spread:
+    """Variance of an estimate, its degrees of freedom, and how many independent draws there are."""
+
+    variance: float
+    dof: float
+    num_draws: int
 
 
-def _interval(
-    delta: float,
-    variance: float,
-    dof: float,
-    diffs: Sequence[float],
-    groups: Sequence[Hashable] | None,
-    *,
-    n: int,
-    test: str = "sign-flip permutation",
-) -> Difference:
-    num_clusters = int(dof) + 1
-    if dof < 1 or not math.isfinite(variance):
-        return Difference(delta=delta, n=n, num_clusters=num_clusters)
-    error = math.sqrt(variance)
-    half = t_quantile(dof) * error
-    p_value = sign_flip(_cluster_sums(diffs, groups)) if diffs else _t_test(delta, error, dof)
+def _spread_of(sums: Sequence[float], counts: Sequence[float], groups: Sequence[Hashable] | None) -> _Spread:
+    variance, dof = ratio_variance(sums, counts, groups)
+    return _Spread(variance=variance, dof=dof, num_draws=len(sums) if groups is None else len(set(groups)))
+
+
+def _difference_of_means(diffs: Sequence[float], groups: Sequence[Hashable] | None) -> Difference:
+    """The t interval, and the sign-flip test where there are enough draws for one."""
+    spread = _spread_of(diffs, [1.0] * len(diffs), groups)
+    found = _interval(math.fsum(diffs) / len(diffs), spread, n=len(diffs), test=TOO_FEW)
+    if spread.num_draws < MIN_DRAWS:
+        return replace(found, p_value=None)
+    p_value, test = sign_flip(_cluster_sums(diffs, groups))
+    return replace(found, p_value=p_value, test=test)
+
+
+def _difference_of_shares(diffs: Sequence[float], groups: Sequence[Hashable] | None) -> Difference:
+    """Of partial credit. Equal differences everywhere are not certainty: another draw could be of another kind."""
+    found = replace(_difference_of_means(diffs, groups), has_own_spread=True)
+    if found.error != 0.0:
+        return found
+    low, high = bonett_price(0, 0, found.num_clusters)
+    low, high = max(-1.0, found.delta + low), min(1.0, found.delta + high)
+    return replace(found, low=low, high=high, discordance=0.0 if not any(diffs) else None)
+
+
+def _clustered_answers(diffs: Sequence[float], groups: Sequence[Hashable], gains: int, losses: int) -> Difference:
+    """Right/wrong answers in clusters (often of one): Bonett-Price at the effective number of items.
+
+    That is the number of independent items as uncertain as these, so that few duplicates among many items change
+    little, and a handful of large clusters much.
+    """
+    found, n = _difference_of_shares(diffs, groups), len(diffs)
+    if found.error is None:
+        return found
+    independent = (gains + losses) / n**2 - found.delta**2 / n
+    effective = n * min(1.0, independent / found.error**2) if found.error > 0 else float(found.num_clusters)
+    up, down = gains * effective / n, losses * effective / n
+    low, high = bonett_price(up, down, effective, quantile=t_quantile(found.dof))
+    return replace(found, low=min(low, found.delta), high=max(high, found.delta))
+
+
+def _interval(delta: float, spread: _Spread, *, n: int, test: str) -> Difference:
+    """The t interval and the t test."""
+    if spread.dof < 1 or not math.isfinite(spread.variance):
+        return Difference(delta=delta, n=n, num_clusters=spread.num_draws)
+    error = math.sqrt(spread.variance)
+    half = t_quantile(spread.dof) * error
     return Difference(
-        delta=delta, n=n, num_clusters=num_clusters, low=delta - half, high=delta + half, p_value=p_value, error=error,
-        test=test,
+        delta=delta, n=n, num_clusters=spread.num_draws, low=delta - half, high=delta + half,
+        p_value=_t_test(delta, error, spread.dof), error=error, dof=spread.dof, test=test,
     )  # fmt: skip
 
 
@@ -274,7 +353,8 @@ def _t_test(delta: float, error: float, dof: float) -> float:
 def _cluster_sums(diffs: Sequence[float], groups: Sequence[Hashable] | None) -> NDArray[np.float64]:
     if groups is None:
         return np.asarray(diffs, dtype=np.float64)
-    _, index = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(group, len(numbers)) for group in groups]
     return np.bincount(index, weights=np.asarray(diffs, dtype=np.float64)).astype(np.float64)
 
 

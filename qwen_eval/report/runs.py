@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from qwen_eval.core import JSON, ConfigError, Metric, Record
+from qwen_eval.core import JSON, ConfigError, Metric, Record, StoreError
+from qwen_eval.runs.integrity import refuse_damaged
+from qwen_eval.runs.store import metric_from_json, read_json
 
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
@@ -164,21 +165,18 @@ def find_runs(roots: Iterable[str | Path]) -> RunSet:
     for directory in _candidates(roots):
         try:
             runs.append(load_run(directory))
-        except (OSError, ValueError) as error:
-            unreadable.append(Unreadable(path=directory, reason=str(error)))
+        except (OSError, StoreError) as error:
+            reason = str(error).removeprefix(str(directory)).lstrip("/: ")
+            unreadable.append(Unreadable(path=directory, reason=reason))
     return RunSet(runs=tuple(runs), unreadable=tuple(unreadable))
 
 
 def load_run(directory: Path) -> LoadedRun:
-    """The spec and the result of one directory; ValueError that says what is wrong with it."""
-    spec = _read_object(directory / "spec.json")
-    result = _read_object(directory / "result.json") if (directory / "result.json").exists() else {}
-    run = LoadedRun(path=directory, spec=spec, result=result)
-    try:
-        _ = (run.metrics, run.rates)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"result.json holds no metrics that can be read ({error})") from error
-    return run
+    """The spec and the result of one directory; StoreError that says what is wrong with it."""
+    refuse_damaged(directory)
+    spec = read_json(directory / "spec.json")
+    result = read_json(directory / "result.json") if (directory / "result.json").exists() else {}
+    return LoadedRun(path=directory, spec=spec, result=result)
 
 
 def variant_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
@@ -256,21 +254,9 @@ def _candidates(roots: Iterable[str | Path]) -> list[Path]:
     return sorted(found)
 
 
-def _read_object(path: Path) -> dict[str, JSON]:
-    if not path.exists():
-        raise ValueError(f"no {path.name}")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return value
-
-
 def _metrics(rows: JSON) -> dict[str, Metric]:
     return {
-        str(name): Metric(**{**row, "value": math.nan if row["value"] is None else float(row["value"])})
+        str(name): metric_from_json(row)
         for name, row in _mapping(rows).items()
         if isinstance(row, Mapping) and "value" in row
     }

@@ -6,10 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from qwen_eval.core import Metric
 from qwen_eval.report.long_context import tables as long_context
 from qwen_eval.report.profile import profile_tables
+from qwen_eval.report.references import NOTE, column, differences
 from qwen_eval.report.runs import LoadedRun, RunSet, base_name, order, precision_rank
 from qwen_eval.report.settings import Footnotes, by_task, checkpoint_of, run_names, settings, settings_text, with_runs
 from qwen_eval.tables import NONE, Cell, Table, metric_cell, number_cell, text_cell
@@ -20,10 +23,15 @@ Row = tuple[tuple[str, ...], dict[str, LoadedRun]]  # what names it, its run of 
 
 def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
     """Name -> how to make it; each gives no table where no run has what it shows."""
+
+    @cache
+    def deltas() -> Mapping[Path, Cell]:
+        return differences(runs.finished)
+
     return {
-        "models": lambda: models_by_tasks(runs.finished),
-        "runs": lambda: every_run(runs),
-        "quantisation": lambda: quantisation(runs.finished),
+        "models": lambda: models_by_tasks(runs.finished, deltas()),
+        "runs": lambda: every_run(runs, deltas()),
+        "quantisation": lambda: quantisation(runs.finished, deltas()),
         "categories": lambda: categories(runs.finished),
         "long": lambda: long_context(runs.finished),
         "profile": lambda: profile(runs.profiles),
@@ -32,16 +40,25 @@ def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
     }
 
 
-def every_run(runs: RunSet) -> list[Table]:
+def every_run(runs: RunSet, deltas: Mapping[Path, Cell]) -> list[Table]:
     """One row a run: score, interval, n, settings, how often answers were cut or unreadable, state."""
     if not runs.evals:
         return []
     members = sorted(runs.evals, key=order)
     footnotes = Footnotes(members)
-    columns = ("model", "precision", "task", "metric", "score", "n", "settings", "truncated", "no answer", "state")
+    columns: tuple[str, ...] = (
+        "model", "precision", "task", "metric", "score", "n", "settings", "truncated", "no answer", "state",
+    )  # fmt: skip
     rows = tuple(_run_row(run, footnotes) for run in members)
+    beside = column(deltas, members)
+    notes = () if beside is None else (NOTE,)
+    if beside is not None:
+        columns = (*columns[:5], "Δ", *columns[5:])
+        rows = tuple((*row[:5], delta, *row[5:]) for row, delta in zip(rows, beside))
     optional = ("metric", "no answer", "truncated", "settings")
-    table = Table(name="runs", title="Every run", columns=columns, rows=rows, optional=optional, num_keys=3)
+    table = Table(
+        name="runs", title="Every run", columns=columns, rows=rows, notes=notes, optional=optional, num_keys=3
+    )
     return [with_runs(table, run_names([(f"{run.label} {run.variant} {run.task}", [run]) for run in members]), at=2)]
 
 
@@ -57,16 +74,16 @@ def _run_row(run: LoadedRun, footnotes: Footnotes) -> tuple[Cell, ...]:
     )  # fmt: skip
 
 
-def models_by_tasks(runs: Sequence[LoadedRun]) -> list[Table]:
+def models_by_tasks(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
     """Headline scores in per cent, tasks in the order of the model cards; a row is one checkpoint. A cell whose
     settings differ from those of most runs of its column is footnoted."""
     if not runs:
         return []
     rows = _grid(runs, lambda run: (run.label, run.variant))
-    return [_wide("models", "Models × tasks", rows, runs)]
+    return [_wide("models", "Models × tasks", rows, runs, deltas)]
 
 
-def quantisation(runs: Sequence[LoadedRun]) -> list[Table]:
+def quantisation(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
     """Variants of one model under each other, as in the cards' table of quantised models."""
     variants: dict[str, set[str]] = defaultdict(set)
     for run in runs:
@@ -76,7 +93,7 @@ def quantisation(runs: Sequence[LoadedRun]) -> list[Table]:
         return []
     rows = _grid(kept, lambda run: (base_name(run.model), run.variant))
     rows.sort(key=lambda row: (row[0][0], precision_rank(row[0][1])))
-    return [_wide("quantisation", "Precisions of one model", rows, kept)]
+    return [_wide("quantisation", "Precisions of one model", rows, kept, deltas)]
 
 
 def categories(runs: Sequence[LoadedRun]) -> list[Table]:
@@ -148,14 +165,21 @@ def _names_of(runs: Sequence[LoadedRun]) -> list[str] | None:
     return run_names([(f"{run.label} {run.variant}", [run]) for run in runs])
 
 
-def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[LoadedRun]) -> Table:
+def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> Table:
+    """A column a task, and beside it the differences to the reference where a model has several rows."""
     footnotes = Footnotes(runs)
-    tasks = [task for task, _ in by_task(runs)]
-    body = tuple(
-        (*map(text_cell, labels), *(_score(cells.get(task), footnotes) for task in tasks)) for labels, cells in rows
+    columns = {"model": [text_cell(labels[0]) for labels, _ in rows]}
+    columns["precision"] = [text_cell(labels[1]) for labels, _ in rows]
+    notes: tuple[str, ...] = ()
+    for task, _ in by_task(runs):
+        members = [cells.get(task) for _, cells in rows]
+        columns[f"{task} ({footnotes.column(task)})"] = [_score(run, footnotes) for run in members]
+        beside = column(deltas, members)
+        if beside is not None:
+            columns[f"Δ {task}"], notes = beside, (NOTE,)
+    table = Table(
+        name=name, title=title, columns=tuple(columns), rows=tuple(zip(*columns.values())), notes=notes, num_keys=2
     )
-    columns = ("model", "precision", *(f"{task} ({footnotes.column(task)})" for task in tasks))
-    table = Table(name=name, title=title, columns=columns, rows=body, num_keys=2)
     return with_runs(table, run_names([(" ".join(labels), list(cells.values())) for labels, cells in rows]), at=2)
 
 

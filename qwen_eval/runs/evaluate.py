@@ -14,6 +14,8 @@ from qwen_eval.core import (
     JSON,
     Answer,
     Completions,
+    DataError,
+    DrawsLimit,
     Engine,
     EngineError,
     HasArtifacts,
@@ -24,15 +26,20 @@ from qwen_eval.core import (
     Record,
     Request,
     Sample,
+    StoreError,
     Task,
     TokenLogprobs,
     Turn,
     ids_sha256,
     is_finite,
 )
+from qwen_eval.engines.identity import identity
 from qwen_eval.engines.options import check_options
+from qwen_eval.runs.grading import graded
+from qwen_eval.runs.integrity import damage_of, doubled
 from qwen_eval.runs.progress import Progress
-from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256, weights_digest
+from qwen_eval.runs.prompt_lengths import CUT_PROMPT, is_cut, length_warnings, read_by_model
+from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256
 from qwen_eval.runs.store import (
     FORMAT,
     RunDirectory,
@@ -45,8 +52,9 @@ from qwen_eval.runs.store import (
 from qwen_eval.tasks.registry import TaskContext, build
 
 # Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
-PLACES = {"task": ("path",), "model": ("path", "hub")}
+PLACES = {"task": ("path",), "model": ("path", "hub", "digest")}
 ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and threads change speed alone
+SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
 
 MOST_CUT = 0.05  # of the replies
 
@@ -79,6 +87,11 @@ def run_directory(spec: EvalSpec) -> Path:
     return Path(spec.runs_dir) / "eval" / spec.task.name / spec.model.name / spec.tag
 
 
+def elsewhere(spec: EvalSpec) -> str:
+    """How this user names another run directory."""
+    return "tag=NAME" if spec.run_dir is None else "run_dir=DIR"
+
+
 def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | None = None) -> Outcome:
     """Run, resume or recall one cell. `open_engine` is called only when something is left to ask.
 
@@ -86,7 +99,7 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
     """
     warnings = check_options(spec.engine, spec.model)
     progress = progress or Progress(is_quiet=True)
-    with RunDirectory.open(run_directory(spec)) as run:
+    with RunDirectory.open(run_directory(spec), elsewhere=elsewhere(spec)) as run:
         known = None if spec.overwrite else _finished(spec, run)
         if known is not None:
             return _outcome(run.path, known, was_finished=True)
@@ -96,12 +109,13 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         run.check_spec(run_spec(spec, task, samples, engine.info), overwrite=spec.overwrite)
         keep_hidden(spec, engine, run.path)
         start = time.perf_counter()
-        done = {record.sample_id for record in run.records()}
+        done = _answered(run, samples)
         meter = ask(engine, task, [s for s in samples if s.id not in done], run.append, progress, num_done=len(done))
         section = _run_section(meter, time.perf_counter() - start, num_resumed=len(done))
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
         warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ()), *cut_replies(result["rates"])]
+        warnings += length_warnings(records, engine.info)
         result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
         write_artifacts(task, records, run.path)
         run.finish(result)
@@ -141,7 +155,12 @@ def selected(task: Task, spec: EvalSpec) -> list[Sample]:
     from qwen_eval.data.sources import draw
 
     samples = list(task.samples())
-    return samples if spec.task.limit is None else list(draw(samples, spec.task.limit, spec.task.seed))
+    twice = doubled([sample.id for sample in samples])
+    if twice is not None:
+        raise DataError(f"task={spec.task.name}: two samples have the id {twice}; an id must name one row of the data")
+    if spec.task.limit is None or isinstance(task, DrawsLimit):
+        return samples
+    return list(draw(samples, spec.task.limit, spec.task.seed))
 
 
 def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -160,7 +179,7 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
             "benchmark": dict(task.describe()),
             "num_samples": len(samples),
             "requests_sha256": requests_sha256(task, samples),
-            "weights": weights_digest(spec.model, info),
+            "weights": info.get("weights") or identity(spec.engine, spec.model),
             "chat_template": info.get("chat_template"),
             "packages": deciding_versions(),
         },
@@ -253,7 +272,10 @@ class Meter:
 
 
 def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn]) -> Record:
-    rendered = [engine.render(turn.request.prompt) for turn in turns]
+    rendered = [read_by_model(engine, turn.request) for turn in turns]
+    grade = graded(task, sample, turns)
+    if any(is_cut(engine, turn.request) for turn in turns):
+        grade = dataclasses.replace(grade, flags=(*grade.flags, CUT_PROMPT))
     return Record(
         sample_id=sample.id,
         group=sample.group,
@@ -263,7 +285,7 @@ def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn])
         prompt_sha256=tuple(ids_sha256(item.ids) for item in rendered),
         num_prompt_tokens=tuple(len(item.ids) for item in rendered),
         answers=tuple(turn.answer for turn in turns),
-        grade=task.grade(sample, turns),
+        grade=grade,
     )
 
 
@@ -306,16 +328,40 @@ def write_artifacts(task: Task, records: Sequence[Record], directory: Path) -> N
 
 
 def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:
-    """The result of an equal, finished run, found without loading the model; None whenever that is not certain."""
-    result, stored = run.result(), run.spec()
-    if not result or not stored:
+    """The result of an equal, finished run, found without loading the model; None whenever that is not certain.
+
+    StoreError where the run was made with another checkpoint or endpoint than the one at hand, or was damaged since.
+    """
+    stored = run.spec()
+    if stored is None:
         return None
     try:
-        task = build(spec.task, task_context(spec, None, facts=result["engine"]))
-        now = run_spec(spec, task, selected(task, spec), result["engine"])
+        weights = identity(spec.engine, spec.model)
+    except QwenEvalError:  # nothing at hand: opening it says what is missing
+        return None
+    run.refuse_changes({"weights": weights})
+    damage = damage_of(run.path)
+    if damage is not None and not damage.is_rebuildable:
+        raise StoreError(f"{run.path}: {damage.reason} with {run.elsewhere}")
+    if damage is not None or not (result := run.result()) or not set(SHOWN) <= set(result):
+        return None  # the records are kept: what is missing is asked, and the result is made from them again
+    try:
+        facts = {**result["engine"], "weights": weights}
+        task = build(spec.task, task_context(spec, None, facts=facts))
+        now = run_spec(spec, task, selected(task, spec), facts)
     except QwenEvalError:  # a task that needs the tokenizer; the slow way says what is wrong if anything is
         return None
     return None if differences(stored["decides"], now["decides"]) else result
+
+
+def _answered(run: RunDirectory, samples: Sequence[Sample]) -> set[str]:
+    """The ids of the samples with a record; StoreError for a record that does not belong to one of them."""
+    ids = [record.sample_id for record in run.records()]
+    known = {sample.id for sample in samples}
+    stranger = doubled(ids) or next((name for name in ids if name not in known), None)
+    if stranger is not None:
+        raise StoreError(f"{run.path}: records.jsonl has sample {stranger} twice or of another run; {run.way_out}")
+    return set(ids)
 
 
 def _run_section(meter: Meter, run_s: float, *, num_resumed: int) -> dict[str, JSON]:

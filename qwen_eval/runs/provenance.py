@@ -1,25 +1,21 @@
-"""What made a number: code, packages, machine, weights. No torch: the engine tells its own part in `Engine.info`."""
+"""What made a number: code, packages, machine. No torch: the engine tells its own part in `Engine.info`."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON
 
 PACKAGES = ("qwen_eval", "torch", "transformers", "tokenizers", "tiktoken", "numpy", "datasets", "bitsandbytes", "vllm")
 DECIDING = ("torch", "transformers", "tokenizers", "tiktoken")  # another major version may change numbers
-WHOLE_BYTES = 4 << 30  # checkpoints up to this size are hashed whole
-BLOCK_BYTES, STRIDE_BYTES = 1 << 16, 8 << 20
 
 
 def provenance() -> dict[str, JSON]:
@@ -76,38 +72,6 @@ def text_sha256(parts: Iterable[str]) -> str:
         data = part.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
-
-
-def weights_digest(model: ModelSpec, info: Mapping[str, JSON]) -> str:
-    """Which weights these are: what the engine says, else the local files, else the name and revision on the hub."""
-    if info.get("weights"):
-        return str(info["weights"])
-    if model.weights == "random":
-        return f"random:{model.seed}:{text_sha256([json.dumps(model.arch, sort_keys=True)])[:16]}"
-    if model.path is not None:
-        return directory_digest(Path(model.path))
-    if model.asset is not None:
-        return f"asset:{model.asset}"
-    return f"{model.hub}:{model.hub_id}@{model.revision or 'main'}"
-
-
-def directory_digest(directory: Path) -> str:
-    """sha256 over the files of a checkpoint; of a large one ("sampled") 64 KiB of every 8 MiB."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
-    is_whole = sum(path.stat().st_size for path in files) <= WHOLE_BYTES
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        _update(digest, path, is_whole=is_whole)
-    return f"{'sha256' if is_whole else 'sampled'}:{digest.hexdigest()}"
-
-
-def _update(digest: hashlib._Hash, path: Path, *, is_whole: bool) -> None:
-    with path.open("rb") as file:
-        while block := file.read(STRIDE_BYTES if is_whole else BLOCK_BYTES):
-            digest.update(block)
-            if not is_whole:
-                file.seek(STRIDE_BYTES - BLOCK_BYTES, os.SEEK_CUR)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

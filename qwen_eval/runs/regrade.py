@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_eval.config import MISSING, PROTOCOLS, EvalSpec, not_one_of
+from qwen_eval.config import MISSING, PROTOCOLS, not_one_of
 from qwen_eval.core import (
     ConfigError,
     DataError,
@@ -27,11 +27,14 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.runs.evaluate import requests_sha256, selected, summary, task_context
+from qwen_eval.runs.grading import graded
+from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.provenance import provenance
 from qwen_eval.runs.store import Run, differences, metric_from_json, read_run, write_json
+from qwen_eval.runs.stored import stored_config
 from qwen_eval.runs.summary import metric_cells
 from qwen_eval.tables import Table, print_tables, text_cell
-from qwen_eval.tasks.registry import build, task_class
+from qwen_eval.tasks.registry import build
 from qwen_eval.terminal import plain_text
 
 
@@ -54,17 +57,18 @@ class Regraded:
 def regrade(spec: RegradeSpec) -> Regraded:
     """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed."""
     directory = Path(spec.run)
+    refuse_damaged(directory)
     run = read_run(directory)
     if not run.result:
         raise StoreError(f"{directory}: the run is not finished; finish it first, the same command goes on")
-    config = stored_config(run)
+    config = stored_config(run.spec)
     config.protocol = spec.protocol or config.protocol
     task = build(config.task, task_context(config, None))
     samples = selected(task, config)
     warnings = _check_same_questions(run, task, samples, directory)
     by_id = {sample.id: sample for sample in samples}
     asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
-    grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [task.grade(*item) for item in asked]
+    grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [graded(task, *item) for item in asked]
     records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades)]
     changed = [old.sample_id for old, new in zip(run.records, records) if _reading(old.grade) != _reading(new.grade)]
     result = summary(task, samples, records, config)
@@ -79,22 +83,6 @@ def regrade(spec: RegradeSpec) -> Regraded:
     )
 
 
-def stored_config(run: Run) -> EvalSpec:
-    """The configuration a run was made with, as dataclasses; keys that no longer exist are a StoreError."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    config = run.spec["config"]
-    try:
-        schema = OmegaConf.structured(EvalSpec)
-        schema.task = OmegaConf.structured(task_class(config["task"]["name"]).Spec)
-        spec: Any = OmegaConf.to_object(OmegaConf.merge(schema, config))
-    except OmegaConfBaseException as error:
-        raise StoreError(f"the run's configuration is of another version: {str(error).splitlines()[0]}") from error
-    assert isinstance(spec, EvalSpec), type(spec)
-    return spec
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line."""
     try:
@@ -107,12 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> RegradeSpec:
-    given = {}
+    given: dict[str, str] = {}
     known = [field.name for field in dataclasses.fields(RegradeSpec)]
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals or key not in known:
             raise not_one_of("key", key, known)
+        if key in given:
+            raise ConfigError(f"{key}= is given twice: {given[key]} and {value}; give it once")
         given[key] = value
     spec = RegradeSpec(**given)
     if spec.run == MISSING:

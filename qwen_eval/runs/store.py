@@ -3,7 +3,9 @@
 spec.json      {"format", "kind", "config": the whole configuration, "decides": what must be equal to resume,
                 "provenance": git, packages, machine}
 records.jsonl  one graded sample a line, append-only; a last line without its newline was cut by a kill and is redone
-result.json    {"metrics", "rates", "n", "partial", "run", "engine", "warnings", "provenance"}
+result.json    {"metrics", "rates", "n", "partial", "run", "engine", "warnings", "provenance", "seal"}
+
+A directory may be somebody else's: nothing in it is read without a bound, and no advice here loses a record.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,8 +37,11 @@ from qwen_eval.core import (
     StoreError,
     TokenLogprobs,
 )
+from qwen_eval.runs.seal import sealed
 
 FORMAT = 1
+MAX_JSON_BYTES = 32 << 20  # of spec.json and result.json
+MAX_LINE_BYTES = 32 << 20  # of one record
 DIGITS = 6
 SPEC, RECORDS, RESULT, LOCK = "spec.json", "records.jsonl", "result.json", ".lock"
 
@@ -53,48 +60,69 @@ def read_run(directory: Path | str) -> Run:
     directory = Path(directory)
     if not (directory / SPEC).is_file():
         raise StoreError(f"{directory}: not a run directory, it has no {SPEC}")
-    result = _read_json(directory / RESULT) if (directory / RESULT).exists() else {}
-    return Run(spec=_read_json(directory / SPEC), records=list(read_records(directory / RECORDS)), result=result)
+    result = read_json(directory / RESULT) if (directory / RESULT).exists() else {}
+    return Run(spec=read_json(directory / SPEC), records=list(read_records(directory / RECORDS)), result=result)
 
 
 def read_records(path: Path) -> Iterator[Record]:
     """Every whole line of records.jsonl; StoreError with the line number for one that is damaged."""
     if not path.exists():
         return
+    _refuse_special(path)
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE_BYTES)
+            if len(line) == MAX_LINE_BYTES:
+                raise StoreError(f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, this is no record")
             if not line.endswith(b"\n"):
-                return  # cut by a kill: that sample is asked again
-            try:
-                yield record_from_json(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-                raise StoreError(
-                    f"{path}, line {number}: not a record ({type(error).__name__}); delete that line to redo its sample"
-                ) from error
+                return  # the end, or cut by a kill: that sample is asked again
+            yield _record_of_line(path, number, line)
+
+
+def _record_of_line(path: Path, number: int, line: bytes) -> Record:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{path}, line {number}: not JSON ({type(error).__name__}); copy the file, then take that line out: "
+            "the same command asks its sample again"
+        ) from error
+    try:
+        return record_from_json(row)
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        reason = f"{type(error).__name__}: {_short(str(error))}"
+        raise StoreError(
+            f"{path}, line {number}: not a record that this version reads ({reason}); "
+            "read it with the version that wrote it, named in spec.json"
+        ) from error
 
 
 class RunDirectory:
-    """One process's hold on a run directory: `with RunDirectory.open(...) as run: run.append(record)`."""
+    """One process's hold on a run directory: `with RunDirectory.open(...) as run: run.append(record)`.
 
-    def __init__(self, path: Path, lock: int) -> None:
+    `elsewhere` is how the user names another directory, for advice: "tag=NAME", or "run_dir=DIR" where that was given.
+    """
+
+    def __init__(self, path: Path, lock: int, elsewhere: str = "tag=NAME") -> None:
         self.path = path
+        self.elsewhere = elsewhere
         self._lock = lock
         self._records: int | None = None
         self._end = 0  # records.jsonl is whole up to here
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, path: Path, *, elsewhere: str = "tag=NAME") -> RunDirectory:
         """Create the directory and lock it; StoreError when it cannot be written or another process holds it."""
         with _one_line(path):
             path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # its target would be emptied
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(lock, 20).decode(errors="replace").strip() or "unknown"
             os.close(lock)
-            raise StoreError(f"{path}: process {holder} is writing this run; wait for it or pass tag=") from None
-        run = cls(path, lock)
+            raise StoreError(f"{path}: process {holder} is writing this run; wait for it or pass {elsewhere}") from None
+        run = cls(path, lock, elsewhere)
         try:
             with _one_line(path):
                 os.ftruncate(lock, 0)
@@ -114,18 +142,31 @@ class RunDirectory:
             self._forget()
         if not path.exists():
             if (self.path / RECORDS).exists():
-                raise StoreError(f"{self.path}: has {RECORDS} but no {SPEC}; pass overwrite=true or tag=")
+                raise StoreError(f"{self.path}: has {RECORDS} but no {SPEC}; {self.way_out}")
             write_json(path, spec)
             return
-        stored = _read_json(path)
+        self.refuse_changes(_plain(spec["decides"]))
+
+    def refuse_changes(self, decides: Mapping[str, JSON]) -> None:
+        """StoreError that names how `decides` (all of it, or some keys) differs from that of the stored run."""
+        stored = self.spec() or {}
         if stored.get("format") != FORMAT:
-            raise StoreError(f"{path}: format {stored.get('format')}, this version reads {FORMAT}; pass overwrite=true")
-        changes = differences(stored.get("decides", {}), _plain(spec["decides"]))
+            written = f"format {_short(stored.get('format'))}, this version reads {FORMAT}"
+            raise StoreError(f"{self.path / SPEC}: {written}; {self.way_out}")
+        old = stored.get("decides")
+        known = old if isinstance(old, dict) else {}
+        if "task" not in decides:
+            known = {key: known.get(key) for key in decides}
+        changes = differences(known, decides)
         if changes:
-            raise StoreError(
-                f"{self.path} holds another run: {'; '.join(changes[:5])}{' …' * (len(changes) > 5)}; "
-                "pass overwrite=true to replace it or tag=NAME to keep both"
-            )
+            listed = "; ".join(changes[:5]) + " …" * (len(changes) > 5)
+            raise StoreError(f"{self.path} holds another run: {listed}; {self.way_out}")
+
+    @property
+    def way_out(self) -> str:
+        """What to do where this directory cannot be used. Nobody is told to overwrite records."""
+        has_records = (self.path / RECORDS).exists() and (self.path / RECORDS).stat().st_size > 0
+        return f"pass {self.elsewhere} to keep both" if has_records else f"pass {self.elsewhere} or overwrite=true"
 
     def records(self) -> list[Record]:
         return list(read_records(self.path / RECORDS))
@@ -145,19 +186,22 @@ class RunDirectory:
             self._end += len(line)
 
     def finish(self, result: Mapping[str, JSON]) -> None:
-        """Make the records durable, then put result.json in place in one step."""
+        """Make the records durable, then put result.json with its seal in place in one step."""
         if self._records is not None:
             with _one_line(self.path / RECORDS):
                 os.fsync(self._records)
-        write_json(self.path / RESULT, result)
+        write_json(self.path / RESULT, sealed(_plain(result), self.spec() or {}, self.path / RECORDS))
 
     def spec(self) -> dict[str, JSON] | None:
         path = self.path / SPEC
-        return _read_json(path) if path.exists() else None
+        try:
+            return read_json(path) if path.exists() else None
+        except StoreError as error:
+            raise StoreError(f"{error}; {self.way_out}") from error
 
     def result(self) -> dict[str, JSON] | None:
         path = self.path / RESULT
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def close(self) -> None:
         for file in (self._records, self._lock):
@@ -210,7 +254,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with _one_line(path):
         try:
-            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             try:
                 _write_all(file, data)
                 os.fsync(file)
@@ -238,7 +282,19 @@ def record_from_json(row: Mapping[str, JSON]) -> Record:
     parts: dict[str, JSON] = {key: tuple(value) if key in _TUPLES else value for key, value in row.items()}
     parts["answers"] = answers_from_json(row["answers"])
     parts["grade"] = Grade(**{**row["grade"], "flags": tuple(row["grade"]["flags"])})
-    return Record(**parts)
+    return _checked(Record(**parts))
+
+
+def _checked(record: Record) -> Record:
+    """TypeError where a field is of another type than every reader of records may count on."""
+    grade = record.grade
+    texts = (record.sample_id, record.group, record.cluster, *record.prompts, *record.prompt_sha256, *grade.flags)
+    is_sound = all(isinstance(text, str) for text in texts) and isinstance(grade.values, dict)
+    is_sound &= all(map(is_count, record.num_prompt_tokens))
+    is_sound &= all(score is None or _is_number(score) for score in (grade.score, grade.score_upstream))
+    if not is_sound:
+        raise TypeError("a field of another type")
+    return record
 
 
 _TUPLES = {"prompts", "prompt_sha256", "num_prompt_tokens"}
@@ -269,11 +325,20 @@ def _answer_from_json(row: dict[str, JSON]) -> Answer:
         return TokenLogprobs(token_ids=ids, logprobs=logprobs, num_greedy=row["num_greedy"])
     if kind == "choice":
         parts: dict[str, JSON] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        return ChoiceLogprobs(**parts)
+        choice = ChoiceLogprobs(**parts)
+        sum((*choice.logprobs, *choice.num_tokens, *choice.logits))  # TypeError where one is no number
+        return choice
     if kind == "completions":
         items = ({**item, "token_ids": tuple(item["token_ids"])} for item in row["completions"])
-        return Completions(completions=tuple(Completion(**item) for item in items))
+        completions = Completions(completions=tuple(Completion(**item) for item in items))
+        if not completions.completions or not all(map(_is_completion, completions.completions)):
+            raise TypeError("a completion of other types")
+        return completions
     raise ValueError(f"answer of type {kind!r}")
+
+
+def _is_completion(item: Completion) -> bool:
+    return isinstance(item.text, str) and isinstance(item.finish_reason, str) and is_count(item.num_tokens)
 
 
 def metric_to_json(metric: Metric) -> dict[str, JSON]:
@@ -293,7 +358,21 @@ def metric_to_json(metric: Metric) -> dict[str, JSON]:
 
 
 def metric_from_json(row: Mapping[str, JSON]) -> Metric:
+    """KeyError or TypeError for what is no metric."""
+    counts = [row["n"], *(row[key] for key in ("num_clusters",) if row.get(key) is not None)]
+    numbers = [row[key] for key in ("value", "low", "high") if row.get(key) is not None]
+    if not all(is_count(count) for count in counts) or not all(map(_is_number, numbers)):
+        raise TypeError(f"a metric of other types: {_short(dict(row))}")
     return Metric(**{**row, "value": float("nan") if row["value"] is None else row["value"]})
+
+
+def is_count(value: JSON) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 53
+
+
+def _is_number(value: JSON) -> bool:
+    """A float, or a whole number that is one: JSON's have no bound."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
 
 
 def _pack(code: str, values: tuple[float, ...]) -> str:
@@ -339,14 +418,28 @@ def _whole_bytes(path: Path) -> int:
     return 0
 
 
-def _read_json(path: Path) -> dict[str, JSON]:
+def read_json(path: Path) -> dict[str, JSON]:
+    """The object in a file of at most 32 MiB; StoreError in one line for anything else."""
+    _refuse_special(path)
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read ({error}); pass overwrite=true or tag=") from error
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise StoreError(f"{path}: longer than {MAX_JSON_BYTES >> 20} MiB, this is no file of a run")
+        value = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise StoreError(f"{path}: cannot be read ({reason})") from error
     if not isinstance(value, dict):
-        raise StoreError(f"{path}: not a JSON object; pass overwrite=true or tag=")
+        raise StoreError(f"{path}: not a JSON object")
     return value
+
+
+def _refuse_special(path: Path) -> None:
+    """A pipe would be waited for, and a device has no end."""
+    with _one_line(path):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise StoreError(f"{path}: not a plain file")
 
 
 def _plain(value: JSON) -> JSON:
@@ -356,4 +449,4 @@ def _plain(value: JSON) -> JSON:
 
 def _short(value: JSON) -> str:
     text = "nothing" if value is None else json.dumps(value, ensure_ascii=False).strip('"')
-    return text if len(text) <= 40 else text[:18] + "…" + text[-18:]
+    return text if len(text) <= 80 else text[:38] + "…" + text[-38:]  # a digest is shown whole

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import Metric
-from qwen_eval.runs.evaluate import Outcome
+from qwen_eval.runs.evaluate import Outcome, elsewhere
 from qwen_eval.tables import NONE, Cell, Table, print_tables, text_cell
 from qwen_eval.terminal import plain_text
 
@@ -16,7 +16,7 @@ MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.
 def show(spec: EvalSpec, outcome: Outcome) -> None:
     """Print metrics with their 95 % intervals, what was noticed, and where the run lies."""
     print_tables([metrics_table(spec, outcome)])
-    print(plain_text(footer(outcome)))
+    print(plain_text(footer(spec, outcome)))
 
 
 def metrics_table(spec: EvalSpec, outcome: Outcome) -> Table:
@@ -59,9 +59,9 @@ def noticed_rates(rates: Mapping[str, Metric]) -> str:
     return ", ".join(f"{name} {number(rate.value, rate.kind)}" for name, rate in rates.items() if rate.value > 0)
 
 
-def footer(outcome: Outcome) -> str:
+def footer(spec: EvalSpec, outcome: Outcome) -> str:
     if outcome.was_finished:
-        return f"{outcome.directory}: was finished before, nothing asked; overwrite=true runs it again"
+        return f"{outcome.directory}: was finished before, nothing asked; {elsewhere(spec)} runs it again beside it"
     run = outcome.result["run"]
     rate = f"{run['num_samples'] / run['run_s']:.3g} samples/s" if run["num_samples"] else "nothing asked"
     resumed = f", {run['num_resumed']} from before" if run["num_resumed"] else ""

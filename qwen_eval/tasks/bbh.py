@@ -15,8 +15,8 @@ from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Turn
 from qwen_eval.data.files import Folder
 from qwen_eval.data.sources import SAMPLES, Source
-from qwen_eval.extraction.numbers import concluded_number
-from qwen_eval.extraction.symptoms import completions_of, cut, flags
+from qwen_eval.extraction.short_answers import canonical, concluded_choice
+from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import macro, share
 from qwen_eval.tasks.generation import GenerativeTask
 
@@ -24,9 +24,6 @@ INSTRUCTION = "Follow the given examples and answer the question.\n{examples}\n\
 CHAT_INSTRUCTION = INSTRUCTION + "Let's think step by step."
 CANARY = "-----\n"
 STOPS = ("\nQ:", "\n\nQ:")
-
-CUE = re.compile(r"\banswer\b[^.:\n]{0,40}?(?:\bis\b|:)", re.IGNORECASE)
-OPTION = re.compile(r"\(([A-R])\)|(?<![A-Za-z])([A-R])(?![A-Za-z'’])")
 
 
 @dataclass(kw_only=True)
@@ -40,7 +37,7 @@ class Spec(TaskSpec):
 
 class Bbh(GenerativeTask[Spec]):
     Spec = Spec
-    version = 1
+    version = 2
 
     @cached_property
     def _examples(self) -> dict[str, str]:
@@ -114,64 +111,7 @@ def _stem(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0]
 
 
-# --- reading answers ------------------------------------------------------------------------------------------------
-
-CLOSED = (("yes", "no"), ("true", "false"), ("valid", "invalid"))
-
-
-def canonical(target: str) -> str:
-    """A gold answer as `concluded_choice` spells it: option letter, lower-case word, plain number, or bare text."""
-    target = target.strip()
-    if option := re.fullmatch(r"\(?([A-R])\)?", target):
-        return option[1]
-    if re.fullmatch(r"[\[\](){}<> ]+", target):
-        return target.replace(" ", "")
-    return _words(target)
-
-
-def _words(text: str) -> str:
-    """Lower-case words without the punctuation between and the quotes around them."""
-    return " ".join(re.sub(r"[,\"`.:;]|(?<!\w)'|'(?!\w)", " ", text.lower()).split())
-
-
-def concluded_choice(text: str, target: str, question: str = "") -> str | None:
-    """The answer a reply ends on, of the kind that `target` is: never looks at which one `target` is."""
-    text = cut(text, ("\nQ:",)).replace("**", "")
-    statements = [text[match.end() :].split("\n")[0] for match in CUE.finditer(text)]
-    wanted = canonical(target)
-    for statement in [*reversed(statements), text]:
-        is_whole = statement is text
-        if (answer := _of_kind(statement, wanted, question, is_whole=is_whole)) is not None:
-            return answer
-    return None
-
-
-def _of_kind(statement: str, wanted: str, question: str, *, is_whole: bool) -> str | None:
-    if re.fullmatch(r"[A-R]", wanted):
-        found = [a or b for a, b in OPTION.findall(statement)]
-        if is_whole:
-            found = re.findall(r"\(([A-R])\)", statement) or found
-        return (found[-1] if is_whole else found[0]) if found else _option_by_text(statement, question)
-    for words in CLOSED:
-        if wanted in words:
-            found = re.findall(rf"\b({'|'.join(words)})\b", statement.lower())
-            return (found[-1] if is_whole else found[0]) if found else None
-    if re.fullmatch(r"-?\d+", wanted):
-        number = concluded_number(statement)
-        return None if number is None else str(number)
-    if re.fullmatch(r"[\[\](){}<>]+", wanted):
-        runs = re.findall(r"[\[\](){}<>](?:[\[\](){}<> ]*[\[\](){}<>])?", statement)
-        return runs[-1 if is_whole else 0].replace(" ", "") if runs else None
-    if is_whole:
-        statement = statement.strip().split("\n")[-1]
-    return _words(statement) or None
-
-
-def _option_by_text(statement: str, question: str) -> str | None:
-    """The letter of the only option whose words the statement repeats."""
-    options = re.findall(r"^\(([A-R])\)\s*(.+)$", question, re.MULTILINE)
-    said = [letter for letter, words in options if words.strip().rstrip(".").lower() in statement.lower()]
-    return said[0] if len(said) == 1 else None
+# --- as the official scripts read ---------------------------------------------------------------------------------
 
 
 def upstream_target(target: str) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from qwen_eval.core import JSON, Record
 from qwen_eval.data.sources import Row
-from qwen_eval.extraction.letters import official_ceval_letter
+from qwen_eval.extraction.official_letters import official_ceval_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
-from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT
+from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT, option_letters
 
 COLUMNS = ("id", "question", *LETTERS)
 
@@ -75,7 +75,7 @@ class Ceval(ChoiceTask):
         )
 
     def official_letter(self, reply: str, row: Mapping[str, str]) -> str:
-        return official_ceval_letter(reply, row["question"], [row[letter] for letter in LETTERS])
+        return official_ceval_letter(reply, row["question"], [row[letter] for letter in option_letters(row)])
 
     def artifacts(self, records: Iterable[Record]) -> dict[str, JSON]:
         """File name -> content to be written beside the result: the submission of a split without answers, else none.

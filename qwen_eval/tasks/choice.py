@@ -1,5 +1,7 @@
 """What the multiple-choice exams share: rows by subject, base form by letter logits, chat form by generation, averages.
 
+A row may have any number of options: its columns A, B, C ... as far as they go.
+
 Base form (the official protocol of base models): 5 shots, the letter whose logit at the last position is highest.
 Chat form (of chat models): no shots, the letter is read out of the reply.
 """
@@ -10,7 +12,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -36,13 +38,15 @@ from qwen_eval.data.sources import Row, nearest, open_source
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.symptoms import flags
 from qwen_eval.metrics import macro, mean, share
-from qwen_eval.tasks.prompts import ShotFormat, chat_shots, few_shot
+from qwen_eval.tasks.prompts import ShotFormat, chat_shots, few_shot, option_letters
 from qwen_eval.tasks.registry import TaskContext
 
-LETTERS = ("A", "B", "C", "D")
+LETTERS = ("A", "B", "C", "D")  # the columns of the exams' files
 MODES = ("auto", "base", "chat")
 OFFICIAL = -1  # shots
 MAX_SHOTS = 5  # the dev split of each exam has five rows a subject
+
+NAMED = 5  # rows named in a note
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ class ChoiceSpec(TaskSpec):
 class ChoiceTask(ABC):
     """One exam: subclasses are its tables (subjects, categories, templates) and how its rows are read."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     splits: ClassVar[tuple[str, ...]] = ("test",)
     bundled: ClassVar[str]
     hub_archive: ClassVar[str | None] = None
@@ -67,7 +71,7 @@ class ChoiceTask(ABC):
     base_format: ClassVar[ShotFormat]
     chat_template: ClassVar[str]
     letter_prefix: ClassVar[str] = ""  # " " where the base prompt ends in ":" and the letter is a word of its own
-    max_prompt_tokens: ClassVar[int | None] = None
+    max_prompt_tokens: ClassVar[int | None] = None  # the official script's cut; nothing is cut otherwise
 
     def __init__(self, spec: ChoiceSpec, context: TaskContext):
         self.name = spec.name
@@ -160,17 +164,36 @@ class ChoiceTask(ABC):
 
     def _checked(self, rows: list[Row]) -> list[Row]:
         for row in rows:
-            if (answer := row.cells.get("answer", LETTERS[0])) not in LETTERS:
-                raise DataError(f"{self.source.origin} {row.where}: answer {answer!r}, one of A, B, C, D expected")
+            letters = option_letters(row.cells)
+            if (answer := row.cells.get("answer", LETTERS[0])) not in letters:
+                raise DataError(
+                    f"{self.source.origin} {row.where}: answer {answer!r}, one of {', '.join(letters)} expected"
+                )
         return rows
 
     @cached_property
     def _samples(self) -> list[Sample]:
+        """A question that occurs twice is one draw: its samples carry the id of the first one as their cluster."""
+        asked: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        rows = {f"{subject}/{i}": (subject, row) for subject, rows in self._rows.items() for i, row in enumerate(rows)}
+        for name, (_, row) in rows.items():
+            asked[_question(row.cells)].append(name)
+        clusters = {name: names[0] for names in asked.values() if len(names) > 1 for name in names}
         return [
-            Sample(id=f"{subject}/{i}", group=subject, data=row.cells, target=row.cells.get("answer"))
-            for subject, rows in self._rows.items()
-            for i, row in enumerate(rows)
+            Sample(
+                id=name, group=subject, cluster=clusters.get(name, ""), data=row.cells, target=row.cells.get("answer")
+            )
+            for name, (subject, row) in rows.items()
         ]
+
+    @property
+    def notes(self) -> list[str]:
+        """Rows whose gold text stands at two letters: the model is right at either, and is graded on one."""
+        twice = [s.id for s in self.samples() if s.target is not None and _has_gold_twice(s.data, s.target)]
+        if not twice:
+            return []
+        named = ", ".join(twice[:NAMED]) + (f" and {len(twice) - NAMED} more" if len(twice) > NAMED else "")
+        return [f"{len(twice)} of {len(self.samples())} rows have the text of the right option at two letters: {named}"]
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
@@ -195,18 +218,19 @@ class ChoiceTask(ABC):
             prompt=Prompt.raw(
                 few_shot(self.base_format, shots, sample.data, head=head), parse_special=self.is_upstream
             ),
-            choices=tuple(self.letter_prefix + letter for letter in LETTERS),
-            max_prompt_tokens=self.max_prompt_tokens,
+            choices=tuple(self.letter_prefix + letter for letter in option_letters(sample.data)),
+            max_prompt_tokens=self.max_prompt_tokens if self.is_upstream else None,
         )
 
     # --- grading ---
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
-        answer = turns[0].answer
+        answer, letters = turns[0].answer, option_letters(sample.data)
         if isinstance(answer, ChoiceLogprobs):
-            return self._grade(sample, LETTERS[answer.best], official_letter(answer), values=letter_values(answer))
+            values = letter_values(answer, letters)
+            return self._grade(sample, letters[answer.best], official_letter(answer, letters), values=values)
         assert isinstance(answer, Completions), answer
-        letter = concluded_letter(answer.text, [sample.data[x] for x in LETTERS])
+        letter = concluded_letter(answer.text, [sample.data[x] for x in letters], letters="".join(letters))
         official = self.official_letter(answer.text, sample.data)
         symptoms = flags(answer.completions[0], has_answer=letter is not None)
         return self._grade(sample, letter, official, symptoms=symptoms)
@@ -242,30 +266,32 @@ class ChoiceTask(ABC):
         records = list(records)
         scores: dict[str, list[float]] = defaultdict(list)
         upstream: dict[str, list[float]] = defaultdict(list)
+        draws: dict[str, list[Hashable]] = defaultdict(list)
         for record in records:
             if record.grade.score is not None:
                 scores[record.group].append(record.grade.score)
                 upstream[record.group].append(record.grade.score_upstream or 0.0)
+                draws[record.group].append(record.cluster or record.sample_id)
         if not scores:  # the split has no answers
             return {"answered": Metric(value=float(len(records)), n=len(records), kind="count")}
-        metrics = {"accuracy": self.averaged(scores)}
+        metrics = {"accuracy": self.averaged(scores, draws)}
         if not self.is_upstream:
-            metrics["accuracy_upstream"] = self.averaged(upstream)
+            metrics["accuracy_upstream"] = self.averaged(upstream, draws)
         for category, subjects in self.categories.items():
             part = {s: scores[s] for s in subjects if s in scores}
             if part:
-                metrics[f"accuracy/{category}"] = self.averaged(part)
-        metrics |= {f"accuracy/{s}": share(scores[s]) for s in self.all_subjects() if s in scores}
+                metrics[f"accuracy/{category}"] = self.averaged(part, draws)
+        metrics |= {f"accuracy/{s}": _share(scores[s], draws[s]) for s in self.all_subjects() if s in scores}
         masses = [r.grade.values["mass"] for r in records if "mass" in r.grade.values]
         if masses:
             metrics["letter_mass"] = mean(masses)
         return metrics
 
-    def averaged(self, scores: Mapping[str, Sequence[float]]) -> Metric:
-        """Micro: every question counts the same. Macro: every subject does."""
+    def averaged(self, scores: Mapping[str, Sequence[float]], draws: Mapping[str, Sequence[Hashable]]) -> Metric:
+        """Micro: every question counts the same. Macro: every subject does. `draws` name what was drawn as one."""
         if self.average == "macro":
-            return macro(scores)
-        return share([score for subject in scores.values() for score in subject])
+            return macro(scores, {subject: draws[subject] for subject in scores})
+        return _share([score for s in scores for score in scores[s]], [draw for s in scores for draw in draws[s]])
 
     def describe(self) -> Mapping[str, JSON]:
         num_samples = len(self.samples())
@@ -284,25 +310,41 @@ class ChoiceTask(ABC):
         } | ({"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else {})
 
 
+def _question(row: Mapping[str, str]) -> tuple[str, ...]:
+    """What makes two rows the same question: its words and its options in their order."""
+    return " ".join(row["question"].split()), *(" ".join(row[letter].split()) for letter in option_letters(row))
+
+
+def _has_gold_twice(row: Mapping[str, str], target: str) -> bool:
+    gold = row[target].strip()
+    return sum(row[letter].strip() == gold for letter in option_letters(row)) > 1
+
+
+def _share(scores: Sequence[float], draws: Sequence[Hashable]) -> Metric:
+    """Of independent questions, where none occurs twice."""
+    return share(scores, draws if len(set(draws)) < len(draws) else None)
+
+
 # --- reading letter logits -----------------------------------------------------------------------------------------
 
 
-def letter_values(answer: ChoiceLogprobs) -> dict[str, JSON]:
+def letter_values(answer: ChoiceLogprobs, letters: Sequence[str] = LETTERS) -> dict[str, JSON]:
     """`p`: probability of each letter among the letters (sums to 1); `mass`: share of the vocabulary they hold.
 
     `official_prob` are the numbers the official scripts write: near 0.25, because they are softmaxed twice.
     """
+    assert len(letters) == len(answer.logprobs), (letters, answer.logprobs)
     top = max(answer.logprobs)
     weights = [math.exp(x - top) for x in answer.logprobs]
     return {
-        "p": {letter: weight / sum(weights) for letter, weight in zip(LETTERS, weights)},
+        "p": {letter: weight / sum(weights) for letter, weight in zip(letters, weights)},
         "mass": math.fsum(math.exp(x) for x in answer.logprobs),
         "official_prob": official_probs(answer),
     }
 
 
 def official_probs(answer: ChoiceLogprobs) -> list[float]:
-    """Softmax over the vocabulary, then a second softmax over the four probabilities, in fp32 as the scripts do."""
+    """Softmax over the vocabulary, then a second one over the letters' probabilities, in fp32 as the scripts do."""
     import numpy
 
     probs = numpy.exp(numpy.asarray(answer.logprobs, dtype=numpy.float32))
@@ -310,7 +352,7 @@ def official_probs(answer: ChoiceLogprobs) -> list[float]:
     return [float(p) for p in again / again.sum(dtype=numpy.float32)]
 
 
-def official_letter(answer: ChoiceLogprobs) -> str:
+def official_letter(answer: ChoiceLogprobs, letters: Sequence[str] = LETTERS) -> str:
     """The first of the highest official probabilities: where the letters hold next to no mass, that is "A"."""
     probs = official_probs(answer)
-    return LETTERS[probs.index(max(probs))]
+    return letters[probs.index(max(probs))]

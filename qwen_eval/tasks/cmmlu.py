@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwen_eval.data.sources import Row
-from qwen_eval.extraction.letters import official_ceval_letter
+from qwen_eval.extraction.official_letters import official_ceval_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
-from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT
+from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT, option_letters
 
 # fmt: off
 CATEGORIES = {
@@ -75,7 +75,7 @@ class Cmmlu(ChoiceTask):
         return [Row(cells={_NAMES.get(k, k): v for k, v in row.cells.items()}, where=row.where) for row in rows]
 
     def official_letter(self, reply: str, row: Mapping[str, str]) -> str:
-        return official_ceval_letter(reply, row["question"], [row[letter] for letter in LETTERS])
+        return official_ceval_letter(reply, row["question"], [row[letter] for letter in option_letters(row)])
 
 
 _NAMES = {"": "id", "Question": "question", "Answer": "answer"}

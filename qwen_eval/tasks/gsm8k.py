@@ -41,7 +41,7 @@ class Spec(TaskSpec):
 
 class Gsm8k(GenerativeTask[Spec]):
     Spec = Spec
-    version = 1
+    version = 2
 
     @property
     def shots(self) -> int:

@@ -39,7 +39,7 @@ class Spec(CodeSpec):
 
 class HumanEval(CodeTask[Spec]):
     Spec = Spec
-    version = 1
+    version = 2
 
     def open(self) -> Source:
         if self.spec.name == "humaneval" and self.spec.path is None and self.spec.data != "hub":

@@ -1,7 +1,7 @@
 """Perplexity by context length (the long-context table of the Qwen cards) and the other usual ways to measure it.
 
-Every length is scored over the same tokens, so that a difference between two lengths is the length's. The intervals
-are over documents.
+Every length is scored over the same tokens, also under `limit`, so that a difference between two lengths is the
+length's. The intervals are over documents.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 from qwen_eval.config import TaskSpec, not_one_of
 from qwen_eval.core import (
@@ -28,7 +29,7 @@ from qwen_eval.core import (
     TokenLogprobs,
     Turn,
 )
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.sources import Source, draw, open_source
 from qwen_eval.metrics import perplexity
 from qwen_eval.tasks.documents import Stream, end_of_text, read_documents, token_streams
 from qwen_eval.tasks.registry import TaskContext
@@ -39,12 +40,15 @@ AUTO_FACTORS = (0.5, 1, 2, 4, 8)  # of the training length: 1024 … 16384 for Q
 AUTO_LONGEST = 32768
 TRAIN_LENGTH = 2048  # where an engine does not say
 
+Stretch: TypeAlias = tuple[int, int]  # first token, number of tokens
+
 
 @dataclass(kw_only=True)
 class LongPplSpec(TaskSpec):
     """`lengths` empty: half to eight times the training length, as far as half of the documents reach.
 
-    `max_chunks` counts chunks of the longest length; shorter lengths cover the same tokens (with `same_tokens`).
+    `limit` draws, and `max_chunks` bounds, chunks of the longest length; shorter lengths cover the same tokens (with
+    `same_tokens`).
     """
 
     name: str = "long_ppl"
@@ -61,7 +65,8 @@ class LongPplSpec(TaskSpec):
 
 class LongPpl:
     Spec = LongPplSpec
-    version = 1
+    version = 2  # the headline is the longest length's, and `limit` draws chunks of the longest length
+    draws_limit: Literal[True] = True
 
     def __init__(self, spec: LongPplSpec, context: TaskContext):
         self.tokenizer = context.required_tokenizer(spec.name, " and gives no log-probabilities of given text")
@@ -114,18 +119,49 @@ class LongPpl:
             plan[length] = used
         return plan
 
+    @cached_property
+    def stretches(self) -> dict[int, list[list[Stretch]]]:
+        """Length -> what is read of each stream: all that the plan uses, or the part that `limit` draws."""
+        found = {}
+        for length in self.lengths:
+            unit = self.lengths[-1] if self.spec.same_tokens else length
+            used = self.plan[length]
+            if self.spec.limit is None:
+                found[length] = [[(0, num)] if num else [] for num in used]
+            else:
+                found[length] = self._drawn(used, unit)
+        return found
+
+    def _drawn(self, used: Sequence[int], unit: int) -> list[list[Stretch]]:
+        """`limit` chunks of `unit` tokens, every text in proportion to its size. Where a protocol reads whole texts,
+        as many chunks of a text are read from its beginning.
+        """
+        chunks = [
+            Sample(id=f"{self.streams[i].id}/{start}", group=self.streams[i].id, data={"stream": i, "start": start})
+            for i, num in enumerate(used)
+            for start in range(0, num, unit)
+        ]
+        starts: list[list[int]] = [[] for _ in used]
+        for chunk in draw(chunks, self.spec.limit, self.spec.seed):
+            starts[chunk.data["stream"]].append(chunk.data["start"])
+        if self.preset.is_whole:
+            return [[(0, min(len(drawn) * unit, num))] if drawn else [] for drawn, num in zip(starts, used)]
+        return [[(start, unit) for start in drawn] for drawn in starts]
+
     def samples(self) -> Sequence[Sample]:
         return [
             Sample(id=f"{length}/{stream.id}/{w.start}", group=str(length), cluster=stream.document_at(w.start),
                    data={"stream": i, "window": w})
             for length in self.lengths
             for i, stream in enumerate(self.streams)
-            for w in self._windows(length, self.plan[length][i])
+            for stretch in self.stretches[length][i]
+            for w in self._windows(length, stretch)
         ]  # fmt: skip
 
-    def _windows(self, length: int, num_tokens: int) -> list[Window]:
-        found = self.preset.windows(num_tokens, length, self._stride(length)) if num_tokens else []
-        return [window for window in found if window.num_scored > 0]
+    def _windows(self, length: int, stretch: Stretch) -> list[Window]:
+        first, num_tokens = stretch
+        found = self.preset.windows(num_tokens, length, self._stride(length))
+        return [replace(w, start=w.start + first, end=w.end + first) for w in found if w.num_scored > 0]
 
     # --- asking and grading ---
 
@@ -173,13 +209,12 @@ class LongPpl:
         return self.spec.stride or max(1, length // 2)
 
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
-        """`ppl` over all lengths, then each length: `ppl/1024`, `bits_per_byte/1024`."""
+        """`ppl/1024`, `bits_per_byte/1024` of each length. The longest comes first, it is the headline."""
         by_length: dict[int, list[Record]] = defaultdict(list)
         for record in records:
             by_length[record.grade.values["length"]].append(record)
         lengths = sorted(by_length)
-        metrics = {"ppl": _ppl([record for length in lengths for record in by_length[length]])}
-        metrics |= {f"ppl/{length}": _ppl(by_length[length]) for length in lengths}
+        metrics = {f"ppl/{length}": _ppl(by_length[length]) for length in [*lengths[-1:], *lengths[:-1]]}
         metrics |= {f"bits_per_byte/{length}": _bits_per_byte(by_length[length]) for length in lengths}
         if self.spec.preset == "lm-eval-rolling":
             for length in lengths:
@@ -194,10 +229,11 @@ class LongPpl:
             name = record.sample_id.split("/", 1)[1].rpartition("/")[0]
             nll[name] += record.grade.values["nll"]
             scored[name] += record.grade.values["num_tokens"]
-        texts = {  # whole texts only: `limit` may have left windows out
+        texts = {
             stream.id: self._used_text(stream, num)
-            for stream, num in zip(self.streams, self.plan[length])
-            if num and scored[stream.id] == num
+            for stream, stretches in zip(self.streams, self.stretches[length])
+            for _, num in stretches
+            if scored[stream.id] == num
         }
         sums = [nll[name] for name in texts]
         words = perplexity(sums, [len(re.split(r"\s+", text)) for text in texts.values()])
@@ -221,6 +257,12 @@ class LongPpl:
             short = sum(len(stream.ids) < unit for stream in self.streams)
             if short:
                 found.append(f"{short} of {len(self.streams)} documents have fewer than {unit} tokens and are skipped")
+        odd = [length for length in self.lengths if self.lengths[-1] % length] if not self.preset.is_whole else []
+        if odd and self.spec.same_tokens:
+            found.append(
+                f"lengths {', '.join(map(str, odd))} do not divide {self.lengths[-1]}: fewer than {max(odd)} tokens at "
+                "the end of a text or drawn chunk are left out there"
+            )
         facts = self.context.model_facts
         has_trick = facts.get("dynamic_ntk") or facts.get("logn") or facts.get("windows")
         beyond = [length for length in self.lengths if length > (facts.get("train_length") or math.inf)]
@@ -261,7 +303,10 @@ class LongPpl:
             "lengths": self.lengths,
             "num_documents": sum(len(stream.names) for stream in self.streams),
             "num_skipped": {str(length): used.count(0) for length, used in self.plan.items()},
-            "num_tokens": {str(length): sum(used) for length, used in self.plan.items()},
+            "num_tokens": {
+                str(length): sum(num for stretches in of_streams for _, num in stretches)
+                for length, of_streams in self.stretches.items()
+            },
             "origin": self.source.origin,
             "data_sha256": self.source.sha256,
             "version": self.version,

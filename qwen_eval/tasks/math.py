@@ -35,7 +35,7 @@ class Spec(TaskSpec):
 
 class Math(GenerativeTask[Spec]):
     Spec = Spec
-    version = 1
+    version = 2
 
     @property
     def shots(self) -> int:

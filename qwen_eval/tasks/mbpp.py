@@ -6,6 +6,7 @@ EvalPlus' rows with many more inputs. Prompt: the OpenCompass form that the Qwen
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import dataclass
@@ -13,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from qwen_eval.core import JSON, Completion, ConfigError, DataError, Message, Prompt, Sample
 from qwen_eval.data.sources import Source
-from qwen_eval.extraction.programs import definitions, longest_program, parsed, program_in_reply, without_examples
-from qwen_eval.extraction.symptoms import cut
+from qwen_eval.extraction.programs import program_between_marks
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
 from qwen_eval.tasks.evalplus import plus_test
 from qwen_eval.tasks.generation import prompt_text
@@ -42,7 +42,7 @@ class Spec(CodeSpec):
 
 class Mbpp(CodeTask[Spec]):
     Spec = Spec
-    version = 1
+    version = 2
 
     def rows(self, source: Source) -> list[Sample]:
         if self.spec.split not in SPLITS:
@@ -52,6 +52,8 @@ class Mbpp(CodeTask[Spec]):
         for i, row in enumerate(rows):
             if "task_id" not in row or not ("test_list" in row or "assertion" in row):
                 raise DataError(f"{source.origin} row {i}: no task_id with tests, not a row of MBPP")
+            if self.name == "mbpp_plus" and not row.keys() & {"plus_input", "test"}:
+                raise DataError(f"{source.origin} row {i}: only the shown tests, not a row of MBPP+; use task=mbpp")
             number = int(str(row["task_id"]).rpartition("/")[2])
             if self.name == "mbpp_plus" or number in SPLITS[self.spec.split]:
                 samples.append(Sample(id=f"mbpp/{number}", data=row))
@@ -87,7 +89,9 @@ class Mbpp(CodeTask[Spec]):
 
     def read(self, sample: Sample, completion: Completion) -> Readings:
         upstream = upstream_program(completion.text)
-        return Readings(robust=program_between_marks(completion.text, entry_point(sample.data)), upstream=upstream)
+        function = entry_point(sample.data)
+        robust = program_between_marks(completion.text, function, also=names_in_tests(sample.data))
+        return Readings(robust=robust, upstream=upstream)
 
     def program(self, sample: Sample, source: str) -> Program:
         from qwen_eval.sandbox import Program
@@ -119,28 +123,23 @@ def entry_point(row: JSON) -> str:
     return called_function("\n".join(row["test_list"]), row["code"].replace("\r\n", "\n"))
 
 
+def names_in_tests(row: JSON) -> set[str]:
+    """The names that the shown tests and their set-up code use: a program must keep those that it defines."""
+    source = "\n".join([*tests_of(row), row.get("test_setup_code") or ""]).replace("\r\n", "\n")
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+
+
 def test_source(row: JSON) -> str:
-    """Set-up code stands behind the solution: that of ids 367 and 927 uses the solution's own classes."""
+    """What is run: of MBPP+ the inputs of EvalPlus' release, or the `test` that the hub's rows bring.
+
+    Set-up code stands behind the solution: that of ids 367 and 927 uses the solution's own classes.
+    """
     if "plus_input" in row:
         return plus_test(row)
+    if "test" in row:
+        return str(row["test"])
     parts = [*row.get("test_imports", []), row.get("test_setup_code", ""), *row["test_list"]]
     return "\n".join(part.replace("\r\n", "\n") for part in parts if part) + "\n"
-
-
-def program_between_marks(text: str, function: str) -> str | None:
-    """The program between `[BEGIN]` and `[DONE]`, quoted, fenced or bare, that defines `function`."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = cut(text.rpartition("[BEGIN]")[2], STOPS)
-    quoted = re.fullmatch(r"\s*(['\"]{1,3})(.*?)\1?\s*", text, re.DOTALL)
-    for candidate in [text.strip("\n"), *([quoted[2]] if quoted else [])]:
-        program = longest_program(candidate)
-        if (tree := parsed(program)) and definitions(program) and _names(tree, function):
-            return without_examples(program) + "\n"
-    return program_in_reply(text, function)
-
-
-def _names(tree: object, function: str) -> bool:
-    return any(getattr(node, "name", None) == function for node in getattr(tree, "body", []))
 
 
 def upstream_program(text: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 from qwen_eval.core import JSON, DataError
 from qwen_eval.data.sources import HubSource, Row, printed_by_pandas
-from qwen_eval.extraction.letters import official_mmlu_letter
+from qwen_eval.extraction.official_letters import official_mmlu_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
-from qwen_eval.tasks.prompts import MMLU_BASE, MMLU_CHAT
+from qwen_eval.tasks.prompts import MMLU_BASE, MMLU_CHAT, option_letters
 
 COLUMNS = ("question", *LETTERS, "answer")
 
@@ -79,10 +80,10 @@ class Mmlu(ChoiceTask):
         return [Row(cells=c, where=f"{subject}/{split} row {i}") for i, c in enumerate(cells)]
 
     def official_letter(self, reply: str, row: Mapping[str, str]) -> str:
-        return official_mmlu_letter(reply, [row[letter] for letter in LETTERS])
+        return official_mmlu_letter(reply, [row[letter] for letter in option_letters(row)])
 
 
 def _official_cells(row: Mapping[str, JSON]) -> dict[str, str]:
     """The hub keeps the options as a list and the answer as its index."""
-    options = dict(zip(LETTERS, row["choices"], strict=True))
-    return {"question": row["question"], **options, "answer": LETTERS[row["answer"]]}
+    options = dict(zip(ascii_uppercase, row["choices"]))
+    return {"question": row["question"], **options, "answer": list(options)[row["answer"]]}

@@ -30,7 +30,7 @@ from qwen_eval.data import exercises as ex
 from qwen_eval.data.sources import Source
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.numbers import concluded_number, written
-from qwen_eval.extraction.symptoms import completions_of, flags
+from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask
 
@@ -57,7 +57,7 @@ class Spec(TaskSpec):
 
 class Nano(GenerativeTask[Spec]):
     Spec = Spec
-    version = 3
+    version = 4
 
     def rows(self, source: Source) -> list[Sample]:
         samples = []
@@ -127,6 +127,7 @@ def base_text(exercise: ex.Exercise, shots: Sequence[ex.Exercise]) -> str:
 
 def read(kind: str, text: str) -> str | None:
     """The answer a reply gives: a letter, a number, the first digits, or its first line."""
+    text = answer_part(text)
     if kind == "choice":
         return concluded_letter(text)
     if kind == "arithmetic":

@@ -18,7 +18,7 @@ from qwen_eval.config import TaskSpec, not_one_of
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
 from qwen_eval.data.exercises import CITIES, CITIES_ZH
 from qwen_eval.data.sources import Source, open_source
-from qwen_eval.extraction.symptoms import completions_of, flags
+from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.documents import read_documents
 from qwen_eval.tasks.haystack import Buried, Frame, base_frame, bury, chat_frame
@@ -82,7 +82,7 @@ class NeedleSpec(TaskSpec):
 
 class Needle:
     Spec = NeedleSpec
-    version = 1
+    version = 2
 
     def __init__(self, spec: NeedleSpec, context: TaskContext):
         self.tokenizer = context.required_tokenizer(spec.name, ", so no prompt of an exact length can be made")
@@ -175,8 +175,9 @@ class Needle:
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         completion = completions_of(turns[0])[0]
-        found = [key for key in sample.target if says(completion.text, key)]
-        numbers = re.findall(r"\d[\d, ]*\d", unicodedata.normalize("NFKC", completion.text))
+        said = answer_part(completion.text)
+        found = [key for key in sample.target if says(said, key)]
+        numbers = re.findall(r"\d[\d, ]*\d", unicodedata.normalize("NFKC", said))
         buried = self.buried(sample)
         return Grade(
             score=len(found) / len(sample.target),
@@ -186,7 +187,7 @@ class Needle:
                 "depth_percent": sample.data["depths"][0],
                 "language": sample.data["language"],
                 "starts": list(buried.starts),
-                "strict": float(len(found) == len(sample.target) and begins_with(completion.text, sample.target[0])),
+                "strict": float(len(found) == len(sample.target) and begins_with(said, sample.target[0])),
             },
             flags=flags(completion, has_answer=bool(numbers)),
         )

@@ -14,10 +14,12 @@ from typing import Any
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Sampling, Tokenizer, Turn
 from qwen_eval.data.sources import Source
-from qwen_eval.extraction.symptoms import completions_of, flags
+from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import mean, share
 from qwen_eval.tasks.generation import GenerativeTask
 from qwen_eval.tasks.react import calls_a_tool_upstream, read_step, read_step_upstream
+
+INPUT_CHARACTERS = 4_000  # of an action's input that are compared: the overlap takes time with their square
 
 
 @dataclass(kw_only=True)
@@ -31,7 +33,7 @@ class Spec(TaskSpec):
 
 class Plugin(GenerativeTask[Spec]):
     Spec = Spec
-    version = 1
+    version = 2
 
     def rows(self, source: Source) -> list[Sample]:
         samples = []
@@ -54,19 +56,17 @@ class Plugin(GenerativeTask[Spec]):
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         completion = completions_of(turns[0])[0]
-        calls_tool = read_step(completion.text).action is not None
+        tool, tool_upstream = read_step(answer_part(completion.text)).action, called_upstream(completion.text)
         if sample.group == "negative":
-            robust, upstream = not calls_tool, not calls_a_tool_upstream(completion.text)
-            tools: tuple[str | None, str | None] = (read_step(completion.text).action, None)
+            robust, upstream = tool is None, tool_upstream is None
         else:
-            robust = _same_tool(read_step(completion.text).action, read_step(sample.target).action)
+            robust = _same_tool(tool, read_step(sample.target).action)
             upstream = is_right_tool(completion.text, sample.target)
-            tools = (read_step(completion.text).action, read_step_upstream(completion.text)["action"])
         rouge = input_rouge_l(completion.text, sample.target, self.context.tokenizer)
         return Grade(
             score=self.chosen(robust, upstream),
-            extracted=tools[0],
-            extracted_upstream=tools[1],
+            extracted=tool,
+            extracted_upstream=tool_upstream,
             score_upstream=float(upstream),
             values={"input_rouge_l": rouge},
             flags=flags(completion, has_answer=bool(completion.text.strip())),
@@ -90,13 +90,18 @@ def is_right_tool(reply: str, gold: str) -> bool:
     return calls_a_tool_upstream(reply) and _same_tool(reply_tool, gold_tool)
 
 
+def called_upstream(reply: str) -> str | None:
+    """The tool that the official evaluation reads, where it counts the reply as a call."""
+    return read_step_upstream(reply)["action"] if calls_a_tool_upstream(reply) else None
+
+
 def _same_tool(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and one.strip().lower() == other.strip().lower()
 
 
 def input_rouge_l(reply: str, gold: str, tokenizer: Tokenizer | None) -> float:
     """ROUGE-L F1 of the two action inputs over the model's own tokens; characters where no tokenizer is known."""
-    texts = [read_step_upstream(text)["action_input"] for text in (gold, reply)]
+    texts = [read_step_upstream(text)["action_input"][:INPUT_CHARACTERS] for text in (gold, reply)]
     if not all(texts):
         return 0.0
     spaced = [" ".join(_pieces(text, tokenizer)) for text in texts]

@@ -1,13 +1,16 @@
 """Few-shot text as the official scripts write it: plain templates and the functions that fill them.
 
-A template names the columns of a row in braces: `"Question: {question}\\nAnswer: {answer}"`. Filling never looks
-inside a cell, so braces in a question are text.
+A template names the columns of a row in braces: `"Question: {question}\\nAnswer: {answer}"`. `{options}` are the lines
+"A. ..." of all its options, `{letters}` the words "A, B, C and D". Filling never looks inside a cell, so braces in a
+question are text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from string import ascii_uppercase
 
 from qwen_eval.core import Message, Prompt
 
@@ -21,22 +24,33 @@ class ShotFormat:
     head: str = ""
 
 
-OPTIONS = "A. {A}\nB. {B}\nC. {C}\nD. {D}\n"
-
 MMLU_BASE = ShotFormat(
     head="The following are multiple choice questions (with answers) about {subject}.\n\n",
-    example="Question: {question}\n" + OPTIONS + "Answer: {answer}\n\n",
-    query="Question: {question}\n" + OPTIONS + "Answer:",
+    example="Question: {question}\n{options}Answer: {answer}\n\n",
+    query="Question: {question}\n{options}Answer:",
 )
 MMLU_CHAT = (
-    "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D as the "
-    "answer to this question.\n\n{question}\n" + OPTIONS
+    "The following is a multiple-choice question. Please choose the most suitable one among {letters} as the "
+    "answer to this question.\n\n{question}\n{options}"
 )
 CHINESE_EXAM_BASE = ShotFormat(
-    example="问题：{question}\n" + OPTIONS + "答案：{answer}\n\n",
-    query="问题：{question}\n" + OPTIONS + "答案：",
+    example="问题：{question}\n{options}答案：{answer}\n\n",
+    query="问题：{question}\n{options}答案：",
 )
-CHINESE_EXAM_CHAT = "{question}\n\n" + OPTIONS
+CHINESE_EXAM_CHAT = "{question}\n\n{options}"
+
+
+def option_letters(row: Mapping[str, str]) -> tuple[str, ...]:
+    """The letters of a row's options: its columns A, B, C ... as far as they go."""
+    return tuple(takewhile(row.__contains__, ascii_uppercase))
+
+
+def filled(template: str, row: Mapping[str, str]) -> str:
+    """The template with the cells of a row."""
+    letters = option_letters(row)
+    named = " and ".join([", ".join(letters[:-1]), letters[-1]] if len(letters) > 1 else letters)
+    options = "".join(f"{letter}. {row[letter]}\n" for letter in letters)
+    return template.format_map({**row, "options": options, "letters": named})
 
 
 def few_shot(
@@ -49,8 +63,8 @@ def few_shot(
     """`head` + one example a shot + the query; `head` fills the template's head."""
     return (
         form.head.format_map(head or {})
-        + "".join(form.example.format_map(shot) for shot in shots)
-        + form.query.format_map(row)
+        + "".join(filled(form.example, shot) for shot in shots)
+        + filled(form.query, row)
     )
 
 
@@ -61,7 +75,7 @@ def chat_shots(template: str, shots: Sequence[Mapping[str, str]], row: Mapping[s
     """
     messages: list[Message] = []
     for shot in shots:
-        messages.append(Message(role="user", content=template.format_map(shot)))
+        messages.append(Message(role="user", content=filled(template, shot)))
         messages.append(Message(role="assistant", content=shot["answer"]))
-    messages.append(Message(role="user", content=template.format_map(row)))
+    messages.append(Message(role="user", content=filled(template, row)))
     return Prompt(messages=tuple(messages))

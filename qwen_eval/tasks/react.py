@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ARGUMENTS_CHARACTERS = 100_000
 STOP_WORDS = ("Observation:", "Observation:\n")  # the tool speaks next, not the model
 
 TOOL = (
@@ -94,10 +95,12 @@ def read_step(text: str) -> Step:
 
 
 def canonical_json(text: str) -> str:
-    """Arguments for comparison: JSON5 read, keys sorted; "" where it cannot be read."""
+    """Arguments for comparison: JSON5 read, keys sorted; "" where it cannot be read, or is longer than any call."""
     import json5
 
     try:
+        if len(text) > ARGUMENTS_CHARACTERS:
+            return ""
         return json.dumps(json5.loads(text), ensure_ascii=False, sort_keys=True)
     except Exception:  # json5 raises ValueError, RecursionError and its own kinds: all mean "not readable"
         return ""

@@ -127,9 +127,7 @@ class NativeEngine:
         parts: dict[int, dict[int, Scores]] = {}
         for index, request in requests:
             choices = [tuple(self._tokenizer.encode(choice)) for choice in request.choices]
-            prompt = self._render_ids(request.prompt)
-            if request.max_prompt_tokens is not None:
-                prompt = prompt[-request.max_prompt_tokens :]
+            prompt = request.kept(self._render_ids(request.prompt))
             refuse_empty(prompt)
             if all(len(choice) == 1 for choice in choices):
                 jobs.append(Job(ids=prompt, choices=tuple(choice[0] for choice in choices)))

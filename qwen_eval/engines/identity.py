@@ -1,0 +1,22 @@
+"""What would answer now: the checkpoint's fingerprint, or the endpoint with what it says of its model.
+
+The engines put the same text into `Engine.info["weights"]`. A stored run is recalled or resumed only where it is equal.
+"""
+
+from __future__ import annotations
+
+from qwen_eval.config import EngineSpec, ModelSpec
+
+
+def identity(engine: EngineSpec, model: ModelSpec) -> str:
+    """Found without loading a model; ModelError or EngineError where there is no checkpoint or no server."""
+    if engine.name == "fake":
+        return "fake"
+    if engine.name == "openai":
+        from qwen_eval.engines.endpoint import endpoint_identity
+        from qwen_eval.engines.openai import api_model, base_url
+
+        return endpoint_identity(base_url(engine), api_model(engine, model))
+    from qwen_eval.models.fingerprint import model_fingerprint
+
+    return model_fingerprint(model)

@@ -1,0 +1,135 @@
+"""Every command in the fenced blocks of README.md and docs/: run as written where it needs no real checkpoint and no
+file of the user, else composed, so that none of its keys is wrong.
+
+All run in one directory, docs/ci.md first: the others find its runs and its baseline there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_eval import __main__ as evaluation
+from qwen_eval import cli, config
+from qwen_eval.profile import __main__ as profile
+from qwen_eval.profile import config as profile_config
+from qwen_eval.quantize import command as quantize
+from qwen_eval.report import __main__ as report
+from qwen_eval.report import config as report_config
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "docs" / "ci.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+STARTS = ("python ", "make ", "git ", "for ", "test ")
+PLACEHOLDER = re.compile(r"\b(DIR|FILES|FILE|PYTHON)\b|\bcheckpoints/|calibration=")
+OURS = ("qwen-nano", "qwen-nano-chat", "qwen-tiny")  # models that need nothing but the package
+NEEDS = {"git": "a repository", "test": "a step summary"}
+
+Main = Callable[[Sequence[str]], int]
+MAINS: dict[str, tuple[Main, str, type, Callable[[Any], object]]] = {
+    "qwen_eval": (evaluation.main, "config", config.EvalSpec, config.check),
+    "qwen_eval.profile": (profile.main, "profile", profile_config.ProfileSpec, profile_config.check),
+    "qwen_eval.quantize": (quantize.main, "quantize", quantize.QuantizeSpec, quantize.check),
+    "qwen_eval.report": (report.main, "report", report_config.ReportSpec, report.check),
+}
+
+
+def commands(path: Path) -> list[str]:
+    """The commands of all fenced blocks, without comments; steps of a workflow without their `run:`."""
+    found = []
+    for block in FENCE.findall(path.read_text()):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("run: ")
+            if line.startswith(STARTS):
+                found.append(" ".join(re.sub(r"\s#\s.*", "", line).split()))
+    return found
+
+
+def unique() -> list[str]:
+    return list(dict.fromkeys(command for path in DOCS for command in commands(path)))
+
+
+def is_runnable(command: str) -> bool:
+    """Needs nothing but the package: no model but ours, or none at all (a report of other runs, a plan)."""
+    if not command.startswith("python -m ") or PLACEHOLDER.search(command):
+        return False
+    if "plan=true" in command:
+        return True
+    models = re.findall(r"\bmodel=(\S+)", command)
+    if any(name not in OURS for value in models for name in value.split(",")):
+        return False
+    return "compare=" not in command
+
+
+RUNNABLE = [command for command in unique() if is_runnable(command)]
+COMPOSED = [command for command in unique() if "python -m " in command and command not in RUNNABLE]
+TOOLS = [command for command in unique() if command.startswith("python tools/")]
+SHELL = [command for command in unique() if command.startswith(tuple(NEEDS))]
+TARGETS = [command for command in unique() if command.startswith("make ")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workplace")
+
+
+def test_no_command_is_left_out() -> None:
+    assert len(RUNNABLE) + len(COMPOSED) + len(TOOLS) + len(SHELL) + len(TARGETS) == len(unique())
+    assert len(RUNNABLE) > 10
+
+
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_a_command_that_needs_only_the_package_runs_as_written(
+    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    module, *arguments = shlex.split(command)[2:]
+    assert MAINS[module][0](arguments) == 0, capsys.readouterr()
+    for name in re.findall(r"\bout=(\S+)", command):
+        for file in name.split(","):
+            assert (workplace / file).stat().st_size > 0
+
+
+@pytest.mark.parametrize("command", COMPOSED)
+def test_a_command_for_a_real_checkpoint_or_file_is_composed(command: str) -> None:
+    text = re.sub(r"\$\w+", "7", re.sub(r"^for .*?; do |; done$", "", command))
+    module, *arguments = shlex.split(text)[2:]
+    arguments = [word for word in arguments if word != "model.path=DIR"]  # no checkpoint of that shape is here
+    _, name, schema, check = MAINS[module]
+    assert cli.run(arguments, config_name=name, schema=schema, job=check) == 0
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_a_tool_knows_its_options(command: str) -> None:
+    _, script, *arguments = shlex.split(command)
+    source = (ROOT / script).read_text()
+    for option in (word for word in arguments if word.startswith("--")):
+        assert f'"{option}"' in source, command
+
+
+@pytest.mark.parametrize("command", TARGETS)
+def test_a_target_is_in_the_makefile(command: str) -> None:
+    assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("command", SHELL)
+def test_what_stands_between_our_commands_runs_too(command: str, workplace: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(workplace)], check=True)
+    summary = workplace / "summary.md"
+    done = subprocess.run(
+        ["bash", "-ec", command], cwd=workplace, env={"PATH": "/usr/bin:/bin", "GITHUB_STEP_SUMMARY": str(summary)}
+    )
+    assert done.returncode == 0
+    assert not command.startswith("test") or "Regression gate passed" in summary.read_text()
+
+
+def test_the_workflow_runs_what_the_baseline_was_made_of() -> None:
+    made = [command for command in commands(ROOT / "docs" / "ci.md") if command.startswith("python -m qwen_eval -m")]
+    assert len(made) == 2
+    assert made[0] == made[1]
