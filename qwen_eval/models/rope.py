@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_eval.models.config import ModelConfig, Yarn
+from qwen_eval.models.fused import rotate
 
 
 def ntk_alpha(length: int, train_length: int) -> int:
@@ -83,13 +84,7 @@ class Rotation:
 
     def turn(self, heads_NHD: Tensor) -> Tensor:
         """Rotate-half on the leading 2R channels, in fp32, back to the input's dtype (as the original)."""
-        half = self.cos.shape[-1]
-        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
-        x1, x2 = heads_NHD[..., :half].float(), heads_NHD[..., half : 2 * half].float()
-        turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(heads_NHD.dtype)
-        if 2 * half == heads_NHD.shape[-1]:
-            return turned
-        return torch.cat((turned, heads_NHD[..., 2 * half :]), dim=-1)
+        return rotate(heads_NHD, self.cos, self.sin)
 
 
 class Rope:

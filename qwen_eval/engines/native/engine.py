@@ -29,8 +29,11 @@ from qwen_eval.core import (
 )
 from qwen_eval.engines.native.generation import Generator, Row, completion_of, refuse_empty
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
+from qwen_eval.engines.native.workspace import MakeGraphs
+from qwen_eval.models import fused
 from qwen_eval.models.cost import BatchLimits, batch_limits
 from qwen_eval.models.device import memory_bytes
+from qwen_eval.models.graph import cuda_graphs
 from qwen_eval.models.hidden import KeepHidden
 from qwen_eval.models.load import DTYPES, open_forward
 from qwen_eval.models.runner import ModelRunner
@@ -53,6 +56,7 @@ class NativeEngine:
         max_batch_size: int | None = None,
         max_cached_tokens: int | None = None,
         protocol: str = "robust",
+        make_graphs: MakeGraphs = cuda_graphs,
     ) -> None:
         self.forward = forward
         self._tokenizer = tokenizer
@@ -71,6 +75,7 @@ class NativeEngine:
             max_slots=max_batch_size or (256 if forward.device.type == "cuda" else 64),
             prefill_tokens=max_batch_tokens,
             max_cached_tokens=max_cached_tokens,
+            make_graphs=make_graphs,
         )
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
         self._busy_s = 0.0
@@ -89,6 +94,7 @@ class NativeEngine:
             "prompt_tokens": scored.prompt_tokens + generated.prompt_tokens,
             "generated_tokens": generated.generated_tokens,
             "busy_s": self._busy_s,
+            "small_kernels": fused.name(self.forward.device),
             "decode_steps": self.generator.steps,
             "num_oom": scored.num_oom + generated.num_oom,
         }
@@ -220,6 +226,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     """Load the checkpoint of `model`; ModelError, ConfigError or EngineError in one line where that cannot be."""
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
+    fused.choose(spec.kernels)
     opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
     limits = memory_limits(opened.forward, spec, model.kv_cache)
     return NativeEngine(
@@ -231,6 +238,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         max_batch_size=spec.max_batch_size,
         max_cached_tokens=None if spec.max_batch_size else limits.cached_tokens,
         protocol=protocol,
+        make_graphs=(lambda _: None) if spec.kernels == "plain" else cuda_graphs,
     )
 
 

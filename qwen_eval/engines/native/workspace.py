@@ -76,7 +76,7 @@ class Fetched:
         is_cuda = tokens_B.device.type == "cuda"
         self._host = torch.empty(len(tokens_B), dtype=tokens_B.dtype, pin_memory=is_cuda)
         self._host.copy_(tokens_B, non_blocking=True)
-        self._event = torch.cuda.Event() if is_cuda else None
+        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(tokens_B.device))
 
