@@ -13,7 +13,7 @@ from recorded_graph import record, recorded_graphs
 from test_decode_step import SMALL
 from test_native_engine import CONFIG, TRICKS, answers, engine_of, generations
 
-from qwen_eval.core import Sampling
+from qwen_eval.core import Prompt, Sampling
 from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice, distribution, noise_key, uniform
 from qwen_eval.models.graph import StepGraphs
@@ -51,9 +51,17 @@ def test_captured_steps_give_the_same_texts(trick: str, sampling: str, monkeypat
     assert kept.graphs.num_captured <= before + 2
 
 
-def test_rows_of_a_shared_prefix_are_not_captured() -> None:
-    engine = captured(engine_of())
-    assert answers(engine, generations(8)) == answers(engine_of(), generations(8))
+def test_rows_of_one_prefix_are_captured_with_it_and_those_of_several_run_plainly() -> None:
+    several = generations(8)
+    one = [replace(g, prompt=Prompt.raw("a head that all share, of more than sixty tokens. " * 3 + "xyz" * i))
+           for i, g in enumerate(several)]  # fmt: skip
+    for requests, is_captured in ((one, True), (several, False)):
+        engine = captured(engine_of())
+        engine.forward.decoding = partial(engine.forward.decoding, buckets=SMALL)  # type: ignore[method-assign]
+        assert answers(engine, requests) == answers(engine_of(), requests)
+        assert engine.generator._kept is not None
+        assert engine.generator._kept.graphs is not None
+        assert (engine.generator._kept.graphs.num_replays > 10) == is_captured
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

@@ -211,8 +211,9 @@ class DecodeAttend:
         is_full: bool = False,
         groups: Sequence[PrefixGroup] = (),
         kernel: str,
+        is_triton: bool = False,
     ) -> None:
-        self.slots, self.kernel, self.groups = slots, kernel, groups
+        self.slots, self.kernel, self.groups, self.is_triton = slots, kernel, groups, is_triton
         self.own_B, self.positions_B, self.num_keys, self.is_full = own_B, positions_B, num_keys, is_full
         self.rows_B = torch.arange(len(own_B), device=own_B.device)
         self._masks: dict[int | None, Tensor | None] = {}
@@ -221,9 +222,7 @@ class DecodeAttend:
         encode, window = self.slots.codec.encode, self.slots.config.window(layer)
         k, v = (encode(x.transpose(0, 1).unsqueeze(0)) for x in (k_BKD, v_BKD))
         self.slots.write(layer, self.rows_B, self.own_B, k, v)
-        keys, values = self.slots.read(layer, len(q_BHD), self.num_keys)
-        out, lse = partial(q_BHD.unsqueeze(2), keys, values, mask=self._mask(window), kernel=self.kernel)
-        out, lse = out.squeeze(2), lse.squeeze(2)
+        out, lse = self._own(layer, q_BHD, window)
         for group in self.groups:
             past = group.prefix.read(layer)
             if past is None:
@@ -235,6 +234,16 @@ class DecodeAttend:
             else:
                 out[group.rows_G] = joined
         return out
+
+    def _own(self, layer: int, q_BHD: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        if self.is_triton:
+            from qwen_eval.models.triton_decode import attend_own
+
+            k, v = self.slots.stored(layer, len(q_BHD), self.num_keys)
+            return attend_own(q_BHD, k, v, self.own_B, self.num_keys, window)
+        keys, values = self.slots.read(layer, len(q_BHD), self.num_keys)
+        out, lse = partial(q_BHD.unsqueeze(2), keys, values, mask=self._mask(window), kernel=self.kernel)
+        return out.squeeze(2), lse.squeeze(2)
 
     def _mask(self, window: int | None) -> Tensor | None:
         """[B,1,1,S]; the same for every layer of one window."""

@@ -9,7 +9,7 @@ one shape run the same kernels on the same memory and differ in data only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -75,12 +75,15 @@ class StepShape:
     num_keys: int
     is_full: bool  # every row sees every key: no mask
     longest: int  # bound of all positions, as far as LogN asks
-    groups: tuple[PrefixGroup, ...] = field(default=(), compare=False)
+    groups: tuple[PrefixGroup, ...] = ()
 
     @property
     def key(self) -> StepShape | None:
-        """What a captured step is known by; None where it cannot be captured, since prefixes come and go."""
-        return None if self.groups else self
+        """What a captured step is known by; None where rows of several prefixes run, since those come and go.
+
+        A prefix that all rows continue is part of the key: it lives as long as the step that reads it.
+        """
+        return self if all(group.rows_G is None for group in self.groups) else None
 
 
 StepResult = tuple[Tensor, Tensor | None]
@@ -103,10 +106,11 @@ class Decoding:
         kernel: str,
         finish: Finish,
         buckets: Buckets = EXACT,
+        is_triton: bool = False,
         graphs: StepGraphs[StepResult] | None = None,
     ) -> None:
         self.model, self.slots, self.kernel, self.finish, self.buckets = model, slots, kernel, finish, buckets
-        self.graphs = graphs
+        self.graphs, self.is_triton = graphs, is_triton
         self.tables = RowTables(rope, sorted(set(prefill_lengths)), num_positions)
         self.num_positions = num_positions
         num_fields = 3 + len(rope.distinct_windows)
@@ -134,7 +138,7 @@ class Decoding:
         for same in members.values():
             prefix = rows[same[0]].prefix
             assert prefix is not None
-            is_all = len(same) == len(rows) == self.buckets.rows(len(rows))
+            is_all = len(same) == len(rows)  # rows of padding may look at anything
             yield PrefixGroup(prefix=prefix, rows_G=None if is_all else upload(torch.tensor(same), self._data.device))
 
     @torch.inference_mode()
@@ -172,6 +176,7 @@ class Decoding:
             is_full=shape.is_full,
             groups=shape.groups,
             kernel=self.kernel,
+            is_triton=self.is_triton,
         )
         offsets_WB = None if self.tables.is_single else torch.stack(offsets)
         rotations = self.tables.rotations(positions_B, offsets_WB, shape.longest)

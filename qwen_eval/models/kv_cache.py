@@ -197,10 +197,15 @@ class Slots:
             for buffer, part in zip(buffers, parts):
                 buffer[rows_N, :, positions_N] = part[0].transpose(0, 1)
 
-    def read(self, layer: int, num_rows: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    def stored(self, layer: int, num_rows: int, num_keys: int) -> tuple[Stored, Stored]:
+        """The first keys and values of the first slots, as the codec keeps them."""
         held = self._layers[layer]
         assert held is not None, "read before the first write"
         k, v = (tuple(t[:num_rows, :, :num_keys] for t in part) for part in held)
+        return k, v
+
+    def read(self, layer: int, num_rows: int, num_keys: int) -> tuple[Tensor, Tensor]:
+        k, v = self.stored(layer, num_rows, num_keys)
         return self.codec.decode(k, self.dtype), self.codec.decode(v, self.dtype)
 
     @torch.inference_mode()

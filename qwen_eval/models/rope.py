@@ -196,4 +196,4 @@ class RowTables:
 
 
 def _rounded(num_positions: int) -> int:
-    return max(64, 2 ** math.ceil(math.log2(num_positions)))
+    return max(64, 1 << math.ceil(math.log2(num_positions)))

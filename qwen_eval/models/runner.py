@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qwen_eval.models import fused
 from qwen_eval.models.attend import PackedAttend, upload
 from qwen_eval.models.attention import choose_kernel
 from qwen_eval.models.decode import Buckets, Decoding, Finish, StepResult, buckets_for
@@ -27,13 +28,20 @@ class ModelRunner:
     """A model with its positions, cache format and attention kernel."""
 
     def __init__(
-        self, model: Transformer, *, codec: KvCodec | None = None, attention: str = "auto", prefill_chunk: int = 1024
+        self,
+        model: Transformer,
+        *,
+        codec: KvCodec | None = None,
+        attention: str = "auto",
+        prefill_chunk: int = 1024,
+        decode_kernel: str | None = None,
     ) -> None:
         self.model, self.config = model, model.config
         self.codec: KvCodec = codec or PlainCodec(model.dtype)
         self.kernel = choose_kernel(attention, model.device)
         self.rope = Rope(model.config, model.device)
         self.prefill_chunk = prefill_chunk
+        self.decode_kernel = decode_kernel or choose_decode_kernel(model, self.kernel)
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +171,7 @@ class ModelRunner:
             num_positions=num_positions,
             kernel=self.kernel,
             finish=finish,
+            is_triton=self.decode_kernel == "triton",
             buckets=buckets or buckets_for(self.device),
             graphs=graphs,
         )
@@ -180,6 +189,19 @@ class ModelRunner:
         rotations = self.rope.rotations(attend.positions_N, lengths, attend.end)
         hidden: Tensor = self.model(tokens, rotations, attend, rows)
         return hidden
+
+
+def choose_decode_kernel(model: Transformer, kernel: str) -> str:
+    """ "triton" on CUDA where it is there and gives the plain twin's numbers, else "plain", with the reason."""
+    if kernel == "eager" or fused.name(model.device) == "plain":
+        return "plain"
+    from qwen_eval.models.triton_decode import why_not
+
+    config = model.config
+    reason = why_not(
+        model.device, model.dtype, heads=config.num_heads, kv_heads=config.num_kv_heads, dim=config.head_dim
+    )
+    return "triton" if reason is None else f"plain ({reason})"
 
 
 def _joined(sequences: Sequence[Sequence[int]]) -> list[int]:

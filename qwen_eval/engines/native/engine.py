@@ -95,6 +95,7 @@ class NativeEngine:
             "generated_tokens": generated.generated_tokens,
             "busy_s": self._busy_s,
             "small_kernels": fused.name(self.forward.device),
+            "decode_attention": self.forward.decode_kernel,
             "decode_steps": self.generator.steps,
             "num_oom": scored.num_oom + generated.num_oom,
         }
