@@ -105,7 +105,7 @@ class Tuner:
         """Mean negative log-likelihood of every token but the first."""
         model = self.model
         positions = torch.arange(len(ids_T), device=ids_T.device)
-        rotations = self._rope.rotations(positions, len(ids_T))
+        rotations = self._rope.rotations(positions, len(ids_T), len(ids_T))
         x_TE = model.embed(ids_T)
         for i, block in enumerate(model.layers):
             x_TE = self._maybe_checkpointed(_block, block, x_TE, rotations[i])

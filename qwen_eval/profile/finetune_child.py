@@ -14,7 +14,7 @@ import torch
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, QwenEvalError
-from qwen_eval.engines.native.scoring import is_out_of_memory
+from qwen_eval.engines.native.scheduler import is_out_of_memory
 from qwen_eval.models.checkpoint import load, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.device import DTYPES, probe, synchroniser
