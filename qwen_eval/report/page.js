@@ -140,7 +140,7 @@
   let timer = 0;
   search.addEventListener("input", () => {
     clearTimeout(timer);
-    timer = setTimeout(() => show({ words: search.value.toLowerCase() }), 120);
+    timer = setTimeout(() => show({ words: search.value.toLowerCase() }), 60);
   });
   search.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowDown" && event.key !== "Enter") return;
@@ -161,13 +161,18 @@
   if (data.left_out) place.append(el("ul", { class: "notes" }, el("li", { text: `${data.left_out.toLocaleString()} samples are not in this file` })));
 
   const answerText = (row) => row[ANSWERS].map(([prompt, answer]) => prompt + (answer.texts ?? []).map((t) => t[0]).join("\n")).join("\n");
+  const searched = (row) => (row.text ??= `${row[ID]}\n${row[READ]}\n${row[GOLD]}\n${row.prompt}\n${answerText(row)}`.toLowerCase());
+  const prepare = (from = 0) => {
+    EVERY.rows.slice(from, from + PAGE).forEach(searched);
+    if (from + PAGE < EVERY.rows.length) idle(() => prepare(from + PAGE));
+  };
+  const idle = (job) => (window.requestIdleCallback ?? setTimeout)(job);
   const matches = (row) => {
     if (state.group && row[GROUP] !== state.group) return false;
     if (state.language && isChinese(row) !== (state.language === "chinese")) return false;
     if (!FILTERS[state.filter][1](row)) return false;
     if (!state.words) return true;
-    row.text ??= `${row[ID]}\n${row[READ]}\n${row[GOLD]}\n${row.prompt}\n${answerText(row)}`.toLowerCase();
-    return row.text.includes(state.words);
+    return searched(row).includes(state.words);
   };
 
   const mark = (score) => (score === null ? ["·", "weak"] : score >= 1 ? ["✓", "good"] : score <= 0 ? ["✗", "bad"] : ["◐", "weak"]);
@@ -334,4 +339,5 @@
   pick(byKey.get(data.start) ?? asked[0]);
   if (location.hash) follow();
   root.dataset.ready = "true";
+  idle(() => prepare()); // so that the first search is as fast as the others
 })();
