@@ -14,6 +14,7 @@ from report_runs import answered, chose, documents, record, said, write_profile,
 
 from qwen_eval.core import Metric
 from qwen_eval.report.__main__ import main
+from qwen_eval.report.formulas import ELEMENTS, formulas
 from qwen_eval.report.samples import _share, elided, embeddable
 
 HOSTILE = "<script>window.hacked = 1</script></textarea></script><img src=x onerror='window.hacked=2'><!-- &amp; ]]>"
@@ -229,6 +230,33 @@ def test_the_tab_key_walks_the_page_in_its_order(report: Path, page: Page) -> No
     order = [name for i, name in enumerate(seen) if i == 0 or name != seen[i - 1]]
     places = [name for name in order if name in ("verdicts", "plots", "samples", "tables")]
     assert [name for name in places if name != "plots"][:3] == ["verdicts", "samples", "tables"]
+
+
+def test_formulas_are_drawn_when_asked_for(report: Path, page: Page) -> None:
+    page.open(report)
+    page.js("[...document.querySelectorAll('.row')].find((x) => x.textContent.includes('q3')).click()")
+    assert page.js("document.querySelectorAll('math').length") == 0
+    click(page, ".draw")
+    assert texts(page, ".prompt math mfrac > *") == ["a", "b"]
+    assert page.js("document.querySelector('.prompt math').namespaceURI") == "http://www.w3.org/1998/Math/MathML"
+    assert page.js("document.querySelector('.prompt').textContent").endswith("的值。𠮷" + HOSTILE)
+    click(page, ".draw")
+    assert texts(page, ".prompt") == [CHINESE + HOSTILE]
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("text", [
+    "It costs $5 and $6.", r"$\newcommand{\x}{\x\x}\x$", "$" + "{" * 200 + "$", r"$\frac{$",
+    "\\(" * 50_000, "$x " * 50_000, "$" + "\\frac" * 60 + "$",
+])  # fmt: skip
+def test_what_is_no_formula_stays_as_it_was_written(text: str) -> None:
+    assert formulas([text]) == {}
+
+
+def test_a_formula_brings_no_element_or_attribute_of_its_own() -> None:
+    (tree,) = formulas([r"$\text{<script>x</script>} = \href{javascript:1}{y}$"]).values()
+    assert "javascript" not in json.dumps(tree)
+    assert set(re.findall(r'\["(m?[a-z]+)", [\["]', json.dumps(tree))) <= ELEMENTS
 
 
 def test_print_opens_what_is_folded(report: Path, page: Page) -> None:

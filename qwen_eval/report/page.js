@@ -147,6 +147,11 @@
     event.preventDefault();
     rows.querySelector(".row")?.focus();
   });
+  const drawBox = el("button", { type: "button", class: "chip draw", "aria-pressed": "false", text: "draw formulas", onclick: () => {
+    state.isDrawn = !state.isDrawn;
+    drawBox.setAttribute("aria-pressed", String(state.isDrawn));
+    open(state.current);
+  } });
   const chips = el("div", { class: "chips", role: "group", "aria-label": "Filter" });
   const rows = el("div", { class: "rows" });
   const count = el("span");
@@ -155,7 +160,7 @@
   const detail = el("div", { class: "detail", "aria-live": "polite" });
   const panes = el("div", { class: "panes" }, el("div", { class: "list" }, rows, el("div", { class: "pager" }, back, count, next)), detail);
   place.append(
-    el("div", { class: "controls" }, runBox, otherBox, groupBox, languageBox, search, chips),
+    el("div", { class: "controls" }, runBox, otherBox, groupBox, languageBox, search, Object.keys(data.formulas).length ? drawBox : null, chips),
     panes
   );
   if (data.left_out) place.append(el("ul", { class: "notes" }, el("li", { text: `${data.left_out.toLocaleString()} samples are not in this file` })));
@@ -246,9 +251,35 @@
   };
 
   const fact = (label, value, tone = "") => el("span", { class: `fact ${tone}` }, el("b", { text: label }), document.createTextNode(value ?? NONE));
+  // A text as it was written, or with its formulas drawn: nodes of known elements with text, from data.formulas.
+  const FORMULA = /\$\$[^$]{1,300}?\$\$|\$(?![\s$])[^$\n]{1,300}?(?<!\s)\$(?!\d)|\\\((?:[^\\]|\\[^()\[\]]){1,300}?\\\)|\\\[(?:[^\\]|\\[^()\[\]]){1,300}?\\\]/g;
+  const MATHML = "http://www.w3.org/1998/Math/MathML";
+  const drawn = ([tag, content]) => {
+    const node = document.createElementNS(MATHML, tag);
+    if (typeof content === "string") node.textContent = content;
+    else node.append(...content.map(drawn));
+    return node;
+  };
+  const formula = (latex) => {
+    const node = drawn(["math", data.formulas[latex]]);
+    node.setAttribute("title", latex);
+    return node;
+  };
+  const written = (text, kind) => {
+    const node = el("pre", { dir: "auto", class: kind });
+    if (!state.isDrawn) node.textContent = text;
+    let end = 0;
+    for (const match of state.isDrawn ? text.matchAll(FORMULA) : []) {
+      if (!Object.hasOwn(data.formulas, match[0])) continue;
+      node.append(text.slice(end, match.index), formula(match[0]));
+      end = match.index + match[0].length;
+    }
+    if (state.isDrawn) node.append(text.slice(end));
+    return node;
+  };
   const answerNode = (answer) => {
     if (answer.texts) {
-      return el("div", {}, ...answer.texts.flatMap(([text, reason, num]) => [el("pre", { dir: "auto", text: text || "(nothing)" }), el("div", { class: "facts" }, fact("ended by", reason), fact("tokens", String(num)))]));
+      return el("div", {}, ...answer.texts.flatMap(([text, reason, num]) => [written(text || "(nothing)"), el("div", { class: "facts" }, fact("ended by", reason), fact("tokens", String(num)))]));
     }
     if (answer.choices) {
       const top = Math.max(...answer.choices.map((x) => x ?? -Infinity));
@@ -261,7 +292,7 @@
   };
   const side = (row, run) => {
     const turns = row[ANSWERS].flatMap(([prompt, answer], turn) => [
-      prompt ? el("h4", { text: `Turn ${turn + 1}: asked` }) : null, prompt ? el("pre", { dir: "auto", text: prompt }) : null,
+      prompt ? el("h4", { text: `Turn ${turn + 1}: asked` }) : null, prompt ? written(prompt) : null,
       el("h4", { text: row[ANSWERS].length > 1 ? `Turn ${turn + 1}: answer` : "Answer" }), answerNode(answer)]);
     const facts = el("div", { class: "facts" }, fact("score", row[SCORE] === null ? NONE : String(row[SCORE]), mark(row[SCORE])[1]),
       fact("read", row[READ]), row[SCORE_UPSTREAM] === null ? null : fact("official extractor reads", row[READ_UPSTREAM]), ...row[FLAGS].map((flag) => fact("flag", flag, "bad")));
@@ -281,7 +312,7 @@
       el("button", { type: "button", class: "back", text: "‹ all samples", onclick: () => toList() }),
       el("h3", {}, el("a", { href: link(row), title: "Link to this sample", text: row[ID] })),
       el("div", { class: "facts" }, row[GROUP] ? fact("group", row[GROUP]) : null, fact("gold", row[GOLD]), fact("prompt tokens", row[TOKENS].join(", "))),
-      el("h4", { text: "Prompt" }), el("pre", { dir: "auto", class: "prompt", text: row.prompt }),
+      el("h4", { text: "Prompt" }), written(row.prompt, "prompt"),
       el("div", { class: "sides" }, first ? side(first, state.reference) : null, side(row, row.run))
     );
     detail.scrollTop = 0;

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwen_eval.core import JSON, Answer, ChoiceLogprobs, Completions, Record
 from qwen_eval.report.comparison import Comparison
+from qwen_eval.report.formulas import formulas
 from qwen_eval.report.runs import LoadedRun
 
 HEAD_CHARS, TAIL_CHARS = 6_000, 6_000  # of a long prompt: 32K tokens of haystack help nobody in a browser
@@ -25,6 +26,7 @@ def sample_data(
 
     A run that was compared names its `reference` by key. A baseline has no texts: it comes as a run of its changed
     samples alone, with reading and score. `start` is the run that lost most.
+    `formulas` are those of prompts and answers.
     """
     kept = [run for run in runs if run.kind == "eval" and run.records]
     share = _share([len(run.records) for run in kept], max_samples)
@@ -38,9 +40,15 @@ def sample_data(
                 reference = f"{key}.baseline"
                 found[reference] = _baseline(comparison, reference)
             found[key]["reference"] = reference
+    texts = (text for run in kept for record in run.records[:share] for text in _texts(record))
     most = max(comparisons, key=lambda c: (c.losses, c.gains), default=None)
     start = keys.get(most.paths[1]) if most and most.flips and len(most.paths) == 2 else None
-    return {"runs": list(found.values()), "left_out": left_out, "start": start}
+    return {"runs": list(found.values()), "left_out": left_out, "start": start, "formulas": formulas(texts)}
+
+
+def _texts(record: Record) -> list[str]:
+    answers = [item.text for answer in record.answers if isinstance(answer, Completions) for item in answer.completions]
+    return [elided(record.prompts[0] if record.prompts else "")[-TAIL_CHARS:], *map(elided, answers)]
 
 
 def run_keys(runs: Sequence[LoadedRun]) -> dict[Path, str]:
