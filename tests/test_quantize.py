@@ -19,9 +19,11 @@ from qwen_eval.models.checkpoint import Placement, checkpoint_names, load, rando
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.quant import gptq
 from qwen_eval.models.runner import ModelRunner
+from qwen_eval.quantize import __main__ as quantize
 from qwen_eval.quantize import checkpoint as gptq_checkpoint
-from qwen_eval.quantize import command as quantize
 from qwen_eval.quantize import gptq as gptq_quantize
+from qwen_eval.quantize.calibration import calibration_sequences
+from qwen_eval.quantize.config import QuantizeSpec
 from qwen_eval.quantize.gptq import Hessian, Recipe
 
 CPU = torch.device("cpu")
@@ -306,7 +308,7 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_nothing(
 
 def test_a_directory_that_exists_and_a_quantised_checkpoint_are_refused(qwen2: Path, tmp_path: Path) -> None:
     out = quantised(qwen2, tmp_path / "packed", Recipe(group_size=32))
-    spec = quantize.QuantizeSpec(out=str(out))
+    spec = QuantizeSpec(out=str(out))
     spec.model.name, spec.model.path = "tiny", str(qwen2)
     with pytest.raises(ConfigError, match="exists; name another"):
         quantize.quantise(spec)
@@ -321,7 +323,7 @@ def test_a_directory_that_exists_and_a_quantised_checkpoint_are_refused(qwen2: P
 def calibration(qwen2: Path, **settings: Any) -> list[list[int]]:
     from qwen_eval.models.tokenizer import load_tokenizer
 
-    return quantize.calibration_sequences(quantize.QuantizeSpec(**settings), load_tokenizer(qwen2))
+    return calibration_sequences(QuantizeSpec(**settings), load_tokenizer(qwen2))
 
 
 def test_the_bundled_text_is_cut_evenly_from_beginning_to_end(qwen2: Path) -> None:

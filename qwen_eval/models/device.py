@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qwen_eval.core import JSON, ConfigError
-from qwen_eval.runs.provenance import cpu_model
+from qwen_eval.models.cpu import cpu_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPEATS = 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from qwen_eval import cli
 from qwen_eval.profile.config import ProfileSpec, check
@@ -35,10 +36,10 @@ def profile(spec: ProfileSpec) -> None:
         sys.stdout.write(plan(spec))
         return
     from qwen_eval.profile.grid import run_grid
-    from qwen_eval.report.profile import run_tables, write_plots
+    from qwen_eval.report.profile import run_tables, write_plots, write_tables
     from qwen_eval.tables import print_tables
 
-    path = run_grid(spec)
+    path = run_grid(spec, shown=partial(write_tables, published=spec.published))
     print_tables(run_tables(path, published=spec.published))
     plots = [plot.name for plot in write_plots(path)]
     print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")

@@ -11,6 +11,8 @@ from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import JSON, ConfigError
 from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.cost import Cost
+from qwen_eval.models.hub import asset_dir, local_dir
+from qwen_eval.models.lora import base_of
 from qwen_eval.profile.config import ProfileSpec
 
 SERVE_NEW_TOKENS = 128
@@ -83,9 +85,6 @@ def shape_fields(model: ModelSpec) -> dict[str, Any]:
         return dict(model.arch)
     if model.path is None and model.asset is None:
         raise ConfigError(f"model={model.name}: no shape to plan with; give model.path= or model.arch")
-    from qwen_eval.models.hub import asset_dir, local_dir
-    from qwen_eval.models.lora import base_of
-
     directory = local_dir(model.path) if model.path is not None else asset_dir(str(model.asset))
     fields = read_fields(base_of(directory) / "config.json")
     return {**fields, **model.arch} if model.weights == "random" else fields

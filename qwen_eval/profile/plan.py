@@ -12,6 +12,7 @@ from qwen_eval.models.cost import (
     checkpoint_bytes,
     kv_token_bytes,
     num_parameters,
+    published_peak_bytes,
     weight_bytes,
 )
 from qwen_eval.models.device import Device
@@ -111,8 +112,6 @@ def floor_s(cost: Cost, cell: Cell, device: Device) -> tuple[float | None, float
 
 def original_law(config: ModelConfig, quant: str, cell: Cell) -> int | None:
     """The published law where it speaks of such a cell: Qwen v1, one sequence, generating or encoding."""
-    from qwen_eval.models.cost import published_peak_bytes
-
     if config.family != "qwen" or cell.batch != 1 or cell.mode == "serve" or quant in ("nf4", "int8"):
         return None
     return published_peak_bytes(config, quant, cell.seq, cell.mode)

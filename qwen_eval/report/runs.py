@@ -12,7 +12,7 @@ from typing import Literal
 
 from qwen_eval.core import JSON, ConfigError, Metric, Record, StoreError
 from qwen_eval.runs.integrity import refuse_damaged
-from qwen_eval.runs.store import metric_from_json, read_json
+from qwen_eval.runs.store import RECORDS, metric_from_json, read_json, read_records
 
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
@@ -131,8 +131,6 @@ class LoadedRun:
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
-        from qwen_eval.runs.store import RECORDS, read_records
-
         return tuple(read_records(self.path / RECORDS))
 
 

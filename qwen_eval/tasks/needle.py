@@ -19,6 +19,7 @@ from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric
 from qwen_eval.data.exercises import CITIES, CITIES_ZH
 from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
+from qwen_eval.figures import heat_map
 from qwen_eval.metrics import share
 from qwen_eval.tasks.documents import read_documents
 from qwen_eval.tasks.haystack import Buried, Frame, base_frame, bury, chat_frame
@@ -203,8 +204,6 @@ class Needle:
 
     def artifacts(self, records: Iterable[Record]) -> dict[str, JSON | str | bytes]:
         """The heat map, with the interval of each cell in its numbers."""
-        from qwen_eval.figures import heat_map
-
         cells: dict[tuple[int, float], list[Record]] = defaultdict(list)
         for record in records:
             cells[record.grade.values["length"], record.grade.values["depth_percent"]].append(record)
