@@ -16,6 +16,9 @@ from typing import Any, NoReturn
 
 from qwen_eval.config import EngineSpec, ModelSpec, check_values, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
+from qwen_eval.engines.kinds import kind as engine_kind
+from qwen_eval.engines.kinds import kinds as engine_kinds
+from qwen_eval.models.naming import anonymous, settle
 from qwen_eval.tasks.registry import TASKS, task_class
 from qwen_eval.terminal import plain_text
 
@@ -92,15 +95,14 @@ def _settle_model(spec: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
-    if not isinstance(model, ModelSpec) or (engine is not None and engine.name == "fake"):
+    model_at = engine_kind(engine.name).model_at if isinstance(engine, EngineSpec) else "checkpoint"
+    if not isinstance(model, ModelSpec) or model_at == "nowhere":
         return
-    from qwen_eval.models.naming import anonymous, settle
-
     check_values(spec)  # before anything is looked for, let alone fetched
     given = {_key(override) for override in HydraConfig.get().overrides.task}
     if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
         given.add("model")  # by an experiment
-    if engine is None or engine.name != "openai":
+    if model_at == "checkpoint":
         spec.model = settle(model, frozenset(given))
     elif "model" not in given and engine.api_model is not None:
         spec.model = anonymous(model, engine.api_model, frozenset(given))
@@ -132,13 +134,16 @@ def _refuse_flag(message: str) -> NoReturn:
 
 
 def _register(config_name: str, schema: type) -> None:
-    """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `task/<task>_schema`."""
+    """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `engine/<engine>_schema`,
+    `task/<task>_schema`."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(name=f"{'eval' if config_name == 'config' else config_name}_schema", node=schema)
     store.store(group="model", name="model_schema", node=ModelSpec)
     store.store(group="engine", name="engine_schema", node=EngineSpec)
+    for each in engine_kinds():
+        store.store(group="engine", name=f"{each.name}_schema", node=each.spec)
     for name in TASKS:
         spec = _task_spec(name)
         if spec is not None:

@@ -146,7 +146,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.data": ("auto", "bundled", "hub"),
     "task.mode": ("auto", "base", "chat"),
     "task.sampling": SAMPLING,
-    "engine.name": ("native", "hf", "openai", "vllm", "fake"),
     "protocol": PROTOCOLS,
     "sandbox": ("auto", "bubblewrap", "namespaces", "unsafe"),
 }

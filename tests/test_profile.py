@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qwen_eval.profile.child import published_sampling, runner
 from qwen_eval.profile.config import ProfileSpec, check
 from qwen_eval.profile.measure import Recorder, Repetition, quantile, summary
 from qwen_eval.report.__main__ import main as report
+from qwen_eval.report.profile import write_tables
 
 SMALL = {
     "model_type": "qwen2", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,

@@ -30,6 +30,7 @@ from qwen_eval.core import (
     Score,
 )
 from qwen_eval.engines.endpoint import endpoint_identity
+from qwen_eval.engines.kinds import EngineKind
 from qwen_eval.models.segments import Chat
 from qwen_eval.models.template import THINKING_SWITCH, with_system
 
@@ -226,3 +227,14 @@ def base_url(spec: EngineSpec) -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+ENGINE = EngineKind(
+    name="openai",
+    opens="qwen_eval.engines.openai:open_engine",
+    honours=("system", "thinking"),  # the server decided the others when it was started
+    tuned_by=("base_url", "api_model", "concurrency"),
+    decides=("api_model",),
+    model_at="server",
+    identity=lambda engine, model: endpoint_identity(base_url(engine), api_model(engine, model)),
+)

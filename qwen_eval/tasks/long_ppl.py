@@ -175,7 +175,8 @@ class LongPpl:
             assert self.prefix is not None
             ids, num_context = (self.prefix, *ids), num_context + 1
         num_fed = None if self.preset.feeds_last else len(ids) - 1
-        return Score(prompt=Prompt(ids=ids), num_context=num_context, num_fed=num_fed)
+        hidden = self.context.hidden_dir
+        return Score(prompt=Prompt(ids=ids), num_context=num_context, num_fed=num_fed, keep_hidden=hidden)
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         """Sums over the scored tokens; `by_position[k]` = [loss, tokens] at positions 2**k to 2**(k+1) - 1."""

@@ -37,6 +37,7 @@ class TaskContext:
     is_chat: bool = False
     tokenizer: Tokenizer | None = None
     sandbox: str = "auto"
+    hidden_dir: str | None = None  # where `Score` requests keep hidden states
     model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
 
     def reply_tokens(self, spec: TaskSpec, *, is_chat: bool) -> int:
