@@ -62,6 +62,11 @@ def correlated_layer() -> tuple[Tensor, Tensor]:
     return torch.randn(48, 512) * 0.02, torch.randn(1500, 512) @ mix + 0.3 * torch.randn(1500, 1)
 
 
+def round_to_nearest(weight: torch.Tensor, recipe: Recipe) -> gptq_quantize.Result:
+    """Without calibration: what GPTQ is when all inputs are independent and alike."""
+    return gptq_quantize.quantise(weight, torch.eye(weight.shape[1]), recipe)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_outputs_are_a_quarter_closer_than_after_rounding(recipe: Recipe) -> None:
     weight, x = correlated_layer()
@@ -69,7 +74,7 @@ def test_outputs_are_a_quarter_closer_than_after_rounding(recipe: Recipe) -> Non
     for part in x.split(400):
         hessian.add(part)
     ours = gptq_quantize.quantise(weight, hessian.value, recipe).weight_NK
-    rounded = gptq_quantize.round_to_nearest(weight, recipe).weight_NK
+    rounded = round_to_nearest(weight, recipe).weight_NK
     errors = [float((x @ (q - weight).T).norm() / (x @ weight.T).norm()) for q in (ours, rounded)]
     assert errors[0] < 0.75 * errors[1]
     assert gptq_quantize.output_error(weight, ours, hessian.value) == pytest.approx(errors[0], rel=1e-3)
@@ -111,7 +116,7 @@ def test_groups_of_one_sign_and_of_zeros_can_be_written() -> None:
     weight[0] = 0
     weight[1] = -weight[1]
     recipe = Recipe(sym=False, group_size=32)
-    result = gptq_quantize.round_to_nearest(weight, recipe)
+    result = round_to_nearest(weight, recipe)
     assert result.codes.zero_GN.min() >= 1
     assert torch.equal(gptq.dequantise(result.tensors(recipe), recipe.config), result.weight_NK)
     assert (result.weight_NK - weight).abs().max() <= 0.0041  # half of 0.11 / 14, and the fp16 scale
@@ -208,7 +213,7 @@ def test_calibrated_blocks_follow_the_quantised_ones(tmp_path: Path) -> None:
     rounded = opened(source)
     for name, module in rounded.model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("layers."):
-            module.weight.copy_(gptq_quantize.round_to_nearest(module.weight, Recipe(group_size=32)).weight_NK)
+            module.weight.copy_(round_to_nearest(module.weight, Recipe(group_size=32)).weight_NK)
     plain, packed = opened(source), opened(out)
     for ids in calibration[:10]:
         exact = logits(plain, ids)
