@@ -15,7 +15,8 @@ from tiny_checkpoint import write_tiny_qwen2
 from torch import Tensor
 
 from qwen_eval.core import ConfigError, ModelError
-from qwen_eval.models.checkpoint import Placement, checkpoint_names, load, random_model
+from qwen_eval.models.block import checkpoint_names
+from qwen_eval.models.checkpoint import Placement, load, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.quant import gptq
 from qwen_eval.models.runner import ModelRunner

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
+from qwen_eval.models.block import block_linears, checkpoint_names
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.quant import gptq, kernels
 from qwen_eval.models.quant.gptq import GptqConfig
@@ -25,39 +26,6 @@ from qwen_eval.models.weight_files import Tensors, open_weights, weight_files
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Buffers that old checkpoints carry and nobody reads.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "logn_tensor")
-
-V1_NAMES = {
-    "attn_norm": ("ln_1",),
-    "attn.qkv": ("attn.c_attn",),
-    "attn.o": ("attn.c_proj",),
-    "mlp_norm": ("ln_2",),
-    "mlp.up": ("mlp.w1",),
-    "mlp.gate": ("mlp.w2",),
-    "mlp.down": ("mlp.c_proj",),
-}
-LATER_NAMES = {
-    "attn_norm": ("input_layernorm",),
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.q_norm": ("self_attn.q_norm",),
-    "attn.k_norm": ("self_attn.k_norm",),
-    "attn.o": ("self_attn.o_proj",),
-    "mlp_norm": ("post_attention_layernorm",),
-    "mlp.up": ("mlp.up_proj",),
-    "mlp.gate": ("mlp.gate_proj",),
-    "mlp.down": ("mlp.down_proj",),
-}
-OUTER_V1 = {"embed": "transformer.wte", "norm": "transformer.ln_f", "head": "lm_head"}
-OUTER_LATER = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-
-
-def checkpoint_names(config: ModelConfig, module: str) -> tuple[str, ...]:
-    """The checkpoint's name(s) of one of our modules: "layers.3.attn.qkv" -> ("transformer.h.3.attn.c_attn",)."""
-    is_v1 = config.family == "qwen"
-    if not module.startswith("layers."):
-        return ((OUTER_V1 if is_v1 else OUTER_LATER)[module],)
-    _, index, inner = module.split(".", 2)
-    stem = f"transformer.h.{index}" if is_v1 else f"model.layers.{index}"
-    return tuple(f"{stem}.{name}" for name in (V1_NAMES if is_v1 else LATER_NAMES)[inner])
 
 
 class TensorFiles:
@@ -215,17 +183,18 @@ def _load_linear(
 ) -> None:
     sources = checkpoint_names(config, name)
     if any(f"{source}.qweight" in files for source in sources):
-        shapes, has_bias = _part_shapes(config, sources, module), module.bias is not None
+        shapes, has_bias = _part_shapes(config, name), module.bias is not None
         parts = [
             _load_part(files, source, shape, has_bias=has_bias, placement=placement)
             for source, shape in zip(sources, shapes)
         ]
         model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
         return
-    weight = _joined(files, sources, "weight", _part_shapes(config, sources, module))
+    shapes = _part_shapes(config, name)
+    weight = _joined(files, sources, "weight", shapes)
     bias = None
     if module.bias is not None:
-        bias = _joined(files, sources, "bias", [shape[:1] for shape in _part_shapes(config, sources, module)])
+        bias = _joined(files, sources, "bias", [shape[:1] for shape in shapes])
     else:
         _refuse_nonzero_bias(files, sources)
     if placement.from_dense is not None:
@@ -268,11 +237,10 @@ def _packed_tensors(files: TensorFiles, source: str) -> dict[str, Tensor]:
     return {suffix: files.read(f"{source}.{suffix}") for suffix in suffixes if f"{source}.{suffix}" in files}
 
 
-def _part_shapes(config: ModelConfig, sources: Sequence[str], module: nn.Linear) -> list[tuple[int, ...]]:
-    if len(sources) == 1:
-        return [(module.out_features, module.in_features)]
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    return [(n * config.head_dim, module.in_features) for n in heads]
+def _part_shapes(config: ModelConfig, name: str) -> list[tuple[int, int]]:
+    """[out, in] of a block's Linear ("layers.3.attn.qkv") as the checkpoint stores it, or of its parts."""
+    linear = block_linears(config)[name.split(".", 2)[2]]
+    return [(shape.outputs, shape.inputs) for shape in linear.stored_shapes]
 
 
 def _joined(files: TensorFiles, sources: Sequence[str], suffix: str, shapes: Sequence[Sequence[int]]) -> Tensor:
@@ -333,7 +301,7 @@ def random_model(
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.packed and packing:
             sources = checkpoint_names(config, name)
-            shapes = _part_shapes(config, sources, module)
+            shapes = _part_shapes(config, name)
             has_bias = module.bias is not None
             parts = [
                 placement.packed(source, gptq.random_tensors(shape, packing, has_bias=has_bias, generator=generator))

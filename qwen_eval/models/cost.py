@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qwen_eval.models.block import LinearShape, block_linears
 from qwen_eval.models.config import ModelConfig
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -23,45 +24,14 @@ CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspace beside 
 GENERATE_EXTRA_BYTES = int(0.05 * 2**30)  # of the published law
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearShape:
-    """One Linear as a checkpoint has it: the later generations have q, k and v apart."""
-
-    name: str
-    inputs: int
-    outputs: int
-    bias: bool
-
-    @property
-    def num_weights(self) -> int:
-        return self.inputs * self.outputs
-
-    @property
-    def num_parameters(self) -> int:
-        return self.num_weights + self.outputs * self.bias
-
-
-def block_linears(config: ModelConfig) -> tuple[LinearShape, ...]:
-    """The linears of one layer, in the parts in which they are stored and quantised."""
-    size, width = config.hidden_size, config.num_heads * config.head_dim
-    kv_width = config.num_kv_heads * config.head_dim
-    if config.family == "qwen":
-        qkv = [("attn.qkv", width + 2 * kv_width)]
-    else:
-        qkv = [("attn.q", width), ("attn.k", kv_width), ("attn.v", kv_width)]
-    shapes = [(name, size, outputs, config.qkv_bias) for name, outputs in qkv]
-    shapes += [
-        ("attn.o", width, size, config.out_bias),
-        ("mlp.up", size, config.mlp_size, config.mlp_bias),
-        ("mlp.gate", size, config.mlp_size, config.mlp_bias),
-        ("mlp.down", config.mlp_size, size, config.mlp_bias),
-    ]
-    return tuple(LinearShape(name=n, inputs=i, outputs=o, bias=b) for n, i, o, b in shapes)
+def stored_linears(config: ModelConfig) -> list[LinearShape]:
+    """The Linears of one layer in the parts in which a checkpoint stores them."""
+    return [shape for linear in block_linears(config).values() for shape in linear.stored_shapes]
 
 
 def num_linear_weights(config: ModelConfig) -> int:
     """Weights of all linears of all blocks: what quantisation shrinks, and what every token is multiplied with."""
-    return config.num_layers * sum(linear.num_weights for linear in block_linears(config))
+    return config.num_layers * sum(linear.num_weights for linear in stored_linears(config))
 
 
 def num_other_parameters(config: ModelConfig) -> int:
@@ -73,7 +43,7 @@ def num_other_parameters(config: ModelConfig) -> int:
 
 def num_parameters(config: ModelConfig) -> int:
     """Exactly the elements of the model's tensors (tied embeddings once)."""
-    blocks = config.num_layers * sum(linear.num_parameters for linear in block_linears(config))
+    blocks = config.num_layers * sum(linear.num_parameters for linear in stored_linears(config))
     return blocks + num_other_parameters(config)
 
 
@@ -110,18 +80,12 @@ def linear_bytes(linear: LinearShape, quant: str, dtype: str, *, is_packed: bool
 
 def weight_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> int:
     """All weights as our engine holds them."""
-    linears = block_linears(config)
     if quant in ("nf4", "int8"):  # quantised from our own modules, which hold q, k and v in one
-        linears = _fused(linears)
+        linears = [linear.shape for linear in block_linears(config).values()]
+    else:
+        linears = stored_linears(config)
     block = sum(linear_bytes(linear, quant, dtype, is_packed=is_packed) for linear in linears)
     return config.num_layers * block + ELEMENT_BYTES[dtype] * num_other_parameters(config)
-
-
-def _fused(linears: tuple[LinearShape, ...]) -> tuple[LinearShape, ...]:
-    qkv = [linear for linear in linears if linear.name in ("attn.q", "attn.k", "attn.v", "attn.qkv")]
-    rest = tuple(linear for linear in linears if linear not in qkv)
-    outputs = sum(linear.outputs for linear in qkv)
-    return (LinearShape(name="attn.qkv", inputs=qkv[0].inputs, outputs=outputs, bias=qkv[0].bias), *rest)
 
 
 def checkpoint_bytes(config: ModelConfig, quant: str) -> int:
@@ -133,7 +97,7 @@ def checkpoint_bytes(config: ModelConfig, quant: str) -> int:
     if quant not in GPTQ_BITS:
         return 2 * num_parameters(config)
     bits = GPTQ_BITS[quant]
-    linears = block_linears(config)
+    linears = stored_linears(config)
     weights = sum(linear.num_weights for linear in linears)
     codes = weights * bits / 8 + weights / GROUP_SIZE * (2 + bits / 8)
     vectors = 4 * sum(linear.inputs for linear in linears) + 2 * sum(linear.outputs for linear in linears)
