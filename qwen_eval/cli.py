@@ -19,6 +19,7 @@ from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.engines.kinds import kind as engine_kind
 from qwen_eval.engines.kinds import kinds as engine_kinds
 from qwen_eval.models.naming import anonymous, settle
+from qwen_eval.models.quant.formats import quant_format
 from qwen_eval.tasks.registry import TASKS, task_class
 from qwen_eval.terminal import plain_text
 
@@ -99,12 +100,13 @@ def _settle_model(spec: Any) -> None:
     if not isinstance(model, ModelSpec) or model_at == "nowhere":
         return
     check_values(spec)  # before anything is looked for, let alone fetched
+    quant_format(model.quant)
     given = {_key(override) for override in HydraConfig.get().overrides.task}
     if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
         given.add("model")  # by an experiment
     if model_at == "checkpoint":
         spec.model = settle(model, frozenset(given))
-    elif "model" not in given and engine.api_model is not None:
+    elif engine is not None and "model" not in given and engine.api_model is not None:
         spec.model = anonymous(model, engine.api_model, frozenset(given))
 
 

@@ -16,7 +16,6 @@ from qwen_eval.core import ConfigError
 MISSING = "???"
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-QUANTS = ("none", "gptq-int4", "gptq-int8", "nf4", "int8")
 KV_CACHES = ("auto", "int8")
 ATTENTIONS = ("auto", "sdpa", "flash", "eager")
 HUBS = ("huggingface", "modelscope")
@@ -134,7 +133,6 @@ class EvalSpec:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
-    "model.quant": QUANTS,
     "model.kv_cache": KV_CACHES,
     "model.attention": ATTENTIONS,
     "model.hub": HUBS,

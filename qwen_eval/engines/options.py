@@ -8,10 +8,12 @@ from typing import Any
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.kinds import MODEL_OPTIONS, EngineKind, kind, kinds
+from qwen_eval.models.quant.formats import quant_format
 
 
 def check_options(engine: EngineSpec, model: ModelSpec, *, keep_hidden: bool = False) -> list[str]:
     """Refuse (ConfigError) an option the engine would not carry out; return one warning a useless tuning key."""
+    quant_format(model.quant)
     own, defaults = kind(engine.name), ModelSpec()
     for key in MODEL_OPTIONS:
         value = getattr(model, key)

@@ -6,20 +6,13 @@ follow (`published_peak_bytes`), which is that of the original code on an A100.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from qwen_eval.models.block import LinearShape, block_linears
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.quant.formats import ELEMENT_BYTES, quant_format
 
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-GPTQ_BITS = {"gptq-int4": 4, "gptq-int8": 8}
-GROUP_SIZE = 128  # of the published GPTQ checkpoints
-KERNEL_GROUPS = (256, 128, 64, 32)  # of torch's int4 kernels
-KERNEL_BLOCK = 64  # outputs of torch's int4 kernels come in blocks
-NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # one scale a block in 8 bits, one fp32 scale for so many of those
-NF4_TABLE_BYTES = 4 * (16 + 256)  # the two code books of one linear
 CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspace beside the tensors; an assumption, said as such
 GENERATE_EXTRA_BYTES = int(0.05 * 2**30)  # of the published law
 
@@ -50,58 +43,19 @@ def num_parameters(config: ModelConfig) -> int:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _packed_bytes(linear: LinearShape, bits: int, group_size: int) -> int:
-    """torch's int4 layout: a plane per 4 bits, and per plane a bf16 scale and zero for each group and output."""
-    planes, outputs = bits // 4, linear.outputs + -linear.outputs % KERNEL_BLOCK
-    groups = linear.inputs // group_size
-    return planes * (outputs * linear.inputs // 2 + groups * outputs * 4) + 2 * linear.outputs * linear.bias
-
-
-def _nf4_bytes(linear: LinearShape) -> int:
-    blocks = math.ceil(linear.num_weights / NF4_BLOCK)
-    scales = blocks + 4 * math.ceil(blocks / NF4_SECOND_BLOCK)
-    return math.ceil(linear.num_weights / 2) + scales + NF4_TABLE_BYTES
-
-
-def linear_bytes(linear: LinearShape, quant: str, dtype: str, *, is_packed: bool = True) -> int:
-    """Bytes of one Linear as our engine holds it. `is_packed`: torch has an int4 kernel for dtype and device."""
-    element = ELEMENT_BYTES[dtype]
-    group = min(GROUP_SIZE, linear.inputs)
-    kernel_group = next((size for size in KERNEL_GROUPS if group % size == 0), 0)
-    if quant in GPTQ_BITS and is_packed and dtype == "bf16" and kernel_group and linear.inputs % group == 0:
-        return _packed_bytes(linear, GPTQ_BITS[quant], kernel_group)
-    bias = element * linear.outputs * linear.bias
-    if quant == "nf4":
-        return _nf4_bytes(linear) + bias
-    if quant == "int8":
-        return linear.num_weights + 4 * linear.outputs + bias  # a fp32 scale for each output
-    return element * linear.num_weights + bias
-
-
 def weight_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> int:
     """All weights as our engine holds them."""
-    if quant in ("nf4", "int8"):  # quantised from our own modules, which hold q, k and v in one
-        linears = [linear.shape for linear in block_linears(config).values()]
-    else:
-        linears = stored_linears(config)
-    block = sum(linear_bytes(linear, quant, dtype, is_packed=is_packed) for linear in linears)
+    found = quant_format(quant)
+    linears = [each.shape for each in block_linears(config).values()] if found.is_made_here else stored_linears(config)
+    block = sum(found.held_bytes(linear, dtype, is_packed) for linear in linears)
     return config.num_layers * block + ELEMENT_BYTES[dtype] * num_other_parameters(config)
 
 
 def checkpoint_bytes(config: ModelConfig, quant: str) -> int:
-    """The tensors of a published checkpoint: bf16, or AutoGPTQ's layout for the GPTQ ones.
-
-    A GPTQ Linear has its codes, per 128 inputs an fp16 scale and a packed zero for each output, an int32 group index
-    for each input and an fp16 bias for each output, also where the model has none.
-    """
-    if quant not in GPTQ_BITS:
-        return 2 * num_parameters(config)
-    bits = GPTQ_BITS[quant]
-    linears = stored_linears(config)
-    weights = sum(linear.num_weights for linear in linears)
-    codes = weights * bits / 8 + weights / GROUP_SIZE * (2 + bits / 8)
-    vectors = 4 * sum(linear.inputs for linear in linears) + 2 * sum(linear.outputs for linear in linears)
-    return int(config.num_layers * (codes + vectors)) + 2 * num_other_parameters(config)
+    """The tensors of a published checkpoint; that of a format made while loading is the plain one, in bf16."""
+    stored = quant_format(quant).file_bytes or quant_format("none").file_bytes
+    assert stored is not None
+    return int(config.num_layers * sum(map(stored, stored_linears(config)))) + 2 * num_other_parameters(config)
 
 
 # --- key-value cache -------------------------------------------------------------------------------------------------

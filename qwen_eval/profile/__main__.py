@@ -51,6 +51,7 @@ def plan(spec: ProfileSpec) -> str:
 
     from qwen_eval.models.device import DTYPES, known, probe
     from qwen_eval.models.load import choose_device, choose_dtype
+    from qwen_eval.models.quant.formats import quant_format
     from qwen_eval.models.quant.kernels import has_packed
     from qwen_eval.profile.cells import quant_of, shape_fields
     from qwen_eval.profile.plan import plan_tables, texts
@@ -58,7 +59,7 @@ def plan(spec: ProfileSpec) -> str:
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     where = torch.device("cuda") if spec.on else choose_device(spec.model.device)
-    packed = quant_of(spec.model).startswith("gptq")
+    packed = quant_format(quant_of(spec.model)).is_stored
     if spec.on and packed and spec.model.dtype == "auto":
         dtype = torch.bfloat16  # as on any GPU of the table: their kernels for packed weights take nothing else
     else:

@@ -13,6 +13,7 @@ from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.cost import Cost
 from qwen_eval.models.hub import asset_dir, local_dir
 from qwen_eval.models.lora import base_of
+from qwen_eval.models.quant.formats import detected
 from qwen_eval.profile.config import ProfileSpec
 
 SERVE_NEW_TOKENS = 128
@@ -97,9 +98,8 @@ def shape_of(model: ModelSpec) -> ModelConfig:
 def quant_of(model: ModelSpec) -> str:
     """`model.quant`, or what the files on this machine are packed in where it is not said."""
     packed = shape_fields(model).get("quantization_config")
-    if model.quant == "none" and model.weights != "random" and packed:
-        return f"gptq-int{packed.get('bits')}"
-    return model.quant
+    found = detected(packed) if model.quant == "none" and model.weights != "random" else None
+    return found.name if found else model.quant
 
 
 def cost_of(spec: ProfileSpec, cell: Cell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:
