@@ -7,6 +7,8 @@ derive from `TaskSpec`.
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,6 +161,16 @@ AT_LEAST: dict[str, int] = {
     "engine.concurrency": 1,
     "engine.tensor_parallel": 1,
 }
+
+
+def announced(group: str) -> dict[str, str]:
+    """What installed packages announce under an entry point group ("qwen_eval.tasks"): name -> "module:attribute"."""
+    return {point.name: point.value for point in _entry_points().select(group=group)}
+
+
+@functools.cache  # every package is looked into: some milliseconds
+def _entry_points() -> importlib.metadata.EntryPoints:
+    return importlib.metadata.entry_points()
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

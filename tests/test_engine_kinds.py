@@ -39,9 +39,9 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> EngineKind:
     module = ModuleType("echo_engine")
     declared = EngineKind(
         name="echo", opens="echo_engine:open_echo", honours=("dtype",), tuned_by=("voice",), decides=("voice",),
-        model_at="server", identity=lambda engine, model: f"echo of {model.name}", spec=EchoSpec,
+        model_at="server", identity="echo_engine:identity", spec=EchoSpec,
     )  # fmt: skip
-    vars(module).update(ENGINE=declared, open_echo=open_echo)
+    vars(module).update(ENGINE=declared, open_echo=open_echo, identity=lambda engine, model: f"echo of {model.name}")
     monkeypatch.setitem(sys.modules, "echo_engine", module)
     monkeypatch.setitem(ENGINES, "echo", "echo_engine")
     return declared

@@ -152,6 +152,10 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     return FakeEngine(spec.fake_reply or None, delay_s=spec.fake_delay_s)
 
 
+def identity(spec: EngineSpec, model: ModelSpec) -> str:
+    return "fake"
+
+
 ENGINE = EngineKind(
     name="fake",
     opens="qwen_eval.engines.fake:open_engine",
@@ -159,5 +163,5 @@ ENGINE = EngineKind(
     tuned_by=("fake_reply", "fake_delay_s"),
     decides=("fake_reply",),
     model_at="nowhere",
-    identity=lambda engine, model: "fake",
+    identity="qwen_eval.engines.fake:identity",
 )

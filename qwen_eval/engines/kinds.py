@@ -7,16 +7,15 @@ needed.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
-from qwen_eval.config import EngineSpec, ModelSpec, not_one_of
+from qwen_eval.config import EngineSpec, ModelSpec, announced, not_one_of
 from qwen_eval.core import Engine
 from qwen_eval.models.fingerprint import model_fingerprint
 
-# Name -> module with a variable ENGINE. An engine that is not here does not exist.
-ENGINES = {
+# Name -> module with a variable ENGINE. An engine that is neither here nor announced does not exist.
+ENGINES = announced("qwen_eval.engines") | {
     "native": "qwen_eval.engines.native",
     "hf": "qwen_eval.engines.hf",
     "openai": "qwen_eval.engines.openai",
@@ -28,11 +27,6 @@ NAMES_AND_PLACES = (
     "name", "hub_id", "modelscope_id", "hub", "revision", "path", "asset", "chat", "device", "seed", "digest", "arch",
 )  # fmt: skip
 MODEL_OPTIONS = tuple(item.name for item in fields(ModelSpec) if item.name not in NAMES_AND_PLACES)
-
-
-def checkpoint_identity(engine: EngineSpec, model: ModelSpec) -> str:
-    """The fingerprint of the checkpoint on this machine; ModelError where there is none."""
-    return model_fingerprint(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +44,7 @@ class EngineKind:
     decides: tuple[str, ...] = ()  # those of them that change answers, not only speed
     model_at: Literal["checkpoint", "server", "nowhere"] = "checkpoint"
     keeps_hidden: bool = False  # whether it fulfils `Score.keep_hidden`
-    identity: Callable[[EngineSpec, ModelSpec], str] = checkpoint_identity
+    identity: str = ""  # "module:function", called with (EngineSpec, ModelSpec); "": the checkpoint's fingerprint
     spec: type[EngineSpec] = EngineSpec  # its schema, with keys of its own
 
 
@@ -77,11 +71,17 @@ def identity(engine: EngineSpec, model: ModelSpec) -> str:
 
     Found without loading a model; ModelError or EngineError where there is no checkpoint or no server.
     """
-    return kind(engine.name).identity(engine, model)
+    function = kind(engine.name).identity
+    return str(_named(function)(engine, model)) if function else model_fingerprint(model)
 
 
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> Engine:
     """Load what the engine needs and return it; EngineError or ModelError in one line where that cannot be."""
-    module, _, function = kind(spec.name).opens.partition(":")
-    engine: Engine = getattr(importlib.import_module(module), function)(spec, model, protocol=protocol)
+    engine: Engine = _named(kind(spec.name).opens)(spec, model, protocol=protocol)
     return engine
+
+
+def _named(place: str) -> Any:
+    """`"module:function"`, imported."""
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen_eval.config import TaskSpec
+from qwen_eval.config import TaskSpec, announced
 from qwen_eval.core import JSON, ConfigError, Sampling, Task, Tokenizer
 
-TASKS = {
+OWN = {
     "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
     "ceval": "qwen_eval.tasks.ceval:Ceval",
     "cmmlu": "qwen_eval.tasks.cmmlu:Cmmlu",
@@ -27,6 +27,7 @@ TASKS = {
     "needle": "qwen_eval.tasks.needle:Needle",
     "nano": "qwen_eval.tasks.nano:Nano",
 }
+TASKS = announced("qwen_eval.tasks") | OWN  # no package can take the name of a task of ours
 
 
 @dataclass(frozen=True, kw_only=True)

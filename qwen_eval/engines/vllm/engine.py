@@ -26,7 +26,6 @@ from qwen_eval.core import (
     TokenLogprobs,
 )
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
-from qwen_eval.engines.kinds import EngineKind
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.lora import refuse_adapter
 from qwen_eval.models.quant.formats import quant_format
@@ -155,11 +154,3 @@ def _fingerprint(model: ModelSpec) -> str:
         return model_fingerprint(model)
     except ModelError:  # loaded from a store of vLLM's own; by its name alone no finished run is recalled
         return f"{model.hub}:{model.hub_id}@{model.revision or 'main'}"
-
-
-ENGINE = EngineKind(
-    name="vllm",
-    opens="qwen_eval.engines.vllm:open_engine",
-    honours=("dtype", "quant", "system", "thinking"),
-    tuned_by=("max_batch_size", "memory_fraction", "tensor_parallel"),
-)

@@ -30,7 +30,6 @@ from qwen_eval.core import (
     Score,
 )
 from qwen_eval.engines.endpoint import endpoint_identity
-from qwen_eval.engines.kinds import EngineKind
 from qwen_eval.models.segments import Chat
 from qwen_eval.models.template import THINKING_SWITCH, with_system
 
@@ -216,6 +215,11 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     return OpenAiEngine(client, name, concurrency=spec.concurrency, system=model.system, thinking=model.thinking)
 
 
+def identity(spec: EngineSpec, model: ModelSpec) -> str:
+    """The endpoint, and what it says of the model asked for; EngineError when nobody answers."""
+    return endpoint_identity(base_url(spec), api_model(spec, model))
+
+
 def api_model(spec: EngineSpec, model: ModelSpec) -> str:
     """The name by which the server is asked for the model."""
     return spec.api_model or model.hub_id or model.name
@@ -227,14 +231,3 @@ def base_url(spec: EngineSpec) -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-ENGINE = EngineKind(
-    name="openai",
-    opens="qwen_eval.engines.openai:open_engine",
-    honours=("system", "thinking"),  # the server decided the others when it was started
-    tuned_by=("base_url", "api_model", "concurrency"),
-    decides=("api_model",),
-    model_at="server",
-    identity=lambda engine, model: endpoint_identity(base_url(engine), api_model(engine, model)),
-)
