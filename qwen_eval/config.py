@@ -169,7 +169,7 @@ def announced(group: str) -> dict[str, str]:
 
 
 @functools.cache  # every package is looked into: some milliseconds
-def _entry_points() -> importlib.metadata.EntryPoints:
+def _entry_points() -> Any:
     return importlib.metadata.entry_points()
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
 from nano import generator
 
 from qwen_eval.core import ChoiceLogprobs, Choose, Completion, Completions, Generate, Sample, Turn
