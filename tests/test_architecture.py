@@ -1,7 +1,8 @@
 """The rooms of the package and the arrows between them, read from every import statement.
 
 A room is a package (`qwen_eval/models/`) or a module at the root (`qwen_eval/metrics.py`). Entry points (the `__main__`
-modules, `cli`, `demo` and the modules that forward to them) may import every room and are imported by none.
+modules, `cli`, `demo`, the Python API and the modules that forward to them) may import every room and are imported by
+none.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ALLOWED: dict[str, str] = {
     "profile": "core config terminal tables models engines runs",
     "report": "core config terminal tables figures metrics models tasks runs profile",
 }
-ENTRY_POINTS = ("qwen_eval", "__main__", "cli", "demo")
+ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo")
 # The one lazy import elsewhere, and why: a module that imports torch, for a command that mostly does without.
 DOORS = {
     ("report.compare", "report.kld"): "only runs that kept hidden states are compared by them",
