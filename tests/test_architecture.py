@@ -119,6 +119,15 @@ def is_shim(name: str) -> bool:
 IMPORTS = [item for name in MODULES for item in imports_of(name)]
 
 
+def test_an_import_is_lazy_in_a_function_and_for_type_checkers() -> None:
+    lines = [
+        "import a", "if TYPE_CHECKING:", "    import b", "class C:", "    def f(self):", "        import c",
+        "    import d", "try:", "    import e", "except ImportError:", "    pass",
+    ]  # fmt: skip
+    found = _executed_at_import(ast.parse("\n".join(lines)))
+    assert [node.names[0].name for node in found if isinstance(node, ast.Import)] == ["a", "d", "e"]
+
+
 def test_core_imports_nothing_of_ours() -> None:
     assert [str(item) for item in IMPORTS if item.importer == "core"] == []
 
