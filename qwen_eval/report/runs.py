@@ -28,7 +28,7 @@ class Unreadable:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """One run directory. `records` are read when first asked for; tables need the result alone."""
+    """One run directory. `records`, with the scores of the run's protocol, are read when first asked for."""
 
     path: Path
     spec: Mapping[str, JSON]
@@ -132,7 +132,8 @@ class LoadedRun:
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
-        return tuple(read_records(self.path / RECORDS))
+        protocol = str(self.decides.get("protocol"))
+        return tuple(record.under(protocol) for record in read_records(self.path / RECORDS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from qwen_eval.core import (
     ConfigError,
     DataError,
     Grade,
-    GradesInBatches,
     Metric,
     QwenEvalError,
     Record,
@@ -26,8 +25,8 @@ from qwen_eval.core import (
     Task,
     Turn,
 )
-from qwen_eval.runs.evaluate import requests_sha256, selected, summary, task_context
-from qwen_eval.runs.grading import graded
+from qwen_eval.runs.evaluate import BOTH_READINGS, requests_sha256, selected, summary, task_context
+from qwen_eval.runs.grading import grades
 from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.provenance import provenance
 from qwen_eval.runs.store import Run, differences, metric_from_json, read_run, write_json
@@ -55,22 +54,24 @@ class Regraded:
 
 
 def regrade(spec: RegradeSpec) -> Regraded:
-    """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed."""
+    """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed.
+
+    For another protocol nothing is read or run again where the run has both readings: its scores are in the records.
+    """
     directory = Path(spec.run)
     refuse_damaged(directory)
     run = read_run(directory)
     if not run.result:
         raise StoreError(f"{directory}: the run is not finished; finish it first, the same command goes on")
     config = stored_config(run.spec)
-    config.protocol = spec.protocol or config.protocol
+    before, config.protocol = config.protocol, spec.protocol or config.protocol
     task = build(config.task, task_context(config, None))
     samples = selected(task, config)
     warnings = _check_same_questions(run, task, samples, directory)
-    by_id = {sample.id: sample for sample in samples}
-    asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
-    grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [graded(task, *item) for item in asked]
-    records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades)]
-    changed = [old.sample_id for old, new in zip(run.records, records) if _reading(old.grade) != _reading(new.grade)]
+    needs_reading = spec.protocol is None or not _has_both_readings(run, task)
+    records = _read_again(run, task, samples) if needs_reading else run.records
+    pairs = [(old.under(before), new.under(config.protocol)) for old, new in zip(run.records, records)]
+    changed = [old.sample_id for old, new in pairs if _reading(old.grade) != _reading(new.grade)]
     result = summary(task, samples, records, config)
     path = directory / f"regrade-{config.protocol}.json"
     extra = {"protocol": config.protocol, "task_version": task.version, "changed": changed, "warnings": warnings}
@@ -81,6 +82,20 @@ def regrade(spec: RegradeSpec) -> Regraded:
     return Regraded(
         path=path, old=old_metrics, new=new_metrics, num_changed=len(changed), n=len(records), warnings=warnings
     )
+
+
+def _has_both_readings(run: Run, task: Task) -> bool:
+    """Whether the scores of both protocols are stored, and are those of the readers at hand."""
+    decided = run.spec["decides"]
+    is_stored = run.spec.get("readings") == BOTH_READINGS or decided.get("protocol") == "robust"
+    is_current = decided.get("task_version") == task.version
+    return bool(is_stored and is_current) and all(r.grade.score_upstream is not None for r in run.records)
+
+
+def _read_again(run: Run, task: Task, samples: Sequence[Sample]) -> list[Record]:
+    by_id = {sample.id: sample for sample in samples}
+    asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
+    return [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades(task, asked))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from qwen_eval.core import (
     Sampling,
     Turn,
 )
-from qwen_eval.data.sources import Source, draw, nearest
+from qwen_eval.data.sources import Source, nearest
 from qwen_eval.metrics import share
 from qwen_eval.tasks.benchmark import Benchmark, SpecT
 from qwen_eval.tasks.registry import TaskContext
@@ -60,7 +60,7 @@ class GenerativeTask(Benchmark[SpecT]):
                 if subject not in groups:
                     raise ConfigError(f"task.subjects={subject}: not in {self.name}{nearest(subject, groups)}")
             samples = [sample for sample in samples if sample.group in self.spec.subjects]
-        return draw(samples, self.spec.limit, self.spec.seed)
+        return samples
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
@@ -97,10 +97,6 @@ class GenerativeTask(Benchmark[SpecT]):
     @abstractmethod
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade: ...
 
-    def chosen(self, robust: float, upstream: float) -> float:
-        """The score of the protocol in force."""
-        return float(upstream if self.is_upstream else robust)
-
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
         records = list(records)
         metrics = {"accuracy": share([record.grade.score for record in records])}
@@ -113,7 +109,7 @@ class GenerativeTask(Benchmark[SpecT]):
             "split": self.spec.split,
             "shots": self.shots,
             "format": self.form,
-            "num_samples": len(self.samples()),
+            "num_samples": min(len(self.samples()), self.spec.limit or len(self.samples())),
             "max_new_tokens": self.spec.max_new_tokens,
             **super().describe(),
         }
