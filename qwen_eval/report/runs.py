@@ -15,6 +15,7 @@ from qwen_eval.models.quant.formats import FORMATS
 from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.store import RECORDS, metric_from_json, read_json, read_records
 
+CERTIFICATE = "ship"  # the kind of what a certificate was made from: a random part of a benchmark, no run to tabulate
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
 
@@ -164,7 +165,9 @@ def find_runs(roots: Iterable[str | Path]) -> RunSet:
     unreadable: list[Unreadable] = []
     for directory in _candidates(roots):
         try:
-            runs.append(load_run(directory))
+            run = load_run(directory)
+            if run.kind != CERTIFICATE:
+                runs.append(run)
         except (OSError, StoreError) as error:
             reason = str(error).removeprefix(str(directory)).lstrip("/: ")
             unreadable.append(Unreadable(path=directory, reason=reason))
