@@ -35,11 +35,14 @@ ALLOWED: dict[str, str] = {
     "runs": "core config terminal tables metrics data models engines tasks",
     "profile": "core config terminal tables models engines runs",
     "report": "core config terminal tables figures metrics models tasks runs profile",
+    "ship": "core config terminal tables models engines tasks runs report",
 }
-ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo")
-# The one lazy import elsewhere, and why: a module that imports torch, for a command that mostly does without.
+ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config")
+# The lazy imports elsewhere, and why: modules that import torch, for commands that mostly do without.
 DOORS = {
     ("report.compare", "report.kld"): "only runs that kept hidden states are compared by them",
+    ("ship.sides", "models.device"): "memory is looked at only before two checkpoints are loaded",
+    ("ship.sides", "models.load"): "as models.device",
 }
 MOST_ROOT_MODULES = 12
 SHIM_LINES = 10  # a module at the root that only forwards to an entry point does not count
@@ -142,7 +145,7 @@ def test_each_room_imports_only_the_rooms_below_it() -> None:
 
 
 def test_every_room_is_named_with_what_it_may_import() -> None:
-    rooms = {room_of(name) for name in MODULES if not is_entry_point(name)} - {room_of(name) for name in ENTRY_POINTS}
+    rooms = {room_of(name) for name in MODULES if not is_entry_point(name)} - set(ENTRY_POINTS)
     assert rooms == set(ALLOWED)
 
 
@@ -193,9 +196,9 @@ def test_a_door_that_is_no_longer_used_is_taken_off_the_list(importer: str, impo
     assert [item.is_lazy for item in doors] == [True]
 
 
-def test_entry_points_are_imported_by_entry_points_alone() -> None:
+def test_entry_points_are_imported_by_entry_points_and_their_own_room_alone() -> None:
     wrong = [item for item in IMPORTS if is_entry_point(item.imported) and not is_entry_point(item.importer)]
-    assert [str(item) for item in wrong] == []
+    assert [str(item) for item in wrong if room_of(item.importer) != room_of(item.imported)] == []
 
 
 def test_the_root_holds_at_most_twelve_modules_beside_the_shims() -> None:
