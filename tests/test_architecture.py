@@ -27,14 +27,15 @@ ALLOWED: dict[str, str] = {
     "sandbox": "core",
     "metrics": "core",
     "tables": "core terminal",
+    "corpus": "core metrics",
     "data": "core config",
     "models": "core config",
     "engines": "core config models",
-    "tasks": "core config extraction figures sandbox metrics data",
+    "tasks": "core config extraction figures sandbox metrics corpus data",
     "quantize": "core config models",
     "runs": "core config terminal tables metrics data models engines tasks",
     "profile": "core config terminal tables models engines runs",
-    "report": "core config terminal tables figures metrics models tasks runs profile",
+    "report": "core config terminal tables figures metrics corpus models tasks runs profile",
     "ship": "core config terminal tables models engines tasks runs report",
 }
 ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config")
