@@ -41,6 +41,8 @@ ALLOWED: dict[str, str] = {
 ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config")
 # The lazy imports elsewhere, and why: modules that import torch, or a package that may not be there.
 DOORS = {
+    ("models.attend", "models.triton_decode"): "Triton is there only with CUDA",
+    ("models.runner", "models.triton_decode"): "Triton is there only with CUDA",
     ("engines.openai.engine", "engines.api.client"): "needs a package of an extra; without it the user is told so",
     ("report.compare", "report.kld"): "only runs that kept hidden states are compared by them",
     ("ship.sides", "models.device"): "memory is looked at only before two checkpoints are loaded",

@@ -269,6 +269,7 @@ def build_linear(
     The module says what it is: `.kernel`, `.weight_bytes`. In fp32 it is always the exact dequantised weight.
     """
     device = torch.device(device)
+    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}  # unpacked there: a GPU does it in passing
     codes = unpack(tensors, config, name=name)
     bias = tensors.get("bias")
     if kernels.has_packed(dtype, device):
