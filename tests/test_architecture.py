@@ -38,9 +38,11 @@ ALLOWED: dict[str, str] = {
     "report": "core config terminal tables figures metrics corpus models tasks runs profile",
     "ship": "core config terminal tables models engines tasks runs report",
 }
-ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config")
+ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config", "profile.tokens")
 # The lazy imports elsewhere, and why: modules that import torch, or a package that may not be there.
 DOORS = {
+    ("report.finetune", "models.device"): "a plan asks the device; tables of stored runs do not",
+    ("report.finetune", "models.load"): "as models.device",
     ("models.attend", "models.triton_decode"): "Triton is there only with CUDA",
     ("models.runner", "models.triton_decode"): "Triton is there only with CUDA",
     ("engines.openai.engine", "engines.api.client"): "needs a package of an extra; without it the user is told so",
