@@ -21,6 +21,7 @@ from qwen_eval.profile.grid import DONE, in_child
 from qwen_eval.runs.provenance import deciding_versions, provenance
 from qwen_eval.runs.store import FORMAT, RunDirectory
 
+METHOD_NAMES = {"lora": "LoRA", "lora_emb": "LoRA (emb)", "qlora": "Q-LoRA", "full": "Full-parameter"}  # as published
 TASK = "finetune"
 CHILD = ("-m", "qwen_eval.profile.finetune_child")
 GRID = ("mode", "method", "seq", "plan", "on", "gpus", "sharding")  # say which cells, not how each is measured

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_eval.core import JSON
 from qwen_eval.profile.cells import shape_fields
-from qwen_eval.profile.finetune import FinetuneSpec, config_of, cost_of, tunings
+from qwen_eval.profile.finetune import METHOD_NAMES, FinetuneSpec, config_of, cost_of, tunings
 from qwen_eval.profile.measure import median
 from qwen_eval.report.published import published_tables
 from qwen_eval.report.runs import LoadedRun, RunSet, load_run, profile_cells
@@ -20,7 +20,6 @@ GIB = 2**30
 RANDOM = "†"
 FORMS = {"md": "finetune.md", "csv": "finetune.csv", "tex": "finetune.tex"}
 SHORT = {"oom": "OOM"}
-METHOD_NAMES = {"lora": "LoRA", "lora_emb": "LoRA (emb)", "qlora": "Q-LoRA", "full": "Full-parameter"}  # as published
 Row = Mapping[str, JSON]
 
 

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from qwen_eval.core import JSON, Metric
+from qwen_eval.profile.finetune import METHOD_NAMES
 from qwen_eval.profile.measure import median
-from qwen_eval.report.finetune import METHOD_NAMES
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, settings, with_runs
 from qwen_eval.tables import Cell, Table, metric_cell, number_cell, text_cell
