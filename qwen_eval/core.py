@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-JSON: TypeAlias = Any  # what json.dumps takes; mypy cannot say it shorter
+JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 Protocol_: TypeAlias = Literal["robust", "upstream"]
+MetricKind: TypeAlias = Literal["share", "ppl", "mean", "count"]
 FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite"]
 
 
@@ -259,8 +260,8 @@ class Sample:
 
     id: str
     group: str = ""
-    data: Mapping[str, JSON] = field(default_factory=dict)
-    target: JSON = None
+    data: Mapping[str, Any] = field(default_factory=dict)  # its task has read it and knows its types
+    target: Any = None
     cluster: str = ""
 
 
@@ -278,7 +279,7 @@ class Grade:
     extracted: JSON = None
     extracted_upstream: JSON = None
     score_upstream: float | None = None
-    values: Mapping[str, JSON] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)  # its task knows their types
     flags: tuple[str, ...] = ()
 
 
@@ -309,7 +310,7 @@ class Metric:
 
     value: float
     n: int
-    kind: Literal["share", "ppl", "mean", "count"] = "share"
+    kind: MetricKind = "share"
     low: float | None = None
     high: float | None = None
     num_clusters: int | None = None
@@ -362,7 +363,7 @@ class Engine(Protocol):
     """Answers requests. `info` is recorded with the result: kernel, dtypes really used, device, fallbacks."""
 
     @property
-    def info(self) -> Mapping[str, JSON]: ...
+    def info(self) -> Mapping[str, Any]: ...
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
@@ -420,6 +421,6 @@ class HasNotes(Protocol):
 class HasArtifacts(Protocol):
     """A task that writes files beside result.json: plots, submissions."""
 
-    def artifacts(self, records: Iterable[Record]) -> Mapping[str, JSON | str | bytes]:
+    def artifacts(self, records: Iterable[Record]) -> Mapping[str, JSON | bytes]:
         """File name -> content: text, bytes, or an object for JSON."""
         ...

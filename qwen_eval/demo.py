@@ -78,8 +78,8 @@ def run_cell(suite: Suite, cell: Cell, runs: str, slot: EngineSlot, lines: list[
         check(spec)
         from qwen_eval.runs.evaluate import evaluate
 
-        outcome = evaluate(spec, slot.open)
-        lines.extend(Line(cell=cell.name, what=what, metric=outcome.metrics[key]) for key, what in cell.show.items())
+        run = evaluate(spec, slot.open)
+        lines.extend(Line(cell=cell.name, what=what, metric=run.metrics[key]) for key, what in cell.show.items())
 
     argv = [*suite.overrides, *cell.overrides, f"runs_dir={runs}", "overwrite=true"]
     return cli.run(argv, config_name="config", schema=EvalSpec, job=job)

@@ -13,9 +13,10 @@ from qwen_eval.core import Metric
 from qwen_eval.metrics import share
 from qwen_eval.report.__main__ import main
 from qwen_eval.report.published import contradictions, ledger, published_tables
-from qwen_eval.report.runs import find_runs, load_run, variant_name
+from qwen_eval.report.runs import find_runs
 from qwen_eval.report.settings import differing_settings
 from qwen_eval.report.tables import layouts
+from qwen_eval.runs.run import load_run, variant_name
 from qwen_eval.tables import Cell, Footnote, Table, all_notes, metric_cell, render
 
 

@@ -38,7 +38,8 @@ def _listed(url: str) -> JSON:
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-            return json.loads(reply.read(MAX_BYTES))
+            listed: JSON = json.loads(reply.read(MAX_BYTES))
+            return listed
     except urllib.error.HTTPError as error:
         if error.code not in BUSY:
             return None  # no such list here, or not for us

@@ -14,13 +14,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qwen_eval import core
-from qwen_eval.core import JSON, ConfigError, ModelError, QwenEvalError, StoreError
+from qwen_eval.core import ConfigError, ModelError, QwenEvalError, StoreError
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.profile.cells import Cell, cells, to_json
 from qwen_eval.profile.config import ProfileSpec
+from qwen_eval.runs import fields
 from qwen_eval.runs.provenance import deciding_versions, provenance
 from qwen_eval.runs.store import FORMAT, RunDirectory
 from qwen_eval.terminal import plain_text
@@ -32,7 +34,7 @@ GRID = ("mode", "seq", "new_tokens", "batch", "kv_cache", "attention")  # say wh
 PLACES = ("runs_dir", "tag", "overwrite", "quiet", "plan", "on", "published", "timeout_s")
 SAME_DEVICE = ("name", "num_threads", "dtype")
 
-MeasureCell = Callable[[ProfileSpec, Cell], dict[str, JSON]]
+MeasureCell = Callable[[ProfileSpec, Cell], dict[str, Any]]
 
 
 def run_directory(spec: ProfileSpec) -> Path:
@@ -47,7 +49,8 @@ def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None) -> Path:
     measure = measure or in_child
     with RunDirectory.open(run_directory(spec)) as run:
         run.check_spec(run_spec(spec), overwrite=spec.overwrite)
-        known = {} if spec.overwrite else {str(row["key"]): row for row in (run.result() or {}).get("cells", [])}
+        stored = [] if spec.overwrite else fields.rows((run.result() or {}).get("cells"))
+        known: dict[str, Mapping[str, Any]] = {str(row["key"]): row for row in stored}
         _keep(run, spec, known)
         for cell in cells(spec):
             if known.get(cell.key, {}).get("status") in DONE:
@@ -63,7 +66,7 @@ def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None) -> Path:
         return run.path
 
 
-def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
+def run_spec(spec: ProfileSpec) -> dict[str, Any]:
     """The content of spec.json. "decides" is how a cell is measured; which cells there are may grow."""
     fields = dataclasses.asdict(spec)
     how = {key: value for key, value in fields.items() if key not in (*GRID, *PLACES)}
@@ -73,7 +76,7 @@ def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
     return {"format": FORMAT, "kind": "profile", "config": config, "decides": decides, "provenance": provenance()}
 
 
-def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]]) -> None:
+def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str, Any]]) -> None:
     """result.json and its tables, as far as the grid has come."""
     from qwen_eval.report.profile import write_tables
 
@@ -94,7 +97,7 @@ def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str,
     write_tables(spec, run.path)
 
 
-def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, JSON]], row: Mapping[str, JSON]) -> None:
+def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, Any]], row: Mapping[str, Any]) -> None:
     here = row.get("device")
     for other in (old["device"] for old in known if old.get("device")):
         if here and any(here.get(key) != other.get(key) for key in SAME_DEVICE):
@@ -102,7 +105,7 @@ def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, JSON]],
             raise StoreError(f"{run.path} was measured on {names[0]}, this is {names[1]}; pass tag=NAME")
 
 
-def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]]) -> None:
+def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, Any]]) -> None:
     """A grid of which every cell is the user's mistake is one; a failed cell among others is a row."""
     rows = [known[cell.key] for cell in cells(spec)]
     errors = [row for row in rows if row.get("error")]
@@ -120,7 +123,7 @@ def _say(spec: ProfileSpec, line: str) -> None:
 # --- a cell's own process --------------------------------------------------------------------------------------------
 
 
-def in_child(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
+def in_child(spec: ProfileSpec, cell: Cell) -> dict[str, Any]:
     """The row of one cell, from `python -m qwen_eval.profile.child`; how it ended when it ended without one."""
     job = {"parent": os.getpid(), "spec": dataclasses.asdict(spec), "cell": dataclasses.asdict(cell)}
     command, pipe = [sys.executable, *CHILD], subprocess.PIPE
@@ -143,10 +146,10 @@ def in_child(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
     return _row(child.returncode, reply, said.decode(errors="replace"))
 
 
-def _row(returncode: int, reply: bytes, said: str) -> dict[str, JSON]:
+def _row(returncode: int, reply: bytes, said: str) -> dict[str, Any]:
     if returncode == 0:
         try:
-            row: dict[str, JSON] = json.loads(reply)
+            row: dict[str, Any] = json.loads(reply)
             return row
         except ValueError:
             pass

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import ConfigError, Metric, QwenEvalError
@@ -19,8 +19,9 @@ from qwen_eval.report.items import Item, choice_kl
 from qwen_eval.report.kld import Divergence
 from qwen_eval.report.obstacles import lost_numbers, obstacles
 from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share
-from qwen_eval.report.runs import LoadedRun, RunSet, find_runs
+from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.speed import compare_speed
+from qwen_eval.runs.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,12 +54,12 @@ def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
     return [replace(c, p_adjusted=p) for c, p in zip(items, p_values)]
 
 
-def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[LoadedRun, LoadedRun]]:
+def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[Run, Run]]:
     if len(first.runs) == len(second.runs) == 1:
         return [(first.runs[0], second.runs[0])]
-    sides: list[dict[tuple[str, str], LoadedRun]] = []
+    sides: list[dict[tuple[str, str], Run]] = []
     for path, found in zip(paths, (first, second)):
-        by_task: dict[tuple[str, str], LoadedRun] = {}
+        by_task: dict[tuple[str, str], Run] = {}
         for run in found.runs:
             if (run.kind, run.task) in by_task:
                 raise ConfigError(
@@ -89,7 +90,7 @@ def compare_runs(first: Side, second: Side, margins: Margins) -> list[Comparison
     return [replace(rows[0], kld=found.kld), *rows[1:]]
 
 
-def _of_length(c: Comparison, first: LoadedRun, second: LoadedRun, group: str, difference: Difference) -> Comparison:
+def _of_length(c: Comparison, first: Run, second: Run, group: str, difference: Difference) -> Comparison:
     name = f"ppl/{group}"
     return replace(
         c, metric=name, label=f"{c.label}, {group} tokens", first=first.metrics.get(name),
@@ -213,7 +214,7 @@ def _family(side: Side) -> Family:
     return "share" if is_share and all(0.0 <= score <= 1.0 for score in scores) else "mean"
 
 
-def _label(first: LoadedRun, second: LoadedRun) -> str:
+def _label(first: Run, second: Run) -> str:
     names = [f"{run.label} {run.variant}" for run in (first, second)]
     return names[0] if names[0] == names[1] else f"{names[0]} → {names[1]}"
 
@@ -287,14 +288,14 @@ def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]
         return None, [f"no KLD: {error}"]
 
 
-def _head_of(run: LoadedRun) -> Tensor:
+def _head_of(run: Run) -> Tensor:
     """The lm_head of the very checkpoint of a run; ModelError where another one lies there now."""
     from qwen_eval.models.hidden import read_head
 
     return read_head(_model_spec(run), fingerprint=str(run.engine_info.get("weights") or ""))
 
 
-def _model_spec(run: LoadedRun) -> ModelSpec:
+def _model_spec(run: Run) -> ModelSpec:
     known = {item.name for item in fields(ModelSpec)}
-    values = {key: value for key, value in run.model_spec.items() if key in known}
+    values: dict[str, Any] = {key: value for key, value in run.model_spec.items() if key in known}
     return ModelSpec(**{**values, "rope": RopeSpec(**(values.get("rope") or {}))})

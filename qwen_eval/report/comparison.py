@@ -12,7 +12,7 @@ from qwen_eval.core import Metric
 from qwen_eval.report.items import Item, items_of
 from qwen_eval.report.kld import Divergence
 from qwen_eval.report.paired import Difference
-from qwen_eval.report.runs import LoadedRun
+from qwen_eval.runs.run import Run
 
 Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
 Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
@@ -84,7 +84,7 @@ class Agreement:
 class Side:
     """One side of a comparison: a run directory, or a baseline made of one."""
 
-    run: LoadedRun
+    run: Run
     given: Mapping[str, Item] | None = None
 
     @cached_property

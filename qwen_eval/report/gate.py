@@ -19,9 +19,10 @@ from qwen_eval.report.baseline import Accepted, Key, key_of, load_baselines
 from qwen_eval.report.compare import adjusted, compare_runs
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.paired import Difference
-from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
+from qwen_eval.report.runs import Unreadable, find_runs
 from qwen_eval.report.verdict import Judgement, judge_all, shown
 from qwen_eval.runs.integrity import damage
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import Cell, Table, metric_cell, p_cell, text_cell
 
 MAX_NAMED = 10  # changed samples of one kind that are named in text
@@ -37,7 +38,7 @@ class GateReport:
     """`new` runs have no baseline yet; `unreadable` directories were passed over and are named."""
 
     judgements: tuple[Judgement, ...]
-    new: tuple[LoadedRun, ...]
+    new: tuple[Run, ...]
     unreadable: tuple[Unreadable, ...]
 
     @property
@@ -56,7 +57,7 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
     """Compare each baseline with the run of the same kind, task, model and tag under `runs`."""
     margins = margins or Margins()
     found = find_runs(runs)
-    by_key: dict[Key, list[LoadedRun]] = {}
+    by_key: dict[Key, list[Run]] = {}
     for run in found.runs:
         by_key.setdefault(key_of(run), []).append(run)
     stored = load_baselines(baselines)
@@ -73,7 +74,7 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
 
 
 def _against(
-    baseline: Side, candidates: Sequence[LoadedRun], unreadable: Sequence[Unreadable], margins: Margins
+    baseline: Side, candidates: Sequence[Run], unreadable: Sequence[Unreadable], margins: Margins
 ) -> list[Comparison]:
     reasons = [f"{item.path}: {item.reason}" for item in unreadable]
     if len(candidates) > 1:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_eval.core import JSON, ChoiceLogprobs, Completions, Record, TokenLogprobs
 
@@ -138,7 +139,7 @@ def items_to_rows(items: Iterable[Item]) -> tuple[dict[str, JSON], list[Row]]:
     return {"columns": names, "constants": constants}, rows
 
 
-def items_from_rows(head: Mapping[str, JSON], rows: Iterable[Row]) -> dict[str, Item]:
+def items_from_rows(head: Mapping[str, Any], rows: Iterable[list[Any]]) -> dict[str, Item]:
     """ValueError for a row of another length than the head's columns, or for an id that is there twice."""
     items: dict[str, Item] = {}
     for row in rows:
@@ -162,7 +163,7 @@ def _number(value: float | None, digits: int) -> JSON:
     return int(value) if value.is_integer() else round(value, digits)
 
 
-def _float(value: JSON) -> float | None:
+def _float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen_eval.core import JSON
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.measure import median
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, load_run, profile_cells, speeds_of
+from qwen_eval.report.runs import RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, with_runs
+from qwen_eval.runs.fields import section
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.store import write_bytes
 from qwen_eval.tables import Cell, Table, number_cell, render, text_cell
 from qwen_eval.terminal import plain_text
@@ -18,7 +21,7 @@ GIB = 2**30
 RANDOM = "†"
 FORMS = {"md": "profile.md", "csv": "profile.csv", "tex": "profile.tex"}
 SHORT = {"oom": "OOM"}  # as the published tables print it
-Row = Mapping[str, JSON]
+Row = Mapping[str, Any]  # a cell: which fields it has depends on what was measured
 NOTES = (
     "tokens/s: generated tokens (of encode: tokens read) of all sequences over the whole time; median [min, max].",
     "first token: until every sequence of the batch has one. token ms: quantiles over all steps of all repetitions.",
@@ -29,7 +32,7 @@ CEILING_NOTES = (
 )
 
 
-def profile_tables(runs: Sequence[LoadedRun]) -> list[Table]:
+def profile_tables(runs: Sequence[Run]) -> list[Table]:
     """All cells of all runs, then speed and memory laid out as published; [] when nothing was measured."""
     if not any(profile_cells(run) for run in runs):
         return []
@@ -37,7 +40,7 @@ def profile_tables(runs: Sequence[LoadedRun]) -> list[Table]:
     return [_cells(runs), *explained, *_layouts(runs)]
 
 
-def _cells(runs: Sequence[LoadedRun]) -> Table:
+def _cells(runs: Sequence[Run]) -> Table:
     columns = (
         "model", "precision", "what", "batch", "context", "new tokens", "tokens/s", "first token ms", "token ms p50",
         "p90", "p99", "prefill tokens/s", "peak GiB", "reserved GiB",
@@ -71,7 +74,7 @@ def _cells(runs: Sequence[LoadedRun]) -> Table:
     return with_runs(table, _run_column(runs), at=2)
 
 
-def _run_column(runs: Sequence[LoadedRun]) -> list[str] | None:
+def _run_column(runs: Sequence[Run]) -> list[str] | None:
     """The text of the column `run` for each row of `_all`; None where no two runs have one name."""
     names = _names(runs)
     if names is None:
@@ -79,11 +82,11 @@ def _run_column(runs: Sequence[LoadedRun]) -> list[str] | None:
     return [name for run, name in zip(runs, names) for _ in profile_cells(run)]
 
 
-def _names(runs: Sequence[LoadedRun]) -> list[str] | None:
+def _names(runs: Sequence[Run]) -> list[str] | None:
     return run_names([(f"{_label(run)} {run.variant}", [run]) for run in runs])
 
 
-def _method_notes(runs: Sequence[LoadedRun]) -> list[str]:
+def _method_notes(runs: Sequence[Run]) -> list[str]:
     notes = []
     for method in sorted({str(run.config.get("method")) for run in runs if run.config.get("method")}):
         run = next(run for run in runs if run.config.get("method") == method)
@@ -100,7 +103,7 @@ def _method_notes(runs: Sequence[LoadedRun]) -> list[str]:
     return notes
 
 
-def _ceilings(runs: Sequence[LoadedRun]) -> Table:
+def _ceilings(runs: Sequence[Run]) -> Table:
     columns = (
         "model", "precision", "cell", "prefill share", "decode share", "GB/s", "TFLOP/s", "peak GiB", "predicted",
         "load s", "load peak", "J/token", "state",
@@ -128,7 +131,7 @@ def _ceilings(runs: Sequence[LoadedRun]) -> Table:
 # --- as published ----------------------------------------------------------------------------------------------------
 
 
-def _layouts(runs: Sequence[LoadedRun]) -> list[Table]:
+def _layouts(runs: Sequence[Run]) -> list[Table]:
     """Speed and memory by length at batch 1, memory by batch: a row a model, precision and cache, a column a size."""
     found = list(_all(runs))
     single = [(run, cell) for run, cell in found if cell.get("batch") in (1, None)]
@@ -145,12 +148,12 @@ def _layouts(runs: Sequence[LoadedRun]) -> list[Table]:
 def _pivot(
     name: str,
     title: str,
-    found: Iterable[tuple[LoadedRun, Row]],
+    found: Iterable[tuple[Run, Row]],
     column_of: Callable[[Row], tuple[tuple[int, ...], str]],
     shown: Callable[[Row], Cell],
 ) -> Table:
     held: dict[tuple[str, ...], dict[tuple[tuple[int, ...], str], Cell]] = {}
-    owners: dict[tuple[str, ...], LoadedRun] = {}
+    owners: dict[tuple[str, ...], Run] = {}
     for run, cell in found:
         if cell.get("mode"):
             key = (_label(run), run.variant, _cache(cell), _device(run), str(run.path))
@@ -184,21 +187,20 @@ def _cache(cell: Row) -> str:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _all(runs: Sequence[LoadedRun]) -> list[tuple[LoadedRun, Row]]:
+def _all(runs: Sequence[Run]) -> list[tuple[Run, Row]]:
     return [(run, cell) for run in runs for cell in profile_cells(run)]
 
 
-def _device(run: LoadedRun) -> str:
-    device = run.result.get("device")
-    threads = device.get("num_threads") if isinstance(device, Mapping) else None
-    return device_name(run) + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+def _device(run: Run) -> str:
+    threads = section(run.result.get("device")).get("num_threads")
+    return device_name(run) + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
 
 
-def _label(run: LoadedRun) -> str:
+def _label(run: Run) -> str:
     return run.label + (RANDOM if _is_random(run) else "")
 
 
-def _is_random(run: LoadedRun) -> bool:
+def _is_random(run: Run) -> bool:
     return bool(run.engine_info.get("is_random")) or run.model_spec.get("weights") == "random"
 
 

@@ -6,16 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from qwen_eval.core import JSON, Metric
+from qwen_eval.core import Metric
 from qwen_eval.metrics import mean
 from qwen_eval.report.comparison import Comparison, Margins
 from qwen_eval.report.paired import Difference, speed_ratio
-from qwen_eval.report.runs import LoadedRun, device_name, profile_cells
+from qwen_eval.report.runs import device_name, profile_cells
+from qwen_eval.runs.run import Run
 
 GIB = 2**30
 LOAD_FLOOR_S = 1.0  # a shorter load is judged as this long: below it the state of the disk's cache decides
-Cell = Mapping[str, JSON]
+Cell = Mapping[str, Any]
 SHAPE = ("name", "batch", "prompt_tokens", "new_tokens", "kv_cache", "attention")
 
 
@@ -40,7 +42,7 @@ QUANTITIES = (
 )  # fmt: skip
 
 
-def compare_speed(first: LoadedRun, second: LoadedRun, margins: Margins, label: str) -> list[Comparison]:
+def compare_speed(first: Run, second: Run, margins: Margins, label: str) -> list[Comparison]:
     """One comparison for each cell and quantity of the reference; a cell that is gone is not comparable."""
     base = Comparison(
         task=first.task, label=label, family="speed", metric="", first=None, second=None,

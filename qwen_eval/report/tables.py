@@ -13,12 +13,13 @@ from qwen_eval.core import Metric
 from qwen_eval.report.long_context import tables as long_context
 from qwen_eval.report.profile import profile_tables
 from qwen_eval.report.references import NOTE, column, differences
-from qwen_eval.report.runs import LoadedRun, RunSet, base_name, order, precision_rank
+from qwen_eval.report.runs import RunSet, base_name, order, precision_rank
 from qwen_eval.report.settings import Footnotes, by_task, checkpoint_of, run_names, settings, settings_text, with_runs
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import NONE, Cell, Table, metric_cell, number_cell, text_cell
 
 CATEGORIES = ("stem", "socialsciences", "socialscience", "humanities", "other", "others", "hard", "chinaspecific")
-Row = tuple[tuple[str, ...], dict[str, LoadedRun]]  # what names it, its run of each task
+Row = tuple[tuple[str, ...], dict[str, Run]]  # what names it, its run of each task
 
 
 def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
@@ -62,7 +63,7 @@ def every_run(runs: RunSet, deltas: Mapping[Path, Cell]) -> list[Table]:
     return [with_runs(table, run_names([(f"{run.label} {run.variant} {run.task}", [run]) for run in members]), at=2)]
 
 
-def _run_row(run: LoadedRun, footnotes: Footnotes) -> tuple[Cell, ...]:
+def _run_row(run: Run, footnotes: Footnotes) -> tuple[Cell, ...]:
     name, metric = run.headline or ("", None)
     metric = metric if run.status in ("complete", "partial") else None
     tone = {"complete": "", "partial": "weak"}.get(run.status, "bad")
@@ -74,7 +75,7 @@ def _run_row(run: LoadedRun, footnotes: Footnotes) -> tuple[Cell, ...]:
     )  # fmt: skip
 
 
-def models_by_tasks(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
+def models_by_tasks(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table]:
     """Headline scores in per cent, tasks in the order of the model cards; a row is one checkpoint. A cell whose
     settings differ from those of most runs of its column is footnoted."""
     if not runs:
@@ -83,7 +84,7 @@ def models_by_tasks(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> l
     return [_wide("models", "Models × tasks", rows, runs, deltas)]
 
 
-def quantisation(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
+def quantisation(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table]:
     """Variants of one model under each other, as in the cards' table of quantised models."""
     variants: dict[str, set[str]] = defaultdict(set)
     for run in runs:
@@ -96,7 +97,7 @@ def quantisation(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list
     return [_wide("quantisation", "Precisions of one model", rows, kept, deltas)]
 
 
-def categories(runs: Sequence[LoadedRun]) -> list[Table]:
+def categories(runs: Sequence[Run]) -> list[Table]:
     """Per task the headline and its categories (STEM ...), as in the cards' MMLU and C-Eval tables."""
     tables = []
     for task, members in by_task(runs):
@@ -116,7 +117,7 @@ def categories(runs: Sequence[LoadedRun]) -> list[Table]:
     return tables
 
 
-def by_group(runs: Sequence[LoadedRun]) -> list[Table]:
+def by_group(runs: Sequence[Run]) -> list[Table]:
     """Per task its groups (subjects, BBH's tasks), one a row, models side by side."""
     tables = []
     for task, members in by_task(runs):
@@ -135,7 +136,7 @@ def by_group(runs: Sequence[LoadedRun]) -> list[Table]:
     return tables
 
 
-def profile(runs: Sequence[LoadedRun]) -> list[Table]:
+def profile(runs: Sequence[Run]) -> list[Table]:
     """Speed and memory: a row a measured cell of a profile's `cells` (docs/reports.md says what a cell holds)."""
     return profile_tables(sorted(runs, key=order))
 
@@ -161,11 +162,11 @@ def problems(runs: RunSet) -> list[Table]:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _names_of(runs: Sequence[LoadedRun]) -> list[str] | None:
+def _names_of(runs: Sequence[Run]) -> list[str] | None:
     return run_names([(f"{run.label} {run.variant}", [run]) for run in runs])
 
 
-def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> Table:
+def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> Table:
     """A column a task, and beside it the differences to the reference where a model has several rows."""
     footnotes = Footnotes(runs)
     columns = {"model": [text_cell(labels[0]) for labels, _ in rows]}
@@ -183,14 +184,14 @@ def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[LoadedRun],
     return with_runs(table, run_names([(" ".join(labels), list(cells.values())) for labels, cells in rows]), at=2)
 
 
-def _score(run: LoadedRun | None, footnotes: Footnotes) -> Cell:
+def _score(run: Run | None, footnotes: Footnotes) -> Cell:
     if run is None or run.headline is None:
         return Cell(text=NONE)
     cell = metric_cell(run.headline[1], footnote=footnotes.of(run))
     return replace(cell, title=f"{run.headline[0]}, {cell.title}; {run.path}")
 
 
-def _grid(runs: Sequence[LoadedRun], named: Callable[[LoadedRun], tuple[str, ...]]) -> list[Row]:
+def _grid(runs: Sequence[Run], named: Callable[[Run], tuple[str, ...]]) -> list[Row]:
     """A row a checkpoint; a second run of the same task opens a further row instead of hiding the first."""
     rows: dict[tuple[object, ...], Row] = {}
     for run in sorted(runs, key=order):
@@ -217,7 +218,7 @@ def _ordered(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _rate(run: LoadedRun, name: str) -> Cell:
+def _rate(run: Run, name: str) -> Cell:
     metric: Metric | None = run.rates.get(name)
     if metric is None:
         return Cell(text=NONE)
@@ -225,5 +226,5 @@ def _rate(run: LoadedRun, name: str) -> Cell:
     return replace(metric_cell(metric), text=f"{metric.value * 100:.1f} %", tone=tone)
 
 
-def _reason(run: LoadedRun, reasons: Mapping[str, str]) -> str:
+def _reason(run: Run, reasons: Mapping[str, str]) -> str:
     return str(run.result.get("error") or reasons[run.status])

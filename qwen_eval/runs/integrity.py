@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_eval.core import JSON, Record, StoreError
+from qwen_eval.runs.fields import is_count, is_number, section
 from qwen_eval.runs.seal import SEAL, broken_parts
-from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, is_count, metric_from_json, read_json, read_records
+from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, metrics_from_json, read_json, read_records
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.tasks.registry import TaskContext, build
 
@@ -64,10 +65,9 @@ def _has_metrics(result: Mapping[str, JSON]) -> bool:
     if result.get("n") is not None and not is_count(result["n"]):
         return False
     try:
-        for section in ("metrics", "rates"):
-            for row in (result.get(section) or {}).values():
-                metric_from_json(row)
-    except (KeyError, TypeError, AttributeError):
+        for name in ("metrics", "rates"):
+            metrics_from_json(result.get(name) or {})
+    except (KeyError, TypeError):
         return False
     return True
 
@@ -77,7 +77,7 @@ def _of_sealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str, J
     if "spec" in broken:
         return Damage(reason=f"damaged: {SPEC} was changed after the run; {RESTORE}")
     if "records" in broken:
-        sealed, found = result[SEAL].get("num_records"), _num_lines(directory / RECORDS)
+        sealed, found = section(result[SEAL]).get("num_records"), _num_lines(directory / RECORDS)
         what = "was changed" if sealed == found else f"has {found} records, it had {sealed}"
         return Damage(reason=f"damaged: {RECORDS} {what} after the run; {RESTORE}")
     if "result" in broken:
@@ -133,11 +133,9 @@ def doubled(ids: Sequence[str]) -> str | None:
 
 
 def _stored_headline(result: Mapping[str, JSON]) -> float | None:
-    try:
-        value = next(iter(result["metrics"].values()))["value"]
-        return None if value is None else float(value)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
-        return None
+    first = next(iter(section(result.get("metrics")).values()), None)
+    value = section(first).get("value")
+    return value if is_number(value) else None
 
 
 def _means(records: Sequence[Record]) -> list[float]:
@@ -154,9 +152,11 @@ def _headline(spec: Mapping[str, JSON], records: Sequence[Record], result: Mappi
     try:
         config = stored_config(spec)
         task = build(config.task, TaskContext(protocol=config.protocol, is_chat=config.model.chat))
-        if task.version != spec["decides"]["task_version"]:
+        if task.version != section(spec["decides"])["task_version"]:
             return None
         name, metric = next(iter(task.summarise(records).items()))
     except Exception:  # somebody's records in somebody's configuration: what cannot be computed cannot be compared
         return None
-    return metric.value if name == next(iter(result["metrics"]), None) and math.isfinite(metric.value) else None
+    return (
+        metric.value if name == next(iter(section(result["metrics"])), None) and math.isfinite(metric.value) else None
+    )

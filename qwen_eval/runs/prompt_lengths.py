@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from qwen_eval.core import JSON, Choose, Engine, Record, Rendered, Request, TokenLogprobs
+from qwen_eval.core import Choose, Engine, Record, Rendered, Request, TokenLogprobs
 
 CUT_PROMPT = "cut_prompt"  # a flag of a record
 
@@ -24,7 +25,7 @@ def is_cut(engine: Engine, request: Request) -> bool:
     return isinstance(request, Choose) and len(request.kept(ids)) < len(ids)
 
 
-def length_warnings(records: Iterable[Record], info: Mapping[str, JSON]) -> list[str]:
+def length_warnings(records: Iterable[Record], info: Mapping[str, Any]) -> list[str]:
     """Of choices and generations: scored texts are made to a length, and their tasks say so themselves."""
     rows = [row for row in records if not any(isinstance(answer, TokenLogprobs) for answer in row.answers)]
     found = []

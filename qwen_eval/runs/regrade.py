@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen_eval.config import MISSING, PROTOCOLS, not_one_of
 from qwen_eval.core import (
+    JSON,
     ConfigError,
     DataError,
     Grade,
@@ -28,9 +29,9 @@ from qwen_eval.core import (
 )
 from qwen_eval.runs.evaluate import requests_sha256, selected, summary, task_context
 from qwen_eval.runs.grading import graded
-from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.provenance import provenance
-from qwen_eval.runs.store import Run, differences, metric_from_json, read_run, write_json
+from qwen_eval.runs.run import Run, load_run
+from qwen_eval.runs.store import differences, metrics_from_json, write_json
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.runs.summary import metric_cells
 from qwen_eval.tables import Table, print_tables, text_cell
@@ -56,31 +57,30 @@ class Regraded:
 
 def regrade(spec: RegradeSpec) -> Regraded:
     """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed."""
-    directory = Path(spec.run)
-    refuse_damaged(directory)
-    run = read_run(directory)
+    run = load_run(spec.run)
     if not run.result:
-        raise StoreError(f"{directory}: the run is not finished; finish it first, the same command goes on")
+        raise StoreError(f"{run.path}: the run is not finished; finish it first, the same command goes on")
     config = stored_config(run.spec)
     config.protocol = spec.protocol or config.protocol
     task = build(config.task, task_context(config, None))
     samples = selected(task, config)
-    warnings = _check_same_questions(run, task, samples, directory)
+    warnings = _check_same_questions(run, task, samples)
     by_id = {sample.id: sample for sample in samples}
     asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
     grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [graded(task, *item) for item in asked]
     records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades)]
     changed = [old.sample_id for old, new in zip(run.records, records) if _reading(old.grade) != _reading(new.grade)]
     result = summary(task, samples, records, config)
-    path = directory / f"regrade-{config.protocol}.json"
-    extra = {"protocol": config.protocol, "task_version": task.version, "changed": changed, "warnings": warnings}
+    path = run.path / f"regrade-{config.protocol}.json"
+    extra: dict[str, JSON] = {
+        "protocol": config.protocol,
+        "task_version": task.version,
+        "changed": changed,
+        "warnings": warnings,
+    }
     write_json(path, {**result, **extra, "provenance": provenance()})
-    old_metrics, new_metrics = (
-        {name: metric_from_json(row) for name, row in section["metrics"].items()} for section in (run.result, result)
-    )
-    return Regraded(
-        path=path, old=old_metrics, new=new_metrics, num_changed=len(changed), n=len(records), warnings=warnings
-    )
+    new = metrics_from_json(result["metrics"])
+    return Regraded(path=path, old=run.metrics, new=new, num_changed=len(changed), n=len(records), warnings=warnings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,18 +112,14 @@ def _parse(argv: Sequence[str]) -> RegradeSpec:
     return spec
 
 
-def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample], directory: Path) -> list[str]:
-    decided = run.spec["decides"]
-    hashes = [
-        change
-        for change in differences(decided["benchmark"], dict(task.describe()))
-        if "sha256" in change.split(":")[0]
-    ]
+def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample]) -> list[str]:
+    changes = differences(run.benchmark, dict(task.describe()))
+    hashes = [change for change in changes if "sha256" in change.split(":")[0]]
     missing = {record.sample_id for record in run.records} - {sample.id for sample in samples}
     if hashes or missing:
         what = hashes[0] if hashes else f"{len(missing)} stored samples are no longer there"
-        raise DataError(f"{directory}: the benchmark's rows have changed since ({what}); regrade with the same rows")
-    if requests_sha256(task, samples) != decided["requests_sha256"]:
+        raise DataError(f"{run.path}: the benchmark's rows have changed since ({what}); regrade with the same rows")
+    if requests_sha256(task, samples) != run.decides.get("requests_sha256"):
         return ["the prompts would be others now: these are new grades of answers to the stored prompts"]
     return []
 

@@ -296,7 +296,7 @@ class ChoiceTask(ABC):
     def describe(self) -> Mapping[str, JSON]:
         num_samples = len(self.samples())
         shots = self._shots  # read before the digest is taken
-        return {
+        facts: dict[str, JSON] = {
             "split": self.spec.split,
             "shots": self.shots,
             "format": "chat" if self.is_chat else "base",
@@ -307,7 +307,8 @@ class ChoiceTask(ABC):
             "num_subjects_official": len(self.all_subjects()),
             "data_sha256": self.source.sha256,
             "version": self.version,
-        } | ({"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else {})
+        }
+        return facts | {"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else facts
 
 
 def _question(row: Mapping[str, str]) -> tuple[str, ...]:

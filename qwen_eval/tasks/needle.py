@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from qwen_eval.config import TaskSpec, not_one_of
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
@@ -272,8 +273,8 @@ def _accuracy(records: Sequence[Record]) -> Metric:
     return share([record.grade.score for record in records])
 
 
-def _by(records: Sequence[Record], key: str) -> dict[JSON, list[Record]]:
-    groups: dict[JSON, list[Record]] = defaultdict(list)
+def _by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
+    groups: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.grade.values[key]].append(record)
     return dict(groups)

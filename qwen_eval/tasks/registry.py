@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_eval.config import TaskSpec
-from qwen_eval.core import JSON, ConfigError, Sampling, Task, Tokenizer
+from qwen_eval.core import ConfigError, Sampling, Task, Tokenizer
 
 TASKS = {
     "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
@@ -37,7 +37,7 @@ class TaskContext:
     is_chat: bool = False
     tokenizer: Tokenizer | None = None
     sandbox: str = "auto"
-    model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
+    model_facts: Mapping[str, Any] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
 
     def reply_tokens(self, spec: TaskSpec, *, is_chat: bool) -> int:
         """The most new tokens of a reply: the task's own, and room to think where the model does so in a chat."""
