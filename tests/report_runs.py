@@ -12,6 +12,7 @@ from typing import Any
 from qwen_eval.core import Answer, ChoiceLogprobs, Completion, Completions, Grade, Metric, Record, TokenLogprobs
 from qwen_eval.metrics import perplexity, rates, share
 from qwen_eval.runs.store import FORMAT, metric_to_json, record_to_json
+from qwen_eval.tasks.registry import TASKS, task_class
 
 
 def said(text: str, *, reason: Any = "stop") -> Completions:
@@ -52,6 +53,10 @@ def documents(nll_per_token: Sequence[float], num_tokens: int = 200) -> list[Rec
     return [record(f"d{i}", scored(x * num_tokens, num_tokens), None, target=None) for i, x in enumerate(nll_per_token)]
 
 
+def current_version(task: str) -> int:
+    return int(task_class(task).version) if task in TASKS else 1
+
+
 def write_run(
     root: Path,
     records: Sequence[Record],
@@ -64,7 +69,7 @@ def write_run(
     finished: bool = True,
     benchmark: dict[str, Any] | None = None,
     protocol: str = "robust",
-    version: int = 1,
+    version: int | None = None,  # the task's own
     limit: int | None = None,
     decides: dict[str, Any] | None = None,
     **model_keys: Any,
@@ -79,7 +84,10 @@ def write_run(
             "model": {"name": model, "chat": True, "quant": "none", "kv_cache": "auto", **model_keys},
             "protocol": protocol, "tag": tag, "runs_dir": "runs",
         },
-        "decides": {"task_version": version, "benchmark": facts, "num_samples": len(records), **(decides or {})},
+        "decides": {
+            "task_version": version or current_version(task), "benchmark": facts, "num_samples": len(records),
+            **(decides or {}),
+        },
         "provenance": {"time": "2026-01-01", "argv": ["secret-place"], "git": None, "packages": {}},
     }  # fmt: skip
     write(path / "spec.json", spec)

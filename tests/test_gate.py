@@ -171,7 +171,7 @@ def test_a_changed_prompt_is_not_comparable_and_named_to_the_character(tmp_path:
         ({"benchmark": {"prompt_format": "x"}}, "prompt_format: none against x"),
         ({"protocol": "upstream"}, "protocol: robust against upstream"),
         ({"limit": 20}, "limit: none against 20"),
-        ({"version": 2}, "task_version: 1 against 2"),
+        ({"version": 7}, "task_version: 2 against 7"),
         ({"finished": False}, "unfinished"),
     ],
 )

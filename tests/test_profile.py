@@ -347,6 +347,7 @@ def test_a_plan_loads_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(["plan=true", "model=qwen-72b-chat-int4", "seq=8192", "on=A100-SXM4-80GB"]) == 0
     shown = capsys.readouterr().out
     assert "72,287,920,128 parameters" in shown
