@@ -71,34 +71,62 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
 
 
 def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.core.hydra_config import HydraConfig
 
     try:
         refuse_doubled(sys.argv[1:])
-        refuse_unknown_keys(config)
-        try:
-            spec: Any = OmegaConf.to_object(config)
-        except OmegaConfBaseException as error:
-            raise ConfigError(explain(error, schema)) from error
-        _settle_model(spec)
-        job(spec)
+        job(_settings(config, schema, HydraConfig.get()))
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
 
 
-def _settle_model(spec: Any) -> None:
-    """A checkpoint given by its place alone gets its name and form from there, and a named one must be that model."""
-    from hydra.core.hydra_config import HydraConfig
+def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
+    """The settings of the command with these overrides, a `schema` object, for calls from Python.
 
+    Raises a QwenEvalError for every mistake that the command reports; prints nothing.
+    """
+    import hydra
+    from omegaconf import OmegaConf, open_dict
+
+    _register(config_name, schema)
+    arguments = bracket_lists(overrides, list_keys(schema, tasks=TASKS))
+    refuse_doubled(arguments)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            config = hydra.compose(config_name, overrides=arguments, return_hydra_config=True)
+    except Exception as error:
+        raise ConfigError(explain(error, schema)) from error
+    known = config.hydra
+    OmegaConf.set_readonly(config, False)
+    with open_dict(config):
+        del config["hydra"]
+    return _settings(config, schema, known)
+
+
+def _settings(config: Any, schema: type, hydra_config: Any) -> Any:
+    """A composed configuration as a `schema` object; ConfigError for a key or value that cannot be."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    refuse_unknown_keys(config)
+    try:
+        spec: Any = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, schema)) from error
+    _settle_model(spec, hydra_config.overrides.task, hydra_config.runtime.choices.get("model"))
+    return spec
+
+
+def _settle_model(spec: Any, overrides: Iterable[str], chosen: str | None) -> None:
+    """A checkpoint given by its place alone gets its name and form from there, and a named one must be that model."""
     model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
     if not isinstance(model, ModelSpec) or (engine is not None and engine.name == "fake"):
         return
     from qwen_eval.models.naming import anonymous, settle
 
     check_values(spec)  # before anything is looked for, let alone fetched
-    given = {_key(override) for override in HydraConfig.get().overrides.task}
-    if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
+    given = {_key(override) for override in overrides}
+    if chosen != DEFAULT_MODEL:
         given.add("model")  # by an experiment
     if engine is None or engine.name != "openai":
         spec.model = settle(model, frozenset(given))
@@ -187,7 +215,7 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
     if name in TEXTS and value and value != "null" and value[0] not in "'\"":
-        return f"{key}={_quote_sentence(value)}"
+        return f"{key}={quoted(value)}"
     if not equals or not PLAIN_KEY.fullmatch(key):
         return argument
     is_plain = value and value != "null" and not value.startswith(("[", "{", "${", "choice(", "range("))
@@ -196,7 +224,7 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     return f"{key}={_quote(value)}"
 
 
-def _quote_sentence(value: str) -> str:
+def quoted(value: str) -> str:
     """In Hydra's quotes: backslashes are doubled only before a quote, where they would escape it."""
     escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"

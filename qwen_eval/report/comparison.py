@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from qwen_eval.core import Metric
+from qwen_eval.core import ConfigError, Metric
 from qwen_eval.report.items import Item, items_of
 from qwen_eval.report.kld import Divergence
 from qwen_eval.report.paired import Difference
@@ -36,6 +36,17 @@ class Margins:
 
     def of(self, family: Family) -> float:
         return float(getattr(self, family))
+
+    def checked(self, margin: float | None = None) -> Margins:
+        """With `margin` points of a share and per cent of a perplexity or mean; ConfigError for what is no margin."""
+        if margin is not None and not 0 < margin < 100:
+            raise ConfigError(f"margin={margin}: points or per cent, between 0 and 100, such as 1")
+        part = None if margin is None else margin / 100
+        found = self if part is None else replace(self, share=part, ppl=part, mean=part)
+        for name, value in vars(found).items():
+            if not 0 < value < (10 if name in ("once", "memory", "speed") else 1):
+                raise ConfigError(f"margins.{name}={value}: a fraction above 0 and below 1, such as 0.01")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
