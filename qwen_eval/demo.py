@@ -22,7 +22,7 @@ SPEED_TOKENS = 128
 
 
 @dataclass(kw_only=True)
-class Cell:
+class SuiteCell:
     """One run of the suite; `show` maps metrics of its result to what stands beside them in the table."""
 
     name: str
@@ -33,7 +33,7 @@ class Cell:
 @dataclass(kw_only=True)
 class Suite:
     title: str
-    cells: list[Cell]
+    cells: list[SuiteCell]
     next: str
     overrides: list[str] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ def main(runs: str = "runs/demo") -> int:
     return 0
 
 
-def run_cell(suite: Suite, cell: Cell, runs: str, engine_cache: EngineCache, lines: list[Line]) -> int:
+def run_cell(suite: Suite, cell: SuiteCell, runs: str, engine_cache: EngineCache, lines: list[Line]) -> int:
     """Evaluate one cell and append its rows."""
 
     def job(spec: EvalSpec) -> None:

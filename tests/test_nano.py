@@ -22,11 +22,11 @@ def passage(rng: random.Random, language: str, chars: int) -> str:
     return "The door was open. A lamp burned. Nobody spoke." if language == "en" else "门开着。灯亮着。没有人说话。"
 
 
-def source(*, heldout: bool, seed: int = 0) -> ex.Source:
-    return ex.Source(rng=random.Random(seed), heldout=heldout, passage=passage)
+def source(*, heldout: bool, seed: int = 0) -> ex.ExerciseStream:
+    return ex.ExerciseStream(rng=random.Random(seed), heldout=heldout, passage=passage)
 
 
-def stream(side: ex.Source, n: int) -> list[ex.Exercise]:
+def stream(side: ex.ExerciseStream, n: int) -> list[ex.Exercise]:
     makers = (
         side.choice,
         side.choice_stated,

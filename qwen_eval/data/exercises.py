@@ -1,7 +1,7 @@
 """Generated exercises that a miniature model can learn: multiple choice, arithmetic, recall.
 
 One generator makes the training mixture of qwen-nano and its held-out test. The two never meet: every exercise has a
-`key`, `is_heldout(key)` says on which side it falls, and `Source(heldout=...)` only yields its own side.
+`key`, `is_heldout(key)` says on which side it falls, and `ExerciseStream(heldout=...)` only yields its own side.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def heldout_phrasing(topic: str, subject: str, num_phrasings: int) -> int:
 
 
 @dataclass(kw_only=True)
-class Source:
+class ExerciseStream:
     """A seeded stream of exercises from one side of the split. `passage(rng, language, chars)` cuts haystack text."""
 
     rng: random.Random

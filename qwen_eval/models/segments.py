@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 from qwen_eval.core import Message, Prompt
 
-Row: TypeAlias = dict[str, Any]
+Fields: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class NoMarks:
 class Chat:
     """What a template is given; `marked` are the texts by the mark that stands for each."""
 
-    rows: list[Row]
+    rows: list[Fields]
     tools: list[Any] | None
     marked: Mapping[str, str]
 
@@ -92,19 +92,19 @@ class Chat:
         return replace(self, rows=[_with_argument_text(row) for row in self.rows])
 
 
-def _row_of(message: Message, marks: Marks | NoMarks) -> Row:
-    row: Row = {"role": message.role, "content": marks.content(message.content)}
+def _row_of(message: Message, marks: Marks | NoMarks) -> Fields:
+    row: Fields = {"role": message.role, "content": marks.content(message.content)}
     if message.tool_calls:
         named = [(marks.leaf(call.name), _marked_leaves(_parsed(call.arguments), marks)) for call in message.tool_calls]
         row["tool_calls"] = [_call(name, arguments) for name, arguments in named]
     return row
 
 
-def _call(name: str, arguments: Any) -> Row:
+def _call(name: str, arguments: Any) -> Fields:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _with_argument_text(row: Row) -> Row:
+def _with_argument_text(row: Fields) -> Fields:
     if "tool_calls" not in row:
         return row
     functions = [call["function"] for call in row["tool_calls"]]

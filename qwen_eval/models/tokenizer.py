@@ -212,7 +212,7 @@ class QwenTokenizer(ChatTokenizer):
         return [*self.encode(role), *self.encode("\n"), *self.encode(content)]
 
 
-class HfTokenizer(ChatTokenizer):
+class JsonTokenizer(ChatTokenizer):
     """Byte-level BPE of a `tokenizer.json`: Qwen1.5, 2, 2.5, 3 and what was trained from them.
 
     Without a chat template it is asked in ChatML, where a block is one string ("user\\n" + content): a message that
@@ -390,11 +390,11 @@ def _refuse_thinking(thinking: str) -> None:
         raise ConfigError("model.thinking=on: this checkpoint has no chat template with such a switch; use auto")
 
 
-def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: str) -> HfTokenizer:
+def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: str) -> JsonTokenizer:
     tokens = named_tokens(config)
     try:
         content = file.read_text(encoding="utf-8")
-        tokenizer = HfTokenizer(content, tokens=tokens, end_ids=end_ids_of(file.parent))
+        tokenizer = JsonTokenizer(content, tokens=tokens, end_ids=end_ids_of(file.parent))
     except ModelError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read

@@ -20,7 +20,7 @@ from qwen_eval import core
 from qwen_eval.core import ConfigError, ModelError, QwenEvalError, StoreError
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.hub import checkpoint_dir
-from qwen_eval.profile.cells import Cell, cells, to_json
+from qwen_eval.profile.cells import GridCell, cells, to_json
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.runs import fields
 from qwen_eval.runs.provenance import deciding_versions, provenance
@@ -34,7 +34,7 @@ GRID = ("mode", "seq", "new_tokens", "batch", "kv_cache", "attention")  # say wh
 PLACES = ("runs_dir", "tag", "overwrite", "quiet", "plan", "on", "published", "timeout_s")
 SAME_DEVICE = ("name", "num_threads", "dtype")
 
-MeasureCell = Callable[[ProfileSpec, Cell], dict[str, Any]]
+MeasureCell = Callable[[ProfileSpec, GridCell], dict[str, Any]]
 
 
 def run_directory(spec: ProfileSpec) -> Path:
@@ -123,7 +123,7 @@ def _say(spec: ProfileSpec, line: str) -> None:
 # --- a cell's own process --------------------------------------------------------------------------------------------
 
 
-def in_child(spec: ProfileSpec, cell: Cell) -> dict[str, Any]:
+def in_child(spec: ProfileSpec, cell: GridCell) -> dict[str, Any]:
     """The row of one cell, from `python -m qwen_eval.profile.child`; how it ended when it ended without one."""
     job = {"parent": os.getpid(), "spec": dataclasses.asdict(spec), "cell": dataclasses.asdict(cell)}
     command, pipe = [sys.executable, *CHILD], subprocess.PIPE

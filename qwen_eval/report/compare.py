@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import ConfigError, Metric, QwenEvalError
 from qwen_eval.metrics import mean
+from qwen_eval.report.comparability import lost_numbers, not_comparable
 from qwen_eval.report.comparison import Agreement, Comparison, Family, Flip, Margins, Side
 from qwen_eval.report.items import Item, choice_kl
 from qwen_eval.report.kld import Divergence
-from qwen_eval.report.obstacles import lost_numbers, obstacles
 from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share
 from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.speed import compare_speed
@@ -114,9 +114,9 @@ def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
     failures = lost_numbers(first.items, second.items)
     if failures:
         return replace(base, failures=tuple(failures), flips=_flips(first.items, second.items))
-    found = obstacles(first, second, family)
+    found = not_comparable(first, second, family)
     if found:
-        return replace(base, obstacles=tuple(found))
+        return replace(base, not_comparable=tuple(found))
     return _compare_answers(base, first, second, margins)
 
 

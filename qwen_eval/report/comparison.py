@@ -105,7 +105,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
+    """Everything known of one pair. `not_comparable` not empty: not comparable, and nothing else is filled in.
 
     `failures` name what the second run lost altogether: a score that is missing or no number. They need no test.
     `difference.delta` is absolute for shares and means and log(ratio) for perplexity and speed; `margin` is on
@@ -122,7 +122,7 @@ class Comparison:
     second: Metric | None
     metric: str = ""
     higher_is_better: bool = True
-    obstacles: tuple[str, ...] = ()
+    not_comparable: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
     difference: Difference | None = None
     by_group: tuple[tuple[str, Difference], ...] = ()

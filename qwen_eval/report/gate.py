@@ -94,7 +94,7 @@ def _not_comparable(baseline: Side, reasons: Sequence[str]) -> Comparison:
     head = baseline.run.headline
     return Comparison(
         task=baseline.run.task, label=f"{baseline.run.label} {baseline.run.variant}", family="share",
-        metric=head[0] if head else "", first=head[1] if head else None, second=None, obstacles=tuple(reasons),
+        metric=head[0] if head else "", first=head[1] if head else None, second=None, not_comparable=tuple(reasons),
         paths=(baseline.run.path,),
     )  # fmt: skip
 
@@ -103,7 +103,13 @@ def _unreadable_baseline(item: Unreadable) -> Comparison:
     parts = item.path.parts
     task, model = (parts[-3], parts[-2]) if len(parts) >= 3 else (item.path.name, "")
     return Comparison(
-        task=task, label=model, family="share", first=None, second=None, obstacles=(item.reason,), paths=(item.path,)
+        task=task,
+        label=model,
+        family="share",
+        first=None,
+        second=None,
+        not_comparable=(item.reason,),
+        paths=(item.path,),
     )
 
 
@@ -192,7 +198,7 @@ def _row(judgement: Judgement) -> tuple[Cell, ...]:
     return (
         text_cell(c.task), text_cell(c.label), text_cell(WORDS[judgement.verdict], tone=TONES[judgement.verdict]),
         metric_cell(c.first), metric_cell(c.second), delta_cell(c, c.difference), p_cell(c.p_adjusted),
-        text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)),
+        text_cell("–" if c.not_comparable else flips), text_cell(shown(c, judgement.mde)),
         text_cell(decision.text if decision else None), text_cell(judgement.why),
     )  # fmt: skip
 

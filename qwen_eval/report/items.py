@@ -14,7 +14,7 @@ from qwen_eval.core import JSON, ChoiceLogprobs, Completions, Record, TokenLogpr
 
 MAX_READING = 48  # characters of a reading or gold answer; a longer one is its beginning and a digest
 TOKENS_DIGITS = 8  # hex digits of a prompt's token ids that a baseline keeps
-Row = list[JSON]
+BaselineRow = list[JSON]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ COLUMNS: dict[str, Callable[[Item], JSON]] = {
 }
 
 
-def items_to_rows(items: Iterable[Item]) -> tuple[dict[str, JSON], list[Row]]:
+def items_to_rows(items: Iterable[Item]) -> tuple[dict[str, JSON], list[BaselineRow]]:
     """A head and rows of JSON values, sorted by id with numbers as numbers.
 
     The head is `{"columns": names, "constants": {name: value}}`: a column that is equal everywhere is in no row.

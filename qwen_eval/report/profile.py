@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen_eval.core import JSON
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.measure import median
-from qwen_eval.report.runs import RunSet, device_name, profile_cells, speeds_of
+from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, with_runs
 from qwen_eval.runs.fields import section
 from qwen_eval.runs.run import Run, load_run
@@ -21,7 +20,6 @@ GIB = 2**30
 RANDOM = "†"
 FORMS = {"md": "profile.md", "csv": "profile.csv", "tex": "profile.tex"}
 SHORT = {"oom": "OOM"}  # as the published tables print it
-Row = Mapping[str, Any]  # a cell: which fields it has depends on what was measured
 NOTES = (
     "tokens/s: generated tokens (of encode: tokens read) of all sequences over the whole time; median [min, max].",
     "first token: until every sequence of the batch has one. token ms: quantiles over all steps of all repetitions.",
@@ -148,9 +146,9 @@ def _layouts(runs: Sequence[Run]) -> list[Table]:
 def _pivot(
     name: str,
     title: str,
-    found: Iterable[tuple[Run, Row]],
-    column_of: Callable[[Row], tuple[tuple[int, ...], str]],
-    shown: Callable[[Row], Cell],
+    found: Iterable[tuple[Run, ProfileCell]],
+    column_of: Callable[[ProfileCell], tuple[tuple[int, ...], str]],
+    shown: Callable[[ProfileCell], Cell],
 ) -> Table:
     held: dict[tuple[str, ...], dict[tuple[tuple[int, ...], str], Cell]] = {}
     owners: dict[tuple[str, ...], Run] = {}
@@ -169,17 +167,17 @@ def _pivot(
     return with_runs(table, run_names([(" ".join(key[:4]), [run]) for key, run in owners.items()]), at=2)
 
 
-def _by_length(cell: Row) -> tuple[tuple[int, ...], str]:
+def _by_length(cell: ProfileCell) -> tuple[tuple[int, ...], str]:
     seq, new = int(cell["seq"]), int(cell["new_tokens"])
     text = {"generate": f"generate {seq}", "encode": f"encode {seq}"}.get(str(cell["mode"]), f"serve {seq}+{new}")
     return (("generate", "encode", "serve").index(cell["mode"]), seq, new), text
 
 
-def _by_batch(cell: Row) -> tuple[tuple[int, ...], str]:
+def _by_batch(cell: ProfileCell) -> tuple[tuple[int, ...], str]:
     return (int(cell["seq"]), int(cell["batch"])), f"generate {cell['seq']}, batch {cell['batch']}"
 
 
-def _cache(cell: Row) -> str:
+def _cache(cell: ProfileCell) -> str:
     extra = f", {cell['attention']} attention" if cell.get("attention") not in ("auto", None) else ""
     return ("int8" if cell.get("kv_cache") == "int8" else "as the model") + extra
 
@@ -187,7 +185,7 @@ def _cache(cell: Row) -> str:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _all(runs: Sequence[Run]) -> list[tuple[Run, Row]]:
+def _all(runs: Sequence[Run]) -> list[tuple[Run, ProfileCell]]:
     return [(run, cell) for run in runs for cell in profile_cells(run)]
 
 
@@ -204,7 +202,7 @@ def _is_random(run: Run) -> bool:
     return bool(run.engine_info.get("is_random")) or run.model_spec.get("weights") == "random"
 
 
-def _speed(cell: Row) -> Cell:
+def _speed(cell: ProfileCell) -> Cell:
     speeds = sorted(speeds_of(cell))
     middle = median(speeds)
     if middle is None:
@@ -215,16 +213,16 @@ def _speed(cell: Row) -> Cell:
     return Cell(text=text, value=middle, low=speeds[0], high=speeds[-1], n=len(speeds), title=f"{len(speeds)} repeats")
 
 
-def _memory(cell: Row) -> Cell:
+def _memory(cell: ProfileCell) -> Cell:
     return _gib(cell["peak_bytes"]) if cell.get("peak_bytes") else _state(cell)
 
 
-def _state(cell: Row) -> Cell:
+def _state(cell: ProfileCell) -> Cell:
     status = str(cell.get("status", ""))
     return text_cell(SHORT.get(status, status), tone="bad", title=str(cell.get("reason") or ""))
 
 
-def _model_bytes(cell: Row) -> float | None:
+def _model_bytes(cell: ProfileCell) -> float | None:
     peak = _number(cell.get("peak_bytes"))
     return None if peak is None else peak - float(cell.get("baseline_bytes") or 0)
 
@@ -246,7 +244,7 @@ def _gib(value: JSON) -> Cell:
     return number_cell(None if number is None else number / GIB, 2 if number is None or number >= GIB else 3)
 
 
-def _peak_gib(cell: Row) -> float | None:
+def _peak_gib(cell: ProfileCell) -> float | None:
     number = _number(cell.get("peak_bytes"))
     return None if number is None else number / GIB
 
@@ -298,7 +296,10 @@ def write_plots(path: Path) -> list[Path]:
 
 
 def _series(
-    cells: Sequence[Row], axis: str, value: Callable[[Row], float | None], rest: Callable[[Row], str]
+    cells: Sequence[ProfileCell],
+    axis: str,
+    value: Callable[[ProfileCell], float | None],
+    rest: Callable[[ProfileCell], str],
 ) -> dict[str, dict[int, float]]:
     """Lines by the cell's name and `rest`; those of a single point are left out."""
     found: dict[str, dict[int, float]] = {}

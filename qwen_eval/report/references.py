@@ -52,7 +52,7 @@ def _difference(first: Side, run: Run) -> Cell:
         return text_cell(None, title=str(error))
     difference = comparison.difference
     if difference is None or math.isnan(difference.delta):
-        return text_cell(None, title="; ".join(comparison.obstacles) or "no score per sample")
+        return text_cell(None, title="; ".join(comparison.not_comparable) or "no score per sample")
     cell = delta_cell(comparison, difference)
     reference = f"to {first.run.label} {first.run.variant}, {first.run.path}"
     flips = f"{comparison.losses} lost, {comparison.gains} gained"

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from qwen_eval.core import ConfigError, StoreError
 from qwen_eval.runs.fields import rows
 from qwen_eval.runs.run import Run, load_run
+
+ProfileCell: TypeAlias = Mapping[str, Any]  # which fields one has depends on what was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +83,12 @@ def precision_rank(variant: str) -> int:
     return ranks.index(first) * 10 + variant.count(",") if first in ranks else 99
 
 
-def profile_cells(run: Run) -> list[Mapping[str, Any]]:
-    """The measured cells of a profile; which fields one has depends on what was measured."""
+def profile_cells(run: Run) -> list[ProfileCell]:
+    """The measured cells of a profile; none for other runs."""
     return list(rows(run.result.get("cells")))
 
 
-def speeds_of(cell: Mapping[str, Any]) -> list[float]:
+def speeds_of(cell: ProfileCell) -> list[float]:
     """Raw tokens/s of each repeat; one value where only one is stored."""
     raw = cell.get("tok_per_s")
     values = raw if isinstance(raw, list) else [raw]

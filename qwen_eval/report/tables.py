@@ -19,7 +19,7 @@ from qwen_eval.runs.run import Run
 from qwen_eval.tables import NONE, Cell, Table, metric_cell, number_cell, text_cell
 
 CATEGORIES = ("stem", "socialsciences", "socialscience", "humanities", "other", "others", "hard", "chinaspecific")
-Row = tuple[tuple[str, ...], dict[str, Run]]  # what names it, its run of each task
+NamedRuns = tuple[tuple[str, ...], dict[str, Run]]  # what names it, its run of each task
 
 
 def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
@@ -166,7 +166,7 @@ def _names_of(runs: Sequence[Run]) -> list[str] | None:
     return run_names([(f"{run.label} {run.variant}", [run]) for run in runs])
 
 
-def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> Table:
+def _wide(name: str, title: str, rows: Sequence[NamedRuns], runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> Table:
     """A column a task, and beside it the differences to the reference where a model has several rows."""
     footnotes = Footnotes(runs)
     columns = {"model": [text_cell(labels[0]) for labels, _ in rows]}
@@ -191,9 +191,9 @@ def _score(run: Run | None, footnotes: Footnotes) -> Cell:
     return replace(cell, title=f"{run.headline[0]}, {cell.title}; {run.path}")
 
 
-def _grid(runs: Sequence[Run], named: Callable[[Run], tuple[str, ...]]) -> list[Row]:
+def _grid(runs: Sequence[Run], named: Callable[[Run], tuple[str, ...]]) -> list[NamedRuns]:
     """A row a checkpoint; a second run of the same task opens a further row instead of hiding the first."""
-    rows: dict[tuple[object, ...], Row] = {}
+    rows: dict[tuple[object, ...], NamedRuns] = {}
     for run in sorted(runs, key=order):
         key, repeat = (named(run), checkpoint_of(run)), 0
         while run.task in rows.setdefault((*key, repeat), (named(run), {}))[1]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from qwen_eval.report.runs import RunSet, device_name, profile_cells, speeds_of
+from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import by_task, settings, settings_text
 from qwen_eval.runs.run import Run
 
@@ -78,7 +78,7 @@ def _measured(profiles: Sequence[Run]) -> tuple[Measured, list[str]]:
     if not cells:
         return {}, []
     alike = _commonest(cells, lambda item: (device_name(item[0]), *(item[1].get(key) for key in SHAPE)))
-    by_name: dict[Name, list[tuple[Run, Mapping[str, Any]]]] = defaultdict(list)
+    by_name: dict[Name, list[tuple[Run, ProfileCell]]] = defaultdict(list)
     for run, cell in alike:
         by_name[_name(run)].append((run, cell))
     twice = [name for name, found in by_name.items() if len(found) > 1]

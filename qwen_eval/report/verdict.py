@@ -82,8 +82,8 @@ def _verdict(c: Comparison, num_tests: int) -> tuple[Verdict, str]:
     """Nothing that got better may hide what got worse: every way to "worse" is tried before any other word."""
     if c.failures:
         return "worse", "; ".join(c.failures)
-    if c.obstacles:
-        return "not comparable", "; ".join(c.obstacles)
+    if c.not_comparable:
+        return "not comparable", "; ".join(c.not_comparable)
     if c.is_identical:
         return "unchanged", "every answer is the same"
     gains, losses = c.regraded

@@ -81,7 +81,7 @@ class Writer:
     ) -> None:
         self.result, self.is_ragged = result, is_ragged
         self.rng = random.Random(seed)
-        self.source = ex.Source(
+        self.source = ex.ExerciseStream(
             rng=self.rng, heldout=heldout, passage=Passages(texts, heldout=heldout, keeps_lines=is_ragged)
         )
 

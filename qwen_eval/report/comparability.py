@@ -9,7 +9,7 @@ from qwen_eval.report.items import Item
 from qwen_eval.report.settings import differing_settings
 
 
-def obstacles(first: Side, second: Side, family: Family) -> list[str]:
+def not_comparable(first: Side, second: Side, family: Family) -> list[str]:
     """Why two runs are not comparable, the plainest reason first; empty when they are."""
     found = [
         f"{side.run.path} is {side.run.status_note}"
