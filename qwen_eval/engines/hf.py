@@ -367,15 +367,15 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> Any:
         torch.manual_seed(model.seed)
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, **options).to(device)
-    quantisation = _quantisation(model.quant)
-    if quantisation is not None:
-        options["quantization_config"] = quantisation
+    quantization = _quantization(model.quant)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     return AutoModelForCausalLM.from_pretrained(
         where, revision=revision, trust_remote_code=False, device_map=device, **options
     )
 
 
-def _quantisation(quant: str) -> Any:
+def _quantization(quant: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quant == "nf4":

@@ -107,7 +107,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
-class BuildQuantised(Protocol):
+class BuildQuantized(Protocol):
     """From the packed tensors of a linear: a module that computes with them, or its dense weight."""
 
     def __call__(self, name: str, tensors: Mapping[str, Tensor], /) -> nn.Module: ...
@@ -124,8 +124,8 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
-    packed: BuildQuantised | None = None  # a GPTQ checkpoint
-    from_dense: BuildFromDense | None = None  # NF4, LLM.int8: quantised while loading
+    packed: BuildQuantized | None = None  # a GPTQ checkpoint
+    from_dense: BuildFromDense | None = None  # NF4, LLM.int8: quantized while loading
 
 
 @contextmanager
@@ -170,13 +170,13 @@ def _load_head(model: Transformer, files: TensorFiles, config: ModelConfig, plac
         model.head.weight = model.embed.weight
     elif f"{source}.qweight" in files:
         weight = _place(read_head(files, config, placement), placement)
-        model.set_submodule("head", kernels.DequantisedLinear(weight, None))
+        model.set_submodule("head", kernels.DequantizedLinear(weight, None))
     else:
         _load_weight(model, "head", model.head, files, config, placement)
 
 
 def read_head(files: TensorFiles, config: ModelConfig, placement: Placement) -> Tensor:
-    """The output matrix [V, E] in the precision it is stored in; a GPTQ-packed one dequantised."""
+    """The output matrix [V, E] in the precision it is stored in; a GPTQ-packed one dequantized."""
     shape = (config.vocab_size, config.hidden_size)
     (source,) = checkpoint_names(config, "head")
     if as_stored(config, files).tie_embeddings and f"{source}.weight" not in files:
@@ -245,7 +245,7 @@ def _load_part(
     bias = files.read(f"{source}.bias", shape[:1]) if has_bias else None
     if f"{source}.qweight" in files:
         module = _packed_builder(placement, source)(source, _packed_tensors(files, source))
-        assert isinstance(module, kernels.QuantisedLinear), type(module)
+        assert isinstance(module, kernels.QuantizedLinear), type(module)
         packed = [module.out_features, module.in_features]
         if packed != list(shape):
             raise ModelError(f"{source}: packed weights of {packed}, {list(shape)} by config.json")
@@ -257,7 +257,7 @@ def _load_part(
     return linear
 
 
-def _packed_builder(placement: Placement, source: str) -> BuildQuantised:
+def _packed_builder(placement: Placement, source: str) -> BuildQuantized:
     if placement.packed is None:
         raise ModelError(f"{source}.qweight: packed, but neither config.json nor quantize_config.json says how")
     return placement.packed
@@ -288,7 +288,7 @@ def _refuse_nonzero_bias(files: TensorFiles, sources: Sequence[str]) -> None:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Weights of this shape, tied ones once; quantisation does not change it."""
+    """Weights of this shape, tied ones once; quantization does not change it."""
     with _meta():
         return sum(parameter.numel() for parameter in Transformer(config).parameters())
 

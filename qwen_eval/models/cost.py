@@ -42,7 +42,7 @@ class LinearShape:
 
 
 def block_linears(config: ModelConfig) -> tuple[LinearShape, ...]:
-    """The linears of one layer, in the parts in which they are stored and quantised."""
+    """The linears of one layer, in the parts in which they are stored and quantized."""
     size, width = config.hidden_size, config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
     if config.family == "qwen":
@@ -60,12 +60,12 @@ def block_linears(config: ModelConfig) -> tuple[LinearShape, ...]:
 
 
 def num_linear_weights(config: ModelConfig) -> int:
-    """Weights of all linears of all blocks: what quantisation shrinks, and what every token is multiplied with."""
+    """Weights of all linears of all blocks: what quantization shrinks, and what every token is multiplied with."""
     return config.num_layers * sum(linear.num_weights for linear in block_linears(config))
 
 
 def num_other_parameters(config: ModelConfig) -> int:
-    """Embeddings, head (once when tied) and norms: never quantised."""
+    """Embeddings, head (once when tied) and norms: never quantized."""
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
     return tables + config.num_layers * norms + config.hidden_size
@@ -111,7 +111,7 @@ def linear_bytes(linear: LinearShape, quant: str, dtype: str, *, is_packed: bool
 def weight_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> int:
     """All weights as our engine holds them."""
     linears = block_linears(config)
-    if quant in ("nf4", "int8"):  # quantised from our own modules, which hold q, k and v in one
+    if quant in ("nf4", "int8"):  # quantized from our own modules, which hold q, k and v in one
         linears = _fused(linears)
     block = sum(linear_bytes(linear, quant, dtype, is_packed=is_packed) for linear in linears)
     return config.num_layers * block + ELEMENT_BYTES[dtype] * num_other_parameters(config)

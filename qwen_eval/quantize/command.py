@@ -1,4 +1,4 @@
-"""`python -m qwen_eval.quantize model=qwen-7b-chat bits=4`: a GPTQ checkpoint from an unquantised one."""
+"""`python -m qwen_eval.quantize model=qwen-7b-chat bits=4`: a GPTQ checkpoint from an unquantized one."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class QuantizeSpec:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return cli.run(argv, config_name="quantize", schema=QuantizeSpec, job=quantise)
+    return cli.run(argv, config_name="quantize", schema=QuantizeSpec, job=quantize)
 
 
-def quantise(spec: QuantizeSpec) -> None:
-    """Quantise and write; the directory appears under its name only when it is complete."""
+def quantize(spec: QuantizeSpec) -> None:
+    """Quantize and write; the directory appears under its name only when it is complete."""
     check(spec)
     out = Path(spec.out or f"checkpoints/{spec.model.name}-gptq-int{spec.bits}")
     if out.exists() and not spec.overwrite:
@@ -67,7 +67,7 @@ def quantise(spec: QuantizeSpec) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _quantise(spec, source, partial, fields, sequences)
+        _quantize(spec, source, partial, fields, sequences)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -90,7 +90,7 @@ def check(spec: QuantizeSpec) -> None:
         if getattr(spec, key) < 1:
             raise ConfigError(f"{key}={getattr(spec, key)}: must be at least 1")
     if spec.model.weights == "random":
-        raise ConfigError("model.weights=random: there is nothing to quantise; give model.path= or a trained model")
+        raise ConfigError("model.weights=random: there is nothing to quantize; give model.path= or a trained model")
 
 
 def _plain_config(source: Path) -> dict[str, Any]:
@@ -102,14 +102,14 @@ def _plain_config(source: Path) -> dict[str, Any]:
         raise ModelError(f"{source}: a LoRA adapter; merge it into its base (merge_and_unload of peft) and pass that")
     fields = read_fields(source / "config.json")
     if read_config(fields, source) is not None:
-        raise ModelError(f"{source}: is quantised already; quantise its BF16 original")
+        raise ModelError(f"{source}: is quantized already; quantize its BF16 original")
     return fields
 
 
-def _quantise(
+def _quantize(
     spec: QuantizeSpec, source: Path, partial: Path, fields: dict[str, Any], sequences: Sequence[Sequence[int]]
 ) -> None:
-    from qwen_eval.quantize.checkpoint import quantise_checkpoint, write_json
+    from qwen_eval.quantize.checkpoint import quantize_checkpoint, write_json
     from qwen_eval.quantize.gptq import Recipe
 
     recipe = Recipe(bits=spec.bits, group_size=spec.group_size, sym=spec.sym, desc_act=spec.desc_act, damp=spec.damp)
@@ -125,7 +125,7 @@ def _quantise(
             )
             print(line, file=sys.stderr, flush=True)
 
-    written, errors = quantise_checkpoint(
+    written, errors = quantize_checkpoint(
         source, partial, fields, sequences, recipe, dtype=dtype, device=device, progress=progress
     )
     result = {

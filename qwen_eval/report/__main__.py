@@ -75,6 +75,7 @@ def check(spec: ReportSpec) -> ReportSpec:
     """ConfigError for a value outside its set or two questions at once."""
     if spec.format not in FORMATS:
         raise not_one_of("format", spec.format, FORMATS)
+    spec.layout = ["quantization" if name == "quantisation" else name for name in spec.layout]  # its name until 0.1
     for name in spec.layout:
         if name not in LAYOUTS:
             raise not_one_of("layout", name, LAYOUTS)

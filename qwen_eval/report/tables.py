@@ -32,7 +32,7 @@ def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
     return {
         "models": lambda: models_by_tasks(runs.finished, deltas()),
         "runs": lambda: every_run(runs, deltas()),
-        "quantisation": lambda: quantisation(runs.finished, deltas()),
+        "quantization": lambda: quantization(runs.finished, deltas()),
         "categories": lambda: categories(runs.finished),
         "long": lambda: long_context(runs.finished),
         "profile": lambda: profile(runs.profiles),
@@ -84,8 +84,8 @@ def models_by_tasks(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Ta
     return [_wide("models", "Models × tasks", rows, runs, deltas)]
 
 
-def quantisation(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table]:
-    """Variants of one model under each other, as in the cards' table of quantised models."""
+def quantization(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table]:
+    """Variants of one model under each other, as in the cards' table of quantized models."""
     variants: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         variants[base_name(run.model)].add(run.variant)
@@ -94,7 +94,7 @@ def quantisation(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table
         return []
     rows = _grid(kept, lambda run: (base_name(run.model), run.variant))
     rows.sort(key=lambda row: (row[0][0], precision_rank(row[0][1])))
-    return [_wide("quantisation", "Precisions of one model", rows, kept, deltas)]
+    return [_wide("quantization", "Precisions of one model", rows, kept, deltas)]
 
 
 def categories(runs: Sequence[Run]) -> list[Table]:
