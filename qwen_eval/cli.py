@@ -1,6 +1,6 @@
-"""The door: Hydra composes `conf/`, plain dataclasses go in, every mistake of the user comes out as one line.
+"""The command line: Hydra composes `conf/` into plain dataclasses; every mistake of the user is reported in one line.
 
-No module behind this one sees Hydra or OmegaConf, and torch is not imported before the configuration is valid.
+Other modules do not use Hydra or OmegaConf. Torch is not imported before the configuration is valid.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def groups_text() -> str:
 
 
 def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage: str = "") -> int:
-    """Compose `conf/<config_name>.yaml` with the overrides in `argv` and call `job` with each cell, a `schema` object.
+    """Compose `conf/<config_name>.yaml` with the overrides in `argv`; call `job` with the `schema` object of each cell.
 
     Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C. In a grid (-m)
-    a cell that fails does not take the others with it.
+    the other cells still run when one fails.
     """
     failures: list[str] = []
     if usage and {"-h", "--help"} & set(argv):
@@ -61,7 +61,7 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
         arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))
         _hydra(arguments, config_name, lambda config: _cell(config, job, schema, failures))
     except KeyboardInterrupt:
-        print("interrupted; what was graded is kept, the same command goes on", file=sys.stderr)
+        print("interrupted; graded samples are kept, the same command resumes the run", file=sys.stderr)
         return 130
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
@@ -104,7 +104,7 @@ def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
 
 
 def _settings(config: Any, schema: type, hydra_config: Any) -> Any:
-    """A composed configuration as a `schema` object; ConfigError for a key or value that cannot be."""
+    """A composed configuration as a `schema` object; ConfigError for an unknown key or an invalid value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -118,7 +118,7 @@ def _settings(config: Any, schema: type, hydra_config: Any) -> Any:
 
 
 def _settle_model(spec: Any, overrides: Iterable[str], chosen: str | None) -> None:
-    """A checkpoint given by its place alone gets its name and form from there, and a named one must be that model."""
+    """A checkpoint given by its path alone gets its name and chat form from its files; a named one must match them."""
     model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
     if not isinstance(model, ModelSpec) or (engine is not None and engine.name == "fake"):
         return
@@ -231,7 +231,7 @@ def quoted(value: str) -> str:
 
 
 def _quote(value: str) -> str:
-    """Quoted where Hydra's grammar would stumble over a letter of another alphabet, a space or "=": `数据/ceval`."""
+    """Quoted if Hydra's grammar does not accept a character: another alphabet, a space, "=": `数据/ceval`."""
     return f"'{value}'" if FOREIGN.search(value) and not SYNTAX.search(value) else value
 
 
@@ -247,7 +247,7 @@ def model_first(argv: Sequence[str]) -> list[str]:
 
 
 def cell_tag(tag: str) -> str:
-    """In a grid: what is swept beside task and model must show in the name of the run directory, else cells collide."""
+    """In a grid: the tag with every swept key but task and model, so that each cell has its own run directory."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
@@ -261,7 +261,7 @@ def cell_tag(tag: str) -> str:
     return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in overrides)])
 
 
-# --- what Hydra lets pass ------------------------------------------------------------------------------------------
+# --- mistakes that Hydra accepts -------------------------------------------------------------------------------------
 
 
 def _key(override: str) -> str:
@@ -270,7 +270,7 @@ def _key(override: str) -> str:
 
 
 def refuse_doubled(argv: Sequence[str]) -> None:
-    """ConfigError for a key that is given twice: Hydra lets the last one win without a word."""
+    """ConfigError for a key that is given twice: Hydra would silently use the last one."""
     given: dict[str, str] = {}
     for argument in argv:
         if "=" not in argument or argument.startswith("-"):
@@ -284,7 +284,7 @@ def refuse_doubled(argv: Sequence[str]) -> None:
 def refuse_unknown_keys(config: Any) -> None:
     """ConfigError for a key that no schema has, however it was written: `+key=`, `++key=`, a yaml of an experiment.
 
-    And for a value from the environment: every setting is recorded, which would put it on record.
+    Also for a value from the environment: settings are recorded, and it may be a secret.
     """
     for key, value in _leaves(config, ""):
         if isinstance(value, str) and FROM_ENVIRONMENT.search(value):

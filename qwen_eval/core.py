@@ -1,6 +1,6 @@
-"""The shared words of the project: prompts, requests, answers, samples, grades, records, metrics, engines and tasks.
+"""The shared types of the project: prompts, requests, answers, samples, grades, records, metrics, engines and tasks.
 
-Everything here is plain data: no torch, no Hydra, nothing of ours is imported. A request's type fixes the type of its
+Everything here is plain data: no torch, no Hydra, no import from this package. A request's type fixes the type of its
 answer: `Choose -> ChoiceLogprobs`, `Score -> TokenLogprobs`, `Generate -> Completions`.
 """
 
@@ -20,7 +20,7 @@ FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite"]
 
 
 class QwenEvalError(Exception):
-    """The user's mistake or the machine's state, said in one line: the value, the rule, the way out. Exit code 2."""
+    """A mistake of the user or a problem of the machine, in one line: the value, the rule, the way out. Exit code 2."""
 
 
 class ConfigError(QwenEvalError):
@@ -36,14 +36,14 @@ class ModelError(QwenEvalError):
 
 
 class EngineError(QwenEvalError):
-    """An engine that cannot be had, cannot do what was asked, or failed for good."""
+    """An engine that is not available, does not support a request, or failed permanently."""
 
 
 class StoreError(QwenEvalError):
-    """A run directory that cannot be written, or that holds another run."""
+    """A run directory that cannot be written, is damaged, or holds another run."""
 
 
-# --- what is asked -------------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class Generate:
 Request: TypeAlias = Choose | Score | Generate
 
 
-# --- what is answered ----------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ Answer: TypeAlias = ChoiceLogprobs | TokenLogprobs | Completions
 
 
 def is_finite(answer: Answer) -> bool:
-    """False where NaN or an infinity is among the numbers, or ended a text: such an answer says nothing."""
+    """False where NaN or an infinity is among the numbers, or ended a text: such an answer is not usable."""
     if isinstance(answer, Completions):
         return all(item.finish_reason != "non-finite" for item in answer.completions)
     if isinstance(answer, TokenLogprobs):
@@ -241,13 +241,13 @@ def is_finite(answer: Answer) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One thing asked and what came back."""
+    """A request and its answer."""
 
     request: Request
     answer: Answer
 
 
-# --- what is measured ----------------------------------------------------------------------------------------------
+# --- samples, grades, metrics ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,10 +267,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """The score of one sample (1.0 / 0.0 for right / wrong) and how it was read.
+    """The score of one sample (1.0 / 0.0 for right / wrong) and the extracted answer.
 
-    `extracted` is the answer our extractor read, `extracted_upstream` what the official script's would read and
-    `score_upstream` the score with it: both always recorded where they exist. `values` holds further numbers that
+    `extracted` is our extraction, `extracted_upstream` that of the official script, and `score_upstream` the score with
+    it: both are recorded where they exist. `values` holds further numbers that
     `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
     "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt".
     """
@@ -318,11 +318,11 @@ class Metric:
     unit: str = ""
 
 
-# --- who answers, who asks -----------------------------------------------------------------------------------------
+# --- engines and tasks -----------------------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
-    """What tasks may know of a tokenizer."""
+    """The methods of a tokenizer that tasks may use."""
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]: ...
 
@@ -411,7 +411,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class HasNotes(Protocol):
-    """A task with something to say of its data: skipped documents, repeated text. Joins the result's warnings."""
+    """A task with remarks about its data (skipped documents, repeated text), added to the result's warnings."""
 
     @property
     def notes(self) -> Sequence[str]: ...

@@ -187,7 +187,7 @@ def test_sigkill_at_random_moments_changes_no_byte_of_the_metrics(tmp_path: Path
     assert num_kills >= 2
     last = subprocess.run(command[:-1], cwd=tmp_path, capture_output=True, timeout=60, text=True)
     assert last.returncode == 0, last.stderr
-    assert "from before" in last.stdout
+    assert " resumed" in last.stdout
     assert metrics_section(tmp_path / "killed") == metrics_section(tmp_path / "whole")
 
 
@@ -204,7 +204,7 @@ def test_ctrl_c_is_one_line_and_keeps_the_records(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.splitlines() == ["interrupted; what was graded is kept, the same command goes on"]
+    assert said.splitlines() == ["interrupted; graded samples are kept, the same command resumes the run"]
     assert load_run(tmp_path / "r").records
 
 

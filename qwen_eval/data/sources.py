@@ -1,7 +1,7 @@
 """Where the rows of a benchmark come from: a local path, the hub, or the sample bundled with the package.
 
 A `Source` reads files by their official names out of a folder, an archive (zip, tar) or a single file, and keeps the
-sha256 of all it read, so that a result says exactly which rows it stands for.
+sha256 of all it read, so that a result records exactly which rows it used.
 """
 
 from __future__ import annotations

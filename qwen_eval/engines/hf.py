@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, run simply and right: the engine for what the native one does not know.
+"""Any causal language model of transformers: the engine for models that the native one does not support.
 
 Legend: B batch, T tokens, V vocabulary. Prompts are padded on the left, so that the last positions are the wanted ones.
 """

@@ -1,4 +1,4 @@
-"""What would answer now: the checkpoint's fingerprint, or the endpoint with what it says of its model.
+"""The identity of the current model: the checkpoint's fingerprint, or the endpoint with its description of the model.
 
 The engines put the same text into `Engine.info["weights"]`. A stored run is recalled or resumed only where it is equal.
 """

@@ -1,4 +1,4 @@
-"""Which checkpoint this is: one digest of the files that the engines read. No torch: a finished run is recalled by it.
+"""The digest that identifies a checkpoint, of the files that the engines read. No torch: finished runs are found by it.
 
 "sample:…" holds small files whole and at least 4 KiB of every tensor; "full:…" (`model.digest=full`) every byte. Names,
 sizes, headers and times are the same for two fine-tunes of one model, so none of them is enough.

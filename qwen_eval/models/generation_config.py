@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says: the tokens that end a reply, and how its texts are drawn."""
+"""A checkpoint's generation_config.json: the tokens that end a reply, and its sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a local directory, an asset of the package, the Hugging Face hub or ModelScope.
+"""The place of a checkpoint's files: a local directory, an asset of the package, the Hugging Face hub or ModelScope.
 
 Only data files are fetched (weights, configs, tokenizers), never code. A hub that does not answer costs seconds.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint is called and what it is, where the user gave its place. No torch: part of reading a command.
+"""The name and chat form of a checkpoint given by its path or hub id. No torch: part of parsing a command.
 
 A directory given without `model=` is not the default model: its name comes from the directory, chat or base from its
 files. Under the name of a published model it must have that model's shape.
@@ -25,7 +25,7 @@ MAX_JSON_BYTES = 32 << 20
 
 
 def settle(model: ModelSpec, given: frozenset[str]) -> ModelSpec:
-    """The spec with what the user left to the checkpoint. `given` are the user's keys: "model", "model.name" ...
+    """The spec, completed from the checkpoint's files. `given` are the user's keys: "model", "model.name" ...
 
     ModelError for a directory of another shape than the named model's.
     """

@@ -1,4 +1,4 @@
-"""What in a rendered chat is content, and the token ids of the whole.
+"""The parts of a rendered chat that are content, and the token ids of the whole chat.
 
 Rendered text alone does not tell a special token of the template from one that a message merely quotes. So a chat is
 rendered twice, with its contents and with marks in their place: where the contents put for the marks give the same

@@ -1,4 +1,4 @@
-"""One cell in a process of its own: load, warm up, measure, say so in one line of JSON. Started by grid.py.
+"""One cell in a process of its own: load, warm up, measure, print one line of JSON. Started by grid.py.
 
 What another cell left behind (a cache, fragments of memory, a dead CUDA context) cannot touch this one.
 """

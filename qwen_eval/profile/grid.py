@@ -1,4 +1,4 @@
-"""The grid: a cell after the other, each in a process of its own; what happened to it is a row, whatever happened.
+"""The grid: one cell after another, each in its own process; every outcome is a row, failures too.
 
 `result.json` is written after every cell, so a run that is interrupted or killed leaves a valid table of what was
 measured, and the same command (or one with more cells) measures only what is missing.

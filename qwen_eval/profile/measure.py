@@ -1,4 +1,4 @@
-"""What one cell took: times of tokens as they come, read off a clock that a test can replace. No torch here."""
+"""The measurements of one cell: the times of its tokens, by a clock that a test can replace. No torch here."""
 
 from __future__ import annotations
 

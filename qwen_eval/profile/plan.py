@@ -1,4 +1,4 @@
-"""`plan=true`: what each cell will take and whether it fits, from the cost model alone; nothing is loaded."""
+"""`plan=true`: the predicted time and memory of each cell, and whether it fits; nothing is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines: what a run must be compared with later, small enough to commit and readable in a diff.
+"""Baselines: what later runs are compared with, small enough to commit and readable in a diff.
 
 <baselines>/<kind>/<task>/<model>/<tag>/baseline.json   spec, metrics, rates, engine, cells of a profile, one prompt
 <baselines>/<kind>/<task>/<model>/<tag>/samples.jsonl   a sample a line: score, reading, fingerprints (items.COLUMNS)

@@ -1,4 +1,4 @@
-"""Two runs of one benchmark, sample by sample: may they be compared at all, what changed, and is it more than chance.
+"""Two runs of one benchmark, sample by sample: are they comparable, what changed, and is it more than chance.
 
 The first is the reference, Δ is second minus first. Speed is compared as a ratio on one device.
 """

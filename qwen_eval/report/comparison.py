@@ -1,4 +1,4 @@
-"""What is known of two runs of one benchmark, held against each other. The first is the reference."""
+"""The result of comparing two runs of one benchmark. The first run is the reference."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TIE = 1e-3  # nats between two choices; fingerprints of answers keep four decima
 
 @dataclass(frozen=True, kw_only=True)
 class Margins:
-    """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them.
+    """Changes smaller than these do not matter: shares absolute, the others relative. Equivalence is defined by them.
 
-    `once`: of a time or speed that was measured only once (loading), where nothing shows the noise.
+    `once`: for a time or speed measured only once (loading), whose noise is unknown.
     """
 
     share: float = 0.01
@@ -63,9 +63,9 @@ class Flip:
 
     @property
     def is_reread(self) -> bool:
-        """The model said the same, the extractor read something else: no chance is in that (a sandbox may time out).
+        """The same answer, extracted differently: not due to chance (unlike a time-out of the sandbox).
 
-        Two choices as good as equal are no such case: the last digits of another CPU decide between them.
+        Near-ties of two choices do not count: another CPU's last digits decide between them.
         """
         same_answer = self.first.answer_sha256 == self.second.answer_sha256
         return same_answer and self.first.extracted != self.second.extracted and not self._is_tie
@@ -78,7 +78,7 @@ class Flip:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Of `num_samples` in both runs, how many agree in the answer itself, in what was read from it, in the score.
+    """Of `num_samples` in both runs, how many agree in the answer itself, in the extracted answer, in the score.
 
     `is_text`: the answers are words; of scored text and of choices they are log-probabilities, to four decimals.
     None where no sample has a reading or a score (perplexity).
@@ -105,13 +105,13 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything known of one pair. `not_comparable` not empty: not comparable, and nothing else is filled in.
+    """The comparison of one pair. If `not_comparable` holds reasons, nothing else is filled in.
 
-    `failures` name what the second run lost altogether: a score that is missing or no number. They need no test.
+    `failures` list scores that are missing or not a number in the second run. They need no test.
     `difference.delta` is absolute for shares and means and log(ratio) for perplexity and speed; `margin` is on
-    the same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
-    `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise; where there are
-    gains among them, `without_rereads` is the difference as if those had kept their score. `rewritten` are the samples
+    the same scale. `by_group` (perplexity only: context lengths, documents) is shown, but not tested.
+    `regraded` are (gains, losses) among answers that are equal word for word but extracted differently; if there are
+    gains, `without_rereads` is the difference as if those samples had kept their score. `rewritten` are the samples
     whose text changed while their score did not.
     """
 

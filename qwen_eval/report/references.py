@@ -1,7 +1,6 @@
-"""The paired difference of each variant of a model to its reference, to stand beside their scores.
+"""The paired difference of each variant of a model to its reference, shown beside their scores.
 
-Two intervals side by side hide what a paired comparison shows: most of their width is which items were drawn, and that
-is common to both.
+Two separate intervals hide it: most of their width comes from which items were drawn, which both runs share.
 """
 
 from __future__ import annotations

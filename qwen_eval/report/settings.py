@@ -1,7 +1,7 @@
-"""What decided a run's numbers besides its model, how two runs differ in that, and the footnotes of a table about it.
+"""The settings of a run besides its model, the differences between two runs, and the footnotes of a table about them.
 
-The truth is the section `decides` of spec.json: a run is resumed only when all of it is equal. What is not told as a
-difference is listed here with its reason; a key that is new, of a new task too, is told.
+All of the section `decides` of spec.json counts: a run is resumed only when all of it is equal. The keys that are not
+reported as differences are listed here with the reason; a new key, also of a new task, is reported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quality beside speed and memory, a point a checkpoint: one benchmark, one kind of cell. Unlike runs are left out."""
+"""Quality against speed and memory, a point a checkpoint: one benchmark, one kind of cell. Other runs are left out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From a comparison to one word: worse, better, unchanged, cannot tell, not comparable. docs/statistics.md says why.
 
-"Worse" and "better" need significance (Holm over all tests of the report); "unchanged" needs evidence too: the same
-answers, or an interval inside the margin. Everything else is "cannot tell at this n".
+"Worse" and "better" need significance (Holm over all tests of the report); "unchanged" needs evidence as well: the
+same answers, or an interval inside the margin. Everything else is "cannot tell at this n".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop: ask what is not graded yet, grade, store, summarise. One run directory, one model, one benchmark."""
+"""One run: ask the samples that are not graded yet, grade, store and summarise them. One model, one benchmark."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from qwen_eval.runs.store import (
 )
 from qwen_eval.tasks.registry import TaskContext, build
 
-# Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
+# The place of a checkpoint or a benchmark cannot change a number: the digests of the files are compared instead.
 PLACES = {"task": ("path",), "model": ("path", "hub", "digest")}
 ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and threads change speed alone
 SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
@@ -110,7 +110,7 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
 
 
 def cut_replies(rates: Mapping[str, JSON]) -> list[str]:
-    """One warning where so many replies met the limit of new tokens that the score is not the model's."""
+    """A warning if so many replies were truncated that the score is not a fair measure of the model."""
     cut = section(rates.get("truncated")).get("value")
     if not is_number(cut) or cut <= MOST_CUT:
         return []
@@ -127,7 +127,7 @@ def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
 
 
 def task_context(spec: EvalSpec, engine: Engine | None, *, facts: Mapping[str, JSON] | None = None) -> TaskContext:
-    """`facts`: what the engine of a finished run said of itself, where none is open."""
+    """`facts`: the stored `Engine.info` of a finished run, where no engine is open."""
     return TaskContext(
         protocol=spec.protocol,
         is_chat=spec.model.chat if spec.task.mode == "auto" else spec.task.mode == "chat",

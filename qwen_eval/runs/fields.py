@@ -10,7 +10,7 @@ from qwen_eval.core import JSON
 MAX_WHOLE = 1 << 53  # JSON's whole numbers have no bound; a float is exact up to here
 
 
-# --- strict: TypeError for another type -------------------------------------------------------------------------------
+# --- strict: TypeError for another type ------------------------------------------------------------------------------
 
 
 def as_object(value: JSON) -> Mapping[str, JSON]:
@@ -71,7 +71,7 @@ def is_number(value: JSON) -> TypeGuard[float]:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < MAX_WHOLE)
 
 
-# --- lenient: what is absent or of another type is empty --------------------------------------------------------------
+# --- lenient: what is absent or of another type is empty -------------------------------------------------------------
 
 
 def section(value: JSON) -> Mapping[str, JSON]:

@@ -1,7 +1,7 @@
-"""Grading one sample within a time limit: what a model writes must not stop a run.
+"""Grading one sample within a time limit: no reply of a model may stop a run.
 
-Readers are bounded (`extraction.symptoms.READ_CHARACTERS`); the limit is for the reply that no one foresaw. Programs
-run in the sandbox, which has limits of its own.
+Extractors read a bounded text (`extraction.symptoms.READ_CHARACTERS`); the time limit is for unforeseen replies.
+Programs run in the sandbox, which has limits of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TIMED_OUT = "grading_timeout"  # a flag of a record
 
 
 class GradingTimeout(Exception):
-    """A reply could not be read in time."""
+    """Extraction did not finish in time."""
 
 
 def graded(task: Task, sample: Sample, turns: Sequence[Turn], *, seconds: float = GRADING_SECONDS) -> Grade:

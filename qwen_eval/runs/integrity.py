@@ -1,6 +1,6 @@
-"""Whether a run directory still holds what was run: records that give its result.json, neither of them edited.
+"""Checks that a finished run is intact: its files are unchanged, and its records give its result.json.
 
-Every reader of finished runs asks here: recall, report, gate, regrade.
+Every reader of finished runs uses it: evaluate, report, gate, regrade and the Python API.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Damage:
 
 
 def refuse_damaged(directory: Path | str) -> None:
-    """StoreError in one line for a run that is not what was run; unfinished runs pass."""
+    """StoreError in one line for a damaged run; unfinished runs pass."""
     damage = damage_of(Path(directory))
     if damage is not None:
         raise StoreError(f"{directory}: {damage.reason}")
@@ -101,7 +101,7 @@ def damage(directory: Path) -> str | None:
     return None if found is None else found.reason
 
 
-# --- runs of before there was a seal ---------------------------------------------------------------------------------
+# --- runs from before the seal was introduced ------------------------------------------------------------------------
 
 
 def _of_unsealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str, JSON]) -> Damage | None:
@@ -148,7 +148,7 @@ def _means(records: Sequence[Record]) -> list[float]:
 
 
 def _headline(spec: Mapping[str, JSON], records: Sequence[Record], result: Mapping[str, JSON]) -> float | None:
-    """None where it cannot be had: an unknown task, one that needs a tokenizer, or grades of another version."""
+    """None where it cannot be computed: an unknown task, one that needs a tokenizer, or grades of another version."""
     try:
         config = stored_config(spec)
         task = build(config.task, TaskContext(protocol=config.protocol, is_chat=config.model.chat))

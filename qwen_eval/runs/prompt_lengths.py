@@ -1,4 +1,4 @@
-"""What the model really read of a prompt, and how many prompts were cut or longer than the model is made for."""
+"""The part of a prompt that the model read, and warnings about prompts that were cut or exceed the training length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_cut(engine: Engine, request: Request) -> bool:
 
 
 def length_warnings(records: Iterable[Record], info: Mapping[str, Any]) -> list[str]:
-    """Of choices and generations: scored texts are made to a length, and their tasks say so themselves."""
+    """For choices and generations only: tasks that score texts choose the lengths themselves."""
     rows = [row for row in records if not any(isinstance(answer, TokenLogprobs) for answer in row.answers)]
     found = []
     if num_cut := sum(CUT_PROMPT in row.grade.flags for row in rows):

@@ -1,6 +1,6 @@
 """`python -m qwen_eval.regrade run=DIR [protocol=upstream]`: grade stored answers again, without the model.
 
-The run itself is left as it is; the new grades go beside it, to `regrade-<protocol>.json`.
+The run is not changed; the new grades are written to `regrade-<protocol>.json` in its directory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def regrade(spec: RegradeSpec) -> Regraded:
     """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed."""
     run = load_run(spec.run)
     if not run.result:
-        raise StoreError(f"{run.path}: the run is not finished; finish it first, the same command goes on")
+        raise StoreError(f"{run.path}: the run is not finished; resume it first with the same command")
     config = stored_config(run.spec)
     config.protocol = spec.protocol or config.protocol
     task = build(config.task, task_context(config, None))
@@ -120,7 +120,7 @@ def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample]) -> li
         what = hashes[0] if hashes else f"{len(missing)} stored samples are no longer there"
         raise DataError(f"{run.path}: the benchmark's rows have changed since ({what}); regrade with the same rows")
     if requests_sha256(task, samples) != run.decides.get("requests_sha256"):
-        return ["the prompts would be others now: these are new grades of answers to the stored prompts"]
+        return ["the task's prompts have changed: these are new grades of answers to the stored prompts"]
     return []
 
 
@@ -129,7 +129,7 @@ def _turns(task: Task, sample: Sample, record: Record) -> tuple[Turn, ...]:
     for answer in record.answers:
         request = task.request(sample, tuple(turns))
         if request is None:
-            raise StoreError(f"{record.sample_id}: the task asks fewer questions now than were answered; run it anew")
+            raise StoreError(f"{record.sample_id}: the task now asks fewer questions than were answered; run it again")
         turns.append(Turn(request=request, answer=answer))
     return tuple(turns)
 

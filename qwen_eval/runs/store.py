@@ -1,11 +1,11 @@
-"""The run directory: `spec.json` first, `records.jsonl` as answers come, `result.json` last and atomically.
+"""The run directory: `spec.json` is written first, `records.jsonl` as answers come, `result.json` last and atomically.
 
 spec.json      {"format", "kind", "config": the whole configuration, "decides": what must be equal to resume,
                 "provenance": git, packages, machine}
-records.jsonl  one graded sample a line, append-only; a last line without its newline was cut by a kill and is redone
+records.jsonl  one graded sample a line, append-only; an incomplete last line is dropped, and its sample asked again
 result.json    {"metrics", "rates", "n", "partial", "run", "engine", "warnings", "provenance", "seal"}
 
-A directory may be somebody else's: nothing in it is read without a bound, and no advice here loses a record.
+A directory may come from someone else: every read has a limit. No error message suggests a step that loses records.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _record_of_line(path: Path, number: int, line: bytes) -> Record:
 
 
 class RunDirectory:
-    """One process's hold on a run directory: `with RunDirectory.open(...) as run: run.append(record)`.
+    """A run directory, locked by this process: `with RunDirectory.open(...) as run: run.append(record)`.
 
     `elsewhere` is how the user names another directory, for advice: "tag=NAME", or "run_dir=DIR" where that was given.
     """
@@ -128,9 +128,9 @@ class RunDirectory:
         return run
 
     def check_spec(self, spec: Mapping[str, JSON], *, overwrite: bool = False) -> None:
-        """Write spec.json, or refuse when the directory holds a run of another spec; the difference is named.
+        """Write spec.json; StoreError, listing the differences, if the directory holds a run with other settings.
 
-        `overwrite` forgets the old run first: only now, when the new one is known to be sound.
+        `overwrite` deletes the old run first, but only here, once the new settings are known to be valid.
         """
         path = self.path / SPEC
         if overwrite:
@@ -143,7 +143,7 @@ class RunDirectory:
         self.refuse_changes(_plain(as_object(spec["decides"])))
 
     def refuse_changes(self, decides: Mapping[str, JSON]) -> None:
-        """StoreError that names how `decides` (all of it, or some keys) differs from that of the stored run."""
+        """StoreError, listing the differences, if `decides` (all or some keys) differs from that of the stored run."""
         stored = self.spec() or {}
         if stored.get("format") != FORMAT:
             written = f"format {_short(stored.get('format'))}, this version reads {FORMAT}"
@@ -159,7 +159,7 @@ class RunDirectory:
 
     @property
     def way_out(self) -> str:
-        """What to do where this directory cannot be used. Nobody is told to overwrite records."""
+        """What the user can do instead. It never suggests overwriting records."""
         has_records = (self.path / RECORDS).exists() and (self.path / RECORDS).stat().st_size > 0
         return f"pass {self.elsewhere} to keep both" if has_records else f"pass {self.elsewhere} or overwrite=true"
 
@@ -167,7 +167,7 @@ class RunDirectory:
         return list(read_records(self.path / RECORDS))
 
     def append(self, record: Record) -> None:
-        """Add one line and hand it to the system at once. On a full disk nothing half-written is left behind."""
+        """Append one line and flush it. On a full disk no partial line is left behind."""
         text = json.dumps(record_to_json(record), ensure_ascii=False, separators=(",", ":"))
         line = text.encode("utf-8", "surrogatepass") + b"\n"
         with _one_line(self.path / RECORDS):
@@ -274,7 +274,7 @@ def record_to_json(record: Record) -> dict[str, JSON]:
 
 
 def record_from_json(value: JSON) -> Record:
-    """KeyError, TypeError or ValueError for what is no record of this version."""
+    """KeyError, TypeError or ValueError for anything but a record of this version."""
     row = as_object(value)
     if row.keys() != _RECORD_KEYS:
         raise KeyError(f"other fields: {', '.join(sorted(map(str, row.keys() ^ _RECORD_KEYS)))}")
@@ -368,10 +368,10 @@ def _completion_from_json(row: Mapping[str, JSON]) -> Completion:
 
 
 def metric_to_json(metric: Metric) -> dict[str, JSON]:
-    """NaN and infinity become null: they are no JSON, and a reader in another language would stumble.
+    """NaN and infinity become null, since JSON has neither.
 
-    Means and perplexities keep `DIGITS` digits. Later ones change with the batch a sample fell into, so that a resumed
-    run would differ from an uninterrupted one in noise; shares are counted, and exact.
+    Means and perplexities keep `DIGITS` digits. Further digits depend on the batch of a
+    sample, so a resumed run would differ from an uninterrupted one. Shares are counts, and exact.
     """
     row: dict[str, Any] = dataclasses.asdict(metric)
     for key in ("value", "low", "high"):
@@ -384,7 +384,7 @@ def metric_to_json(metric: Metric) -> dict[str, JSON]:
 
 
 def metric_from_json(value: JSON) -> Metric:
-    """KeyError or TypeError for what is no metric. Null, which NaN is stored as, is NaN again."""
+    """KeyError or TypeError for anything but a metric. NaN is stored as null."""
     row = as_object(value)
     _refuse_unknown(row, _METRIC_KEYS)
     clusters = row.get("num_clusters")
@@ -432,7 +432,7 @@ def _one_line(path: Path) -> Iterator[None]:
 
 def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
-    while view:  # a nearly full disk takes a part first and fails on the rest
+    while view:  # on a nearly full disk a write may be partial
         view = view[os.write(file, view) :]
 
 
@@ -471,7 +471,7 @@ def read_json(path: Path) -> dict[str, JSON]:
 
 
 def _refuse_special(path: Path) -> None:
-    """A pipe would be waited for, and a device has no end."""
+    """Reading a pipe could block forever, and a device has no end."""
     with _one_line(path):
         if not stat.S_ISREG(path.stat().st_mode):
             raise StoreError(f"{path}: not a plain file")

@@ -15,7 +15,7 @@ MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.
 
 
 def show(spec: EvalSpec, run: Run) -> None:
-    """Print metrics with their 95 % intervals, what was noticed, and where the run lies."""
+    """Print metrics with their 95 % intervals, the rates of odd replies, and the run directory."""
     print_tables([metrics_table(spec, run)])
     print(plain_text(footer(spec, run)))
 
@@ -62,11 +62,11 @@ def noticed_rates(rates: Mapping[str, Metric]) -> str:
 
 def footer(spec: EvalSpec, run: Run) -> str:
     if run.was_finished:
-        return f"{run.path}: was finished before, nothing asked; {elsewhere(spec)} runs it again beside it"
+        return f"{run.path}: was finished before, nothing asked; {elsewhere(spec)} starts a new run"
     session = run.session
     assert session is not None, run.path
     rate = f"{session.num_samples / session.run_s:.3g} samples/s" if session.num_samples else "nothing asked"
-    resumed = f", {session.num_resumed} from before" if session.num_resumed else ""
+    resumed = f", {session.num_resumed} resumed" if session.num_resumed else ""
     return f"{run.path}: {session.run_s:.1f} s, {rate}{resumed}"
 
 
