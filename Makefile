@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check gate reports clean
+.PHONY: demo test test-machines check gate reports clean
 
 demo: $(STAMP)
 	$(BIN)/python -m qwen_eval
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# The numerics as other CPUs compute them: AVX2 without bf16 units asked for bf16, then plain fp32.
+NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quantised_models model_golden \
+	positions_golden generation_golden choice_logits native_engine windows long_ppl long_context engines_contract \
+	non_finite evaluate planted needle))
+
+test-machines: $(STAMP)
+	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest -n 2 $(NUMERICS)
+	QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest -n 2 $(NUMERICS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
