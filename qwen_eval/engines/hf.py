@@ -182,7 +182,7 @@ class HfEngine:
     # --- texts -------------------------------------------------------------------------------------------------------
 
     def _generate_all(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Answer]]:
-        """Greedy ones of one kind in batches; sampled ones alone: such a text depends on its request and seed only."""
+        """Greedy requests in batches; sampled ones alone, so that a text depends only on its request and seed."""
         groups: dict[tuple[int, tuple[str, ...], Any], list[tuple[int, Generate]]] = defaultdict(list)
         for index, request in requests:
             if request.sampling.is_greedy:
@@ -402,7 +402,7 @@ def _dtype(name: str, device: str) -> Any:
 
 @contextmanager
 def one_line(where: str) -> Iterator[None]:
-    """What transformers says in a page, in a line."""
+    """The first line of a long message of transformers."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

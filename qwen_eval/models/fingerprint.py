@@ -43,9 +43,9 @@ _digested: dict[Stat, bytes] = {}  # only what this process has read itself
 
 
 def model_fingerprint(model: ModelSpec, directory: Path | None = None) -> str:
-    """Of the checkpoint that `model` names, in `directory` or where it is on this machine; nothing is fetched.
+    """The digest of the checkpoint in `directory`, or of `model` on this machine; nothing is downloaded.
 
-    Random weights are known by their seed and by the files that shape them. ModelError where there is no checkpoint.
+    Random weights are identified by seed and shape files. ModelError where there is no checkpoint.
     """
     from qwen_eval.models.hub import local_checkpoint_dir
     from qwen_eval.models.lora import base_of
@@ -114,7 +114,7 @@ def _parts(file: BinaryIO, path: Path, size: int, is_full: bool) -> Iterator[tup
 
 
 def _safetensors_spans(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
-    """The header and blocks of every tensor; None for a file that is none (the loader will say so)."""
+    """The header and blocks of every tensor; None for a file of another format (the loader reports it)."""
     try:
         file.seek(0)
         (length,) = struct.unpack("<Q", file.read(8))

@@ -74,7 +74,7 @@ class NoMarks:
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """What a template is given; `marked` are the texts by the mark that stands for each."""
+    """The input of a template; `marked` maps each mark to the text it replaces."""
 
     rows: list[Fields]
     tools: list[Any] | None
@@ -115,7 +115,7 @@ def _with_argument_text(row: Fields) -> Fields:
 
 
 def _parsed(text: str) -> Any:
-    """JSON as an object; text that is none stays text, as a model may have written it."""
+    """JSON as an object; other text, which a model may have written, stays text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -133,7 +133,7 @@ def _marked_leaves(value: Any, marks: Marks | NoMarks) -> Any:
 
 
 def texts_of(prompt: Prompt) -> list[str]:
-    """Every text of a chat that somebody wrote: contents, calls, tools. Not the prefill: where it stands is known."""
+    """Every text of a chat that is input: contents, calls, tools. Not the prefill, whose place is known."""
     calls = [text for message in prompt.messages for call in message.tool_calls for text in (call.name, call.arguments)]
     return [message.content for message in prompt.messages] + calls + list(prompt.tools)
 

@@ -80,10 +80,10 @@ class ChatTemplate:
         return "".join(segment.text for segment in self.segments(prompt)[0])
 
     def encode(self, prompt: Prompt, tokenizer: SpanTokenizer) -> list[int]:
-        """Token ids of a chat: contents stay text, and what stands between two special tokens is one text.
+        """Token ids of a chat: contents stay text, and the part between two special tokens is one text.
 
-        ModelError for a chat that quotes a special token where the template changes its contents: what is content is
-        not known then.
+        ModelError for a chat that quotes a special token if the template changes its contents: the content cannot be
+        located then.
         """
         segments, is_known = self.segments(prompt)
         if not is_known and any(self._special.search(text) for text in texts_of(prompt)):

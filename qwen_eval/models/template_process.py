@@ -1,4 +1,4 @@
-"""A chat template in a warm child process: limits of time and memory, and one line for whatever goes wrong there."""
+"""A chat template in a warm child process: with limits of time and memory; every error there becomes one line."""
 
 from __future__ import annotations
 

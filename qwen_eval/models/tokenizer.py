@@ -42,7 +42,7 @@ _TOO_BLANK = re.compile(rf"\s{{{_MAX_BLANKS}}}")
 
 
 class ChatTokenizer:
-    """What both kinds share: prompts to ids, ids to text. Implements `core.Tokenizer`.
+    """The shared part of both tokenizers: prompts to ids, ids to text. Implements `core.Tokenizer`.
 
     `special_tokens` maps surface form to id; `vocab_size` counts defined ids (a model's embedding may have more rows).
     """
@@ -65,7 +65,7 @@ class ChatTokenizer:
 
     @property
     def endoftext_id(self) -> int:
-        """What stands between two texts."""
+        """The token between two texts."""
         return self._special(ENDOFTEXT)
 
     @property
@@ -368,8 +368,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def load_tokenizer(path: Path, *, system: str | None = None, thinking: str = "auto") -> ChatTokenizer:
     """The tokenizer of a checkpoint directory: `qwen.tiktoken` (Qwen v1) or `tokenizer.json` (later ones).
 
-    `system` goes before chats without a system message, None leaves the checkpoint's own; `thinking` on or off asks
-    the template for it. A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says
+    `system` is the system message of chats without one; None keeps the checkpoint's own. `thinking` sets the switch of
+    the template. A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says
     `"num_extra_tokens": N`.
     """
     folder = path if path.is_dir() else path.parent

@@ -1,6 +1,6 @@
 """One cell in a process of its own: load, warm up, measure, print one line of JSON. Started by grid.py.
 
-What another cell left behind (a cache, fragments of memory, a dead CUDA context) cannot touch this one.
+Nothing of another cell (a cache, fragmentation, a broken CUDA context) can affect this one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run(job: dict[str, Any]) -> dict[str, JSON]:
 
 
 def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
-    """Load the model, run the cell as `spec.method` says, and put the ceilings beside what came out."""
+    """Load the model, run the cell as `spec.method` says, and add the limits of the device."""
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     device = choose_device(spec.model.device)
@@ -101,7 +101,7 @@ def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
 
 
 def _warm_up(spec: ProfileSpec) -> None:
-    """A few tokens of a miniature, so that what the libraries load and keep is not taken for the model's memory."""
+    """Warm-up with a miniature, so that memory kept by the libraries is not counted as the model's."""
     miniature = ModelSpec(name="miniature", asset="qwen-tiny", weights="random", dtype=spec.model.dtype, device="cpu")
     cell = GridCell(mode="generate", seq=2, batch=2, prompt_tokens=2, new_tokens=2, kv_cache="auto", attention="auto")
     runner(_open(replace(spec, model=miniature, method="measured"), cell), spec, cell)(2)
@@ -163,7 +163,7 @@ def published_sampling(spec: ProfileSpec) -> Sampling:
 def _ceilings(
     spec: ProfileSpec, cell: GridCell, opened: Opened, device: Device, repetitions: Sequence[Repetition]
 ) -> dict[str, JSON]:
-    """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase came to."""
+    """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase reached."""
     is_packed = has_packed(opened.forward.model.dtype, opened.forward.device)
     cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed)
     prefill_s, step_s = floor_s(cost, cell, device)

@@ -44,7 +44,7 @@ def run_directory(spec: ProfileSpec) -> Path:
 def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None) -> Path:
     """Measure what is missing of a checked spec's cells; returns the run directory with its tables.
 
-    Raises ModelError at once (no cell can have a model that is not there), and the first mistake when no cell came out.
+    Raises ModelError at once (a missing model fails every cell), and the first mistake if no cell could be measured.
     """
     measure = measure or in_child
     with RunDirectory.open(run_directory(spec)) as run:

@@ -188,7 +188,7 @@ class ChoiceTask(ABC):
 
     @property
     def notes(self) -> list[str]:
-        """Rows whose gold text stands at two letters: the model is right at either, and is graded on one."""
+        """Rows whose gold text appears at two letters: both would be right, but only one counts."""
         twice = [s.id for s in self.samples() if s.target is not None and _has_gold_twice(s.data, s.target)]
         if not twice:
             return []

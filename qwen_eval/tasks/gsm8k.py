@@ -1,4 +1,4 @@
-"""GSM8K: grade-school arithmetic, exact match on the number concluded (https://arxiv.org/abs/2110.14168).
+"""GSM8K: grade-school arithmetic, exact match on the final number (https://arxiv.org/abs/2110.14168).
 
 Base models get the official eight worked examples; chat models the bare question, or four examples with `shots=4`.
 """

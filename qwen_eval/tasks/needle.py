@@ -1,6 +1,6 @@
 """Needle in a haystack: a number hidden in a long text, asked for at its end. A grid of lengths and depths.
 
-The number is read out of whatever the model says (lenient, the score) or must be the beginning of it (strict).
+The number may appear anywhere in the reply (lenient, the score) or must be its beginning (strict).
 "Effective length" is the longest at which, and below which, at least 85 % are found (https://arxiv.org/abs/2404.06654).
 """
 
@@ -246,7 +246,7 @@ class Needle:
 
 
 def says(text: str, key: str) -> bool:
-    """Whether the digits of `key` stand in the text as a number of their own: full width, or with , or spaces within.
+    """Whether the text has the digits of `key` as a separate number, also full-width or with commas or spaces.
 
     >>> says("It is １，２３４，５６７.", "1234567"), says("91234567", "1234567")
     (True, False)

@@ -270,7 +270,7 @@ def build_linear(
 ) -> nn.Module:
     """A Linear for these tensors: packed where torch has a kernel for dtype and device, else dequantized once.
 
-    The module says what it is: `.kernel`, `.weight_bytes`. In fp32 it is always the exact dequantized weight.
+    The module has `.kernel` and `.weight_bytes`. In fp32 it is always the exact dequantized weight.
     """
     device = torch.device(device)
     codes = unpack(tensors, config, name=name)

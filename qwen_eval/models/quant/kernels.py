@@ -265,7 +265,7 @@ def can_unpack(device_type: str) -> bool:
 def dense_dtype() -> torch.dtype:
     """bf16 where the CPU multiplies it natively (AMX or AVX512-BF16), else fp32, which is then 3 times faster.
 
-    QWEN_EVAL_CPU_DTYPE=bf16|fp32 says it for another machine: to reproduce its numbers, and to test its path.
+    QWEN_EVAL_CPU_DTYPE=bf16|fp32 overrides it, to reproduce the numbers of another machine and to test its path.
     """
     wanted = os.environ.get(CPU_DTYPE)
     if wanted is not None and wanted not in CPU_DTYPES:
@@ -282,7 +282,7 @@ def _native_dtype() -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightReport:
-    """What the quantized Linears of a model became: layers per kernel, their bytes and what bf16 would take."""
+    """The quantized Linears of a model: layers per kernel, their bytes and what bf16 would take."""
 
     kernels: dict[str, int]
     weight_bytes: int
@@ -290,7 +290,7 @@ class WeightReport:
 
     @property
     def fallback(self) -> str | None:
-        """One line to be said aloud when layers were dequantized, with what it costs; None when all are packed."""
+        """One line to report that layers were dequantized, with the memory it costs; None if all are packed."""
         plain = {kernel: count for kernel, count in self.kernels.items() if kernel.startswith("dequantized")}
         if not plain:
             return None
