@@ -10,7 +10,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
@@ -269,8 +269,9 @@ class Sample:
 class Grade:
     """The score of one sample (1.0 / 0.0 for right / wrong) and the extracted answer.
 
-    `extracted` is our extraction, `extracted_upstream` that of the official script, and `score_upstream` the score with
-    it: both are recorded where they exist. `values` holds further numbers that
+    `extracted` is our extraction and `score` the score with it; `extracted_upstream` and `score_upstream` are those of
+    the official script. Both are recorded under either protocol, which chooses when metrics are made (`Record.under`).
+    `values` holds further numbers that
     `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
     "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt".
     """
@@ -299,6 +300,12 @@ class Record:
     num_prompt_tokens: tuple[int, ...]
     answers: tuple[Answer, ...]
     grade: Grade
+
+    def under(self, protocol: str) -> Record:
+        """With the score of that protocol: the official reader's under "upstream", where there is one."""
+        if protocol != "upstream" or self.grade.score_upstream is None:
+            return self
+        return replace(self, grade=replace(self.grade, score=self.grade.score_upstream))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,6 +349,13 @@ class GradesInBatches(Protocol):
     """A task that grades many samples faster than one by one (it runs their programs side by side)."""
 
     def grade_many(self, items: Sequence[tuple[Sample, Sequence[Turn]]]) -> list[Grade]: ...
+
+
+@runtime_checkable
+class GradesElsewhere(Protocol):
+    """A task whose grading waits for another process, such as one that compares formulas."""
+
+    grades_elsewhere: Literal[True]
 
 
 @runtime_checkable

@@ -297,10 +297,11 @@ def test_values_hold_calibrated_and_official_probabilities() -> None:
 
 def test_letters_without_mass_are_told_apart_by_us_but_not_by_the_scripts() -> None:
     answer = letters(1.0, 2.0, 4.0, 3.0, lse=30.0)  # e^-26: softmaxed twice in fp32, all four are 0.25
-    robust, upstream = graded(exam("mmlu"), answer), graded(exam("mmlu", protocol="upstream"), answer)
-    assert (robust.extracted, robust.extracted_upstream) == ("C", "A")
+    grade = graded(exam("mmlu"), answer)
+    assert (grade.extracted, grade.extracted_upstream) == ("C", "A")
     target = exam("mmlu").samples()[0].target
-    assert (robust.score, upstream.score) == (float(target == "C"), float(target == "A"))
+    assert (grade.score, grade.score_upstream) == (float(target == "C"), float(target == "A"))
+    assert graded(exam("mmlu", protocol="upstream"), answer) == grade
 
 
 def test_a_chat_reply_is_read_both_ways() -> None:
@@ -309,10 +310,7 @@ def test_a_chat_reply_is_read_both_ways() -> None:
     assert (grade.extracted, grade.extracted_upstream) == ("C", "A")
     target = task.samples()[0].target
     assert (grade.score, grade.score_upstream) == (float(target == "C"), float(target == "A"))
-    assert (
-        graded(exam("ceval", is_chat=True, protocol="upstream"), reply("答案不是A，而是C。")).score
-        == grade.score_upstream
-    )
+    assert graded(exam("ceval", is_chat=True, protocol="upstream"), reply("答案不是A，而是C。")) == grade
 
 
 def test_symptoms_of_a_bad_reply_are_flagged() -> None:

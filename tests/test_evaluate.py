@@ -25,10 +25,12 @@ from qwen_eval.core import (
     StoreError,
     TokenLogprobs,
 )
+from qwen_eval.data.sources import draw
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import evaluate
+from qwen_eval.runs.evaluate import evaluate, selected
 from qwen_eval.runs.regrade import RegradeSpec, regrade
 from qwen_eval.runs.run import Run, load_run
+from qwen_eval.tasks.registry import TaskContext, build, task_class
 
 TOY = [sys.executable, str(Path(toy.__file__))]
 
@@ -164,6 +166,16 @@ def test_a_limit_draws_a_part_and_marks_it(tmp_path: Path) -> None:
     assert small < large
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "mmlu", "bbh", "nano"])
+def test_a_limit_is_drawn_in_one_place_for_every_task(name: str) -> None:
+    whole, part = (task_class(name).Spec(name=name, data="bundled", limit=limit) for limit in (None, 7))
+    task = build(part, TaskContext())
+    assert task.samples() == build(whole, TaskContext()).samples()
+    drawn = selected(task, EvalSpec(task=part, model=ModelSpec(name="m")))
+    assert drawn == draw(task.samples(), 7, part.seed)
+    assert len(drawn) == 7
+
+
 def test_an_option_without_effect_is_refused_or_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.kv_cache=int8 has no effect in engine=hf; use engine=native"):
         run_with(spec(tmp_path, engine=EngineSpec(name="hf"), model=ModelSpec(name="m", kv_cache="int8")), FakeEngine())
@@ -221,6 +233,34 @@ def test_a_stored_run_is_graded_again_without_a_model(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "r" / "regrade-upstream.json").read_text())
     assert written["metrics"]["accuracy"]["value"] == 1.0
     assert {name: (tmp_path / "r" / name).read_bytes() for name in before} == before
+
+
+def test_another_protocol_reads_no_answer_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = {
+        protocol: run_with(spec(tmp_path, protocol=protocol, run_dir=str(tmp_path / protocol)), FakeEngine())
+        for protocol in ("robust", "upstream")
+    }
+    grades = [[record.grade for record in load_run(tmp_path / protocol).records] for protocol in outcomes]
+    assert grades[0] == grades[1]
+    assert outcomes["robust"].metrics["accuracy"].value < outcomes["upstream"].metrics["accuracy"].value == 1.0
+    monkeypatch.setattr(toy.Toy, "grade", None)
+    for made, asked in (("robust", "upstream"), ("upstream", "robust")):
+        again = regrade(RegradeSpec(run=str(tmp_path / made), protocol=asked))
+        assert again.new == outcomes[asked].metrics
+        assert again.old == outcomes[made].metrics
+
+
+def test_a_run_without_both_readings_is_read_again(tmp_path: Path) -> None:
+    run_with(spec(tmp_path, protocol="upstream"), FakeEngine())
+    robust = run_with(spec(tmp_path, run_dir=str(tmp_path / "robust")), FakeEngine())
+    path = tmp_path / "r" / "spec.json"
+    path.write_text(path.read_text().replace('"readings": "both"', '"readings": "of the protocol"'))
+    records = tmp_path / "r" / "records.jsonl"
+    records.write_text(records.read_text().replace('"score":0.0', '"score":1.0'))  # as earlier versions stored it
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    del result["seal"]
+    (tmp_path / "r" / "result.json").write_text(json.dumps(result))
+    assert regrade(RegradeSpec(run=str(tmp_path / "r"), protocol="robust")).new == robust.metrics
 
 
 def test_grading_again_by_the_same_protocol_changes_nothing(tmp_path: Path) -> None:

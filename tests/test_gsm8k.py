@@ -219,14 +219,14 @@ def test_a_huge_exponent_costs_nothing() -> None:
         ("The answer is 19", True, 0.0, 0.0),
     ],
 )
-def test_both_protocols_are_graded_and_the_chosen_one_scores(
+def test_both_readings_are_graded_whatever_the_protocol(
     reply: str, is_chat: bool, robust: float, upstream: float
 ) -> None:
     sample = gsm8k().samples()[0]
     assert sample.target == "18"
-    for protocol, score in (("robust", robust), ("upstream", upstream)):
+    for protocol in ("robust", "upstream"):
         grade = gsm8k(protocol=protocol, is_chat=is_chat).grade(sample, replied(reply))
-        assert (grade.score, grade.score_upstream) == (score, upstream)
+        assert (grade.score, grade.score_upstream) == (robust, upstream)
 
 
 def test_stopping_early_changes_no_answer(golds: list[str]) -> None:

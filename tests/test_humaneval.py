@@ -232,10 +232,10 @@ def test_upstream_ends_a_solution_at_the_first_blank_line(samples: Sequence[Samp
     sample = samples[0]
     body = "    n = len(numbers)\n\n    for i in range(n):\n        for j in range(i):\n"
     body += "            if abs(numbers[i] - numbers[j]) < threshold:\n                return True\n    return False\n"
-    for protocol, score in (("robust", 1.0), ("upstream", 0.0)):
+    for protocol in ("robust", "upstream"):
         task = humaneval(protocol=protocol)
         grade = task.grade(sample, replied(task, sample, body))
-        assert (grade.score, grade.score_upstream) == (score, 0.0)
+        assert (grade.score, grade.score_upstream) == (1.0, 0.0)
         assert grade.extracted != grade.extracted_upstream
 
 
@@ -262,6 +262,20 @@ def test_several_completions_give_pass_at_k(samples: Sequence[Sample]) -> None:
     assert metrics["pass@1"].value == pytest.approx(1 / 3)
     assert metrics["pass@2"].value == pytest.approx(2 / 3)
     assert grade.flags == ("empty", "no_answer")
+
+
+def test_pass_at_k_is_of_the_protocol_in_force(samples: Sequence[Sample]) -> None:
+    keys = {"samples_per_problem": 3, "temperature": 0.8, "k": [2]}
+    task, sample = humaneval(**keys), samples[0]
+    solution = sample.data["canonical_solution"]  # cut at its blank line upstream
+    grade = task.grade(sample, replied(task, sample, solution, solution.replace("\n\n", "\n"), "    return 7"))
+    record = Record(
+        sample_id=sample.id, group="", cluster="", target=None, prompts=(), prompt_sha256=(), num_prompt_tokens=(),
+        answers=(), grade=grade,
+    )  # fmt: skip
+    assert task.summarise([record])["pass@2"].value == pytest.approx(1.0)
+    upstream = humaneval(protocol="upstream", **keys)
+    assert upstream.summarise([record.under("upstream")])["pass@2"].value == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("keys", [{"samples_per_problem": 4}, {"k": [10]}, {"mode": "cht"}])

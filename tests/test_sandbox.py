@@ -258,9 +258,63 @@ def test_the_entry_point_of_mbpp_is_the_function_its_tests_call() -> None:
      Decimal("1.10"), Fraction(1, 3), date(2024, 2, 29), datetime(2024, 2, 29, 1, 2, 3), timedelta(1, 2, 3), int],
 )  # fmt: skip
 def test_plain_data_arrives_as_it_left(value: object) -> None:
-    wire = json.loads(json.dumps(codec.pack(value, lambda it: pytest.fail(f"{it!r} is not plain"))))
-    back = codec.unpack(wire, lambda handle: pytest.fail("a handle"))
+    reader, writer = os.pipe()
+    codec.send_frame(writer, codec.pack(value, lambda it: pytest.fail(f"{it!r} is not plain")))
+    back = codec.unpack(codec.receive_frame(reader), lambda handle: pytest.fail("a handle"))
+    os.close(reader)
+    os.close(writer)
     assert (back, type(back)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("halves", "whole"), [(r"'\ud83d' + '\ude00'", "'😀'"), (r"{'\ud83d\ude00': 1}", "{'😀': 1}")])
+def test_two_halves_of_a_character_are_not_that_character(halves: str, whole: str) -> None:
+    assert not judge(f"def f(): return {halves}", f"assert f() == {whole}").passed
+    assert judge(f"def f(): return {halves}", f"assert f() == {halves}").passed
+    assert judge(f"def f(x): return x == {halves}", f"assert f({halves}) and not f({whole})").passed
+
+
+RAISES = "class Base({bases}): pass\nclass Own(Base):\n    def __init__(self, a, b): super().__init__(a + b)\n"
+CATCHES = (
+    "try:\n    f()\nexcept {kind} as error:\n    assert str(error) == 'no way' and type(error).__name__ == 'Own'\n"
+)
+CATCHES += "else:\n    assert False\n"
+
+
+@pytest.mark.parametrize(
+    ("bases", "kind"),
+    [("ValueError", "ValueError"), ("ValueError", "Exception"), ("FileNotFoundError", "OSError"),
+     ("KeyError, ValueError", "LookupError"), ("KeyError, ValueError", "ValueError"), ("Exception", "Exception"),
+     ("AssertionError", "AssertionError"), ("UnicodeDecodeError", "UnicodeError"), ("MemoryError", "MemoryError"),
+     ("__import__('decimal').InvalidOperation", "ArithmeticError"), ("__import__('json').JSONDecodeError", "ValueError")],
+)  # fmt: skip
+def test_an_exception_of_the_programs_own_keeps_its_base_classes(bases: str, kind: str) -> None:
+    raises = RAISES.format(bases=bases) + "    def __str__(self): return 'no way'\ndef f(): raise Own('no ', 'way')"
+    if kind == "UnicodeError":
+        raises = raises.replace("super().__init__(a + b)", "super().__init__('ascii', b'', 0, 1, a + b)")
+    if "JSON" in bases:
+        raises = raises.replace("super().__init__(a + b)", "super().__init__(a, b, 0)")
+    assert judge(raises, CATCHES.format(kind=kind)).reason == "passed"
+    failed = judge(raises, CATCHES.format(kind="TypeError")).reason
+    assert failed == ("memory" if kind == "MemoryError" else "failed: Own: no way")
+
+
+@pytest.mark.parametrize(
+    ("raised", "caught"),
+    [("b'\\xff'.decode()", "UnicodeDecodeError"), ("__import__('json').loads('{')", "__import__('json').JSONDecodeError"),
+     ("__import__('decimal').Decimal('x')", "__import__('decimal').InvalidOperation"),
+     ("__import__('statistics').mean([])", "__import__('statistics').StatisticsError")],
+)  # fmt: skip
+def test_an_exception_of_the_standard_library_is_caught_by_its_name(raised: str, caught: str) -> None:
+    test = f"kind = {caught}\ntry:\n    f()\nexcept kind:\n    pass\nelse:\n    assert False"
+    assert judge(f"def f(): return {raised}", test).reason == "passed"
+
+
+def test_a_program_cannot_skip_the_test() -> None:
+    test = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(), 1)\n"
+    test += "found = unittest.TextTestRunner(open('/dev/null', 'w')).run(unittest.defaultTestLoader.loadTestsFromTestCase(T))\n"
+    test += "assert found.wasSuccessful()"
+    assert judge("def f(): return 1", test).reason == "passed"
+    assert not judge("import unittest\ndef f(): raise unittest.SkipTest", test).passed
 
 
 @pytest.mark.parametrize("made", [json.encoder.c_make_encoder, None, lambda: None])  # type: ignore[attr-defined]
@@ -269,4 +323,4 @@ def test_answers_are_json_whatever_encoder_python_has(made: object, monkeypatch:
         patch.setattr(json.encoder, "c_make_encoder", made)
         encode = codec._encoder()
     message = ["", "ok", {"t": [1, 2.5, float("inf"), None, True, "ä\n\ud800"]}, []]
-    assert encode(message) == json.dumps(message, separators=(",", ":"))
+    assert encode(message) == json.dumps(message, separators=(",", ":"), ensure_ascii=False)

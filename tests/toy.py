@@ -53,7 +53,7 @@ class Toy:
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         answer = turns[0].answer
         text = answer.text if isinstance(answer, Completions) else repr(answer)
-        right = float(sum(text.encode()) % 2) if self._context.protocol == "robust" else 1.0
+        right = float(sum(text.encode()) % 2)
         return Grade(score=right, extracted=text[:5], extracted_upstream=text[:5], score_upstream=1.0)
 
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:

@@ -18,6 +18,7 @@ from qwen_eval.core import (
     DrawsLimit,
     Engine,
     EngineError,
+    Grade,
     HasArtifacts,
     HasNotes,
     LocatesNonFinite,
@@ -35,7 +36,7 @@ from qwen_eval.core import (
 from qwen_eval.engines.identity import identity
 from qwen_eval.engines.options import check_options
 from qwen_eval.runs.fields import as_object, is_number, section
-from qwen_eval.runs.grading import graded
+from qwen_eval.runs.grading import Finished, Graders
 from qwen_eval.runs.integrity import damage_of, doubled
 from qwen_eval.runs.progress import Progress
 from qwen_eval.runs.prompt_lengths import CUT_PROMPT, is_cut, length_warnings, read_by_model
@@ -58,6 +59,7 @@ ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and th
 SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
 
 MOST_CUT = 0.05  # of the replies
+BOTH_READINGS = "both"  # scores of ours and of the official reader, whatever the protocol
 
 OpenEngine = Callable[[EvalSpec], Engine]
 
@@ -157,6 +159,7 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
     return {
         "format": FORMAT,
         "kind": "eval",
+        "readings": BOTH_READINGS,
         "config": config,
         "decides": {
             **decides,
@@ -188,45 +191,55 @@ def ask(
     *,
     num_done: int = 0,
 ) -> Meter:
-    """Ask all samples together, turn by turn, and hand each graded one to `keep` at once.
+    """Ask all samples together, turn by turn; graded ones go to `keep` as they are graded, beside the engine.
 
     EngineError at the end where any failed on non-finite numbers: they are not stored, and the run is not finished.
     """
     meter = Meter()
-    failed: list[tuple[Sample, Request]] = []
-    upcoming: list[tuple[_Conversation, Request]] = []
 
-    def advance(conversation: _Conversation) -> None:
-        turns = tuple(conversation.turns)
-        request = task.request(conversation.sample, turns)
-        if request is not None:
-            upcoming.append((conversation, request))
-            return
-        record = record_of(engine, task, conversation.sample, turns)
+    def store(record: Record) -> None:
         keep(record)
         progress.advance(meter.add(record))
 
     progress.start(task.name, total=num_done + len(samples), num_done=num_done)
     try:
-        for sample in samples:
-            advance(_Conversation(sample))
-        while upcoming:
-            asked, upcoming = upcoming, []
-            num_answers = 0
-            for index, answer in engine.run([request for _, request in asked]):
-                conversation, request = asked[index]
-                num_answers += 1
-                if not is_finite(answer):
-                    failed.append((conversation.sample, request))
-                    continue
-                conversation.turns.append(Turn(request=request, answer=answer))
-                advance(conversation)
-            assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
+        with Graders(task, store) as graders:
+            failed = _converse(engine, task, samples, graders)
     finally:
         progress.stop()
     if failed:
         raise EngineError(failure(engine, failed, len(samples)))
     return meter
+
+
+def _converse(engine: Engine, task: Task, samples: Sequence[Sample], graders: Graders) -> list[tuple[Sample, Request]]:
+    """Ask until every sample is finished, and hand it to the graders; returns those whose answer was not finite."""
+    failed: list[tuple[Sample, Request]] = []
+    upcoming: list[tuple[_Conversation, Request]] = []
+
+    def advance(conversation: _Conversation) -> None:
+        sample, turns = conversation.sample, tuple(conversation.turns)
+        request = task.request(sample, turns)
+        if request is None:
+            graders.add(Finished(sample=sample, turns=turns, draft=draft_of(engine, sample, turns)))
+        else:
+            upcoming.append((conversation, request))
+
+    for sample in samples:
+        advance(_Conversation(sample))
+    while upcoming:
+        asked, upcoming = upcoming, []
+        num_answers = 0
+        for index, answer in engine.run([request for _, request in asked]):
+            conversation, request = asked[index]
+            num_answers += 1
+            if not is_finite(answer):
+                failed.append((conversation.sample, request))
+                continue
+            conversation.turns.append(Turn(request=request, answer=answer))
+            advance(conversation)
+        assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
+    return failed
 
 
 def failure(engine: Engine, failed: Sequence[tuple[Sample, Request]], num_asked: int) -> str:
@@ -258,11 +271,10 @@ class Meter:
         return prompt_tokens + answer_tokens
 
 
-def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn]) -> Record:
+def draft_of(engine: Engine, sample: Sample, turns: Sequence[Turn]) -> Record:
+    """The record of a finished sample that is not graded yet; its flags are those of the prompt."""
     rendered = [read_by_model(engine, turn.request) for turn in turns]
-    grade = graded(task, sample, turns)
-    if any(is_cut(engine, turn.request) for turn in turns):
-        grade = dataclasses.replace(grade, flags=(*grade.flags, CUT_PROMPT))
+    was_cut = any(is_cut(engine, turn.request) for turn in turns)
     return Record(
         sample_id=sample.id,
         group=sample.group,
@@ -272,7 +284,7 @@ def record_of(engine: Engine, task: Task, sample: Sample, turns: Sequence[Turn])
         prompt_sha256=tuple(ids_sha256(item.ids) for item in rendered),
         num_prompt_tokens=tuple(len(item.ids) for item in rendered),
         answers=tuple(turn.answer for turn in turns),
-        grade=grade,
+        grade=Grade(score=None, flags=(CUT_PROMPT,) if was_cut else ()),
     )
 
 
@@ -281,7 +293,7 @@ def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], sp
     killed, and in whatever order the answers came, they are the same bytes."""
     from qwen_eval.metrics import rates
 
-    ordered = in_order(samples, records)
+    ordered = [record.under(spec.protocol) for record in in_order(samples, records)]
     partial: dict[str, JSON] = {"limit": spec.task.limit} if spec.task.limit is not None else {}
     if spec.task.subjects:
         partial["subjects"] = list(spec.task.subjects)

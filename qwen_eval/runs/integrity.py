@@ -106,7 +106,8 @@ def damage(directory: Path) -> str | None:
 
 def _of_unsealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str, JSON]) -> Damage | None:
     """Counts, doubled samples, and the headline computed again from the stored grades where its task can be built."""
-    records = list(read_records(directory / RECORDS))
+    protocol = str(section(spec.get("decides")).get("protocol"))
+    records = [record.under(protocol) for record in read_records(directory / RECORDS)]
     twice = doubled([record.sample_id for record in records])
     if twice is not None:
         return Damage(reason=f"damaged: {RECORDS} has sample {twice} twice; {RESTORE}")

@@ -18,7 +18,6 @@ from qwen_eval.core import (
     ConfigError,
     DataError,
     Grade,
-    GradesInBatches,
     Metric,
     QwenEvalError,
     Record,
@@ -27,8 +26,8 @@ from qwen_eval.core import (
     Task,
     Turn,
 )
-from qwen_eval.runs.evaluate import requests_sha256, selected, summary, task_context
-from qwen_eval.runs.grading import graded
+from qwen_eval.runs.evaluate import BOTH_READINGS, requests_sha256, selected, summary, task_context
+from qwen_eval.runs.grading import grades
 from qwen_eval.runs.provenance import provenance
 from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.store import differences, metrics_from_json, write_json
@@ -56,20 +55,22 @@ class Regraded:
 
 
 def regrade(spec: RegradeSpec) -> Regraded:
-    """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed."""
+    """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed.
+
+    For another protocol nothing is extracted or run again if the records have the scores of both.
+    """
     run = load_run(spec.run)
     if not run.result:
         raise StoreError(f"{run.path}: the run is not finished; resume it first with the same command")
     config = stored_config(run.spec)
-    config.protocol = spec.protocol or config.protocol
+    before, config.protocol = config.protocol, spec.protocol or config.protocol
     task = build(config.task, task_context(config, None))
     samples = selected(task, config)
     warnings = _check_same_questions(run, task, samples)
-    by_id = {sample.id: sample for sample in samples}
-    asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
-    grades = task.grade_many(asked) if isinstance(task, GradesInBatches) else [graded(task, *item) for item in asked]
-    records = [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades)]
-    changed = [old.sample_id for old, new in zip(run.records, records) if _reading(old.grade) != _reading(new.grade)]
+    needs_reading = spec.protocol is None or not _has_both_readings(run, task)
+    records = _read_again(run, task, samples) if needs_reading else run.stored_records
+    pairs = [(old.under(before), new.under(config.protocol)) for old, new in zip(run.stored_records, records)]
+    changed = [old.sample_id for old, new in pairs if _reading(old.grade) != _reading(new.grade)]
     result = summary(task, samples, records, config)
     path = run.path / f"regrade-{config.protocol}.json"
     extra: dict[str, JSON] = {
@@ -81,6 +82,20 @@ def regrade(spec: RegradeSpec) -> Regraded:
     write_json(path, {**result, **extra, "provenance": provenance()})
     new = metrics_from_json(result["metrics"])
     return Regraded(path=path, old=run.metrics, new=new, num_changed=len(changed), n=len(records), warnings=warnings)
+
+
+def _has_both_readings(run: Run, task: Task) -> bool:
+    """Whether the scores of both protocols are stored, and are those of the readers at hand."""
+    is_stored = run.spec.get("readings") == BOTH_READINGS or run.protocol == "robust"
+    is_current = run.decides.get("task_version") == task.version
+    return is_stored and is_current and all(r.grade.score_upstream is not None for r in run.stored_records)
+
+
+def _read_again(run: Run, task: Task, samples: Sequence[Sample]) -> tuple[Record, ...]:
+    by_id = {sample.id: sample for sample in samples}
+    asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
+    found = zip(run.stored_records, grades(task, asked))
+    return tuple(dataclasses.replace(record, grade=grade) for record, grade in found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

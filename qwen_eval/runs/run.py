@@ -162,10 +162,19 @@ class Run:
             return f"unfinished ({len(self.records)} of {self.num_samples or '?'} samples)"
         return self.status
 
+    @property
+    def protocol(self) -> str:
+        return str(self.decides.get("protocol") or "")
+
+    @cached_property
+    def stored_records(self) -> tuple[Record, ...]:
+        """The records as stored, with the scores of both protocols; StoreError where the file is damaged."""
+        return tuple(read_records(self.path / RECORDS))
+
     @cached_property
     def records(self) -> tuple[Record, ...]:
-        """The graded samples in the order in which they were answered; StoreError where the file is damaged."""
-        return tuple(read_records(self.path / RECORDS))
+        """The graded samples in the order of their answers, with the scores of the run's protocol."""
+        return tuple(record.under(self.protocol) for record in self.stored_records)
 
     def samples(self) -> DataFrame:
         """One row a sample, with the columns of `runs.frame.COLUMNS`; task-specific numbers are `values.NAME`."""

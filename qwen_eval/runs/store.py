@@ -1,7 +1,7 @@
 """The run directory: `spec.json` is written first, `records.jsonl` as answers come, `result.json` last and atomically.
 
-spec.json      {"format", "kind", "config": the whole configuration, "decides": what must be equal to resume,
-                "provenance": git, packages, machine}
+spec.json      {"format", "kind", "readings", "config": the whole configuration,
+                "decides": what must be equal to resume, "provenance": git, packages, machine}
 records.jsonl  one graded sample a line, append-only; an incomplete last line is dropped, and its sample asked again
 result.json    {"metrics", "rates", "n", "partial", "run", "engine", "warnings", "provenance", "seal"}
 

@@ -109,7 +109,7 @@ def _reply(channel: int, nonce: str, work: Callable[..., tuple[Any, Any]], *oper
     except Oversize:
         send_frame(channel, [nonce, "big"])
     except BaseException as error:  # SystemExit too: leaving is no answer
-        send_frame(channel, [nonce, "raise", type(error).__name__, _text(error)])
+        send_frame(channel, [nonce, "raise", _text(error), _lineage(type(error))])
 
 
 def _text(error: BaseException) -> str:
@@ -117,6 +117,11 @@ def _text(error: BaseException) -> str:
         return str(error)[:200]
     except BaseException:
         return ""
+
+
+def _lineage(kind: type) -> list[list[str]]:
+    """The class and its bases, nearest first, as [module, name]."""
+    return [[f"{base.__module__}"[:100], base.__name__[:100]] for base in kind.__mro__[:50]]
 
 
 def compiled(source: str) -> types.CodeType:

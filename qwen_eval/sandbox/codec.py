@@ -178,9 +178,12 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def _encoder() -> Callable[[Any], str]:
-    """`JSONEncoder.encode`, which builds this C function anew for every message, where Python has it as we know it."""
-    plain = json.JSONEncoder(separators=(",", ":"))
-    escape = json.encoder.encode_basestring_ascii
+    """`JSONEncoder.encode`, which builds this C function anew for every message, where Python has it as we know it.
+
+    Characters are written as they are: of two escapes `\\ud83d\\ude00`, a reader of JSON makes one character.
+    """
+    plain = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+    escape = json.encoder.encode_basestring
     rest = (None, plain.key_separator, plain.item_separator, False, False, True)
     try:
         into_parts = json.encoder.c_make_encoder(None, plain.default, escape, *rest)  # type: ignore[attr-defined]
@@ -194,7 +197,7 @@ _encode = _encoder()
 
 def send_frame(fd: int, message: Any, limit: int = FRAME_BYTES) -> None:
     """Write one JSON message. Raises Oversize before a byte is written; Hangup when nobody reads any more."""
-    _write_frame(fd, _encode(message).encode(), limit)
+    _write_frame(fd, _encode(message).encode("utf-8", "surrogatepass"), limit)
 
 
 def receive_frame(fd: int, limit: int = FRAME_BYTES) -> Any:
@@ -203,7 +206,7 @@ def receive_frame(fd: int, limit: int = FRAME_BYTES) -> Any:
     Raises Hangup, Oversize or Damaged; the bytes may be anybody's.
     """
     try:
-        text = _read_frame(fd, limit).decode()
+        text = _read_frame(fd, limit).decode("utf-8", "surrogatepass")
         message, end = _decode(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(type(error).__name__) from None

@@ -26,11 +26,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from qwen_eval.sandbox import candidate
 from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_order, send_frame
-from qwen_eval.sandbox.orders import END, END_SOON, RUN
-from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined, Untestable
+from qwen_eval.sandbox.orders import END, END_SOON, OUT_OF_MEMORY, RUN
+from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined, Untestable, is_from_candidate
 
-JUDGE_MEMORY_BYTES = 4 << 30
+JUDGE_MEMORY_BYTES = 1 << 30  # of address space
 COMPILED_CHARACTERS = 1 << 15
+LONG_TEST_CHARACTERS = 1 << 13
 _BUILTINS = frozenset(dir(builtins))
 
 
@@ -49,12 +50,19 @@ def main(harness_fd: int, control_fd: int, core: int) -> None:
     if ready is None:
         return
     send_frame(harness_fd, ready)
-    with contextlib.suppress(Hangup):
-        while True:
-            request = receive_order(harness_fd, 1 << 30)
-            start = time.perf_counter()
-            reason = judge(request, control)
-            send_frame(harness_fd, [reason, time.perf_counter() - start])
+    try:
+        with contextlib.suppress(Hangup):
+            while True:
+                _judge_next(harness_fd, control)
+    except MemoryError:  # what earlier programs left here may be part of it: a fresh judge tells
+        os._exit(OUT_OF_MEMORY)
+
+
+def _judge_next(harness_fd: int, control: socket.socket) -> None:
+    request = receive_order(harness_fd, 1 << 30)
+    start = time.perf_counter()
+    reason = judge(request, control)
+    send_frame(harness_fd, [reason, time.perf_counter() - start])
 
 
 class _Bell:
@@ -71,14 +79,17 @@ _bell = _Bell()
 
 
 def judge(request: dict[str, Any], control: socket.socket) -> str:
-    """The reason of the verdict; "passed" is the only pass. Raises Hangup when the zygote is gone."""
+    """The reason of the verdict; "passed" is the only pass.
+
+    Raises Hangup when the zygote is gone, MemoryError when this process, not the candidate, has no memory left.
+    """
     with _candidate(control) as mine:
-        has_left = _bell.has_rung = False
+        _bell.has_rung = False
+        channel = Channel(mine.fileno())
         try:
             # again and again: a bare `except:` in a test may catch one
             signal.setitimer(signal.ITIMER_REAL, request["timeout_s"], 0.05)
             try:
-                channel = Channel(mine.fileno())
                 _run_test(request, channel)
                 if _bell.has_rung:
                     raise TimedOut
@@ -89,12 +100,13 @@ def judge(request: dict[str, Any], control: socket.socket) -> str:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except TimedOut:
             reason = "timed out"
-        except Hangup:
-            has_left, reason = True, ""
         except BaseException as error:
+            if isinstance(error, MemoryError) and not is_from_candidate(error):
+                raise
             reason = _describe(error, request["test"])
+        has_left = isinstance(channel.fault, Hangup)  # whatever the test made of it
         status = _reap(control, END_SOON if has_left else END)  # with the channel open: a hangup would make it run
-    return reason or _describe_exit(status)
+    return _describe_exit(status) if has_left else reason
 
 
 def _candidate(control: socket.socket) -> socket.socket:
@@ -149,8 +161,22 @@ class _Test(NamedTuple):
     foreign: frozenset[str]  # those it may not bind itself
 
 
-@functools.lru_cache(maxsize=1024)  # the same for all samples of a problem
 def _compiled_test(text: str) -> _Test:
+    """The same for all samples of a problem. Few long ones are kept: this process's memory is limited."""
+    return (_long_test if len(text) > LONG_TEST_CHARACTERS else _short_test)(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _short_test(text: str) -> _Test:
+    return _compile_test(text)
+
+
+@functools.lru_cache(maxsize=8)
+def _long_test(text: str) -> _Test:
+    return _compile_test(text)
+
+
+def _compile_test(text: str) -> _Test:
     code = compile(text, "<test>", "exec", dont_inherit=True)
     parts = [part for part in code.co_consts if isinstance(part, CodeType)]
     names = frozenset(_names(code))
@@ -220,7 +246,7 @@ def _describe(error: BaseException, test: str) -> str:
             return f"error: {text}"
         case MemoryError():
             return "memory"
-        case AssertionError() if not getattr(error, "from_candidate", False):
+        case AssertionError() if not is_from_candidate(error):
             return f"failed: {_failing_line(error, test)}"
     kind = "" if type(error).__name__ == "CandidateError" else type(error).__name__
     return "failed: " + ": ".join(part for part in (kind, text) if part)

@@ -8,6 +8,7 @@ import glob
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,13 +23,17 @@ from typing import Any, Literal, TypeAlias
 
 from qwen_eval.sandbox import seccomp
 from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_order
+from qwen_eval.sandbox.orders import OUT_OF_MEMORY
 from qwen_eval.sandbox.program import Program, SandboxError, Verdict
 
 RealMode: TypeAlias = Literal["bubblewrap", "namespaces", "unsafe"]
 
 START_S = 20.0
+START_TRIES = 4
+END_S = 5.0  # for processes that have lost each other
 GRACE_S = 0.5  # the judge times out by itself; this is for a judge stuck in one long operation
 _INSIDE = ("orders", "codec", "seccomp", "confine", "candidate", "zygote")  # in the order of their imports
+_KILLS = (signal.SIGKILL, signal.SIGTERM)
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 _BOOT_ZYGOTE = """
@@ -76,20 +81,40 @@ def _claim_core() -> int:
 
 
 class WorkerLost(Exception):
-    """A judge or zygote that ended by itself."""
+    """A process of a worker that ended in the middle. `reason` is the verdict where the program brings it about.
+
+    `is_outside`: no program can; it was killed by somebody else, such as the kernel when memory is short.
+    """
+
+    def __init__(self, reason: str, *, is_outside: bool) -> None:
+        super().__init__(reason)
+        self.reason, self.is_outside = reason, is_outside
+
+
+def start_worker(mode: RealMode) -> Worker:
+    """A new worker, tried again where one is killed while it starts. Raises SandboxError."""
+    for _ in range(START_TRIES - 1):
+        with contextlib.suppress(WorkerLost):
+            return Worker(mode)
+    try:
+        return Worker(mode)
+    except WorkerLost as lost:
+        raise SandboxError(f"sandbox={mode}: killed from outside at each of {START_TRIES} starts ({lost})") from None
 
 
 class Worker:
     """One judge and one zygote. Judges one program at a time."""
 
     def __init__(self, mode: RealMode) -> None:
-        """Raises SandboxError where the confinement of `mode` cannot be had."""
+        """Raises SandboxError where the confinement of `mode` cannot be had, WorkerLost where it is killed."""
         self.mode = mode
+        self.num_judged = 0
         self.core = _claim_core()
         self.zygote_log = tempfile.TemporaryFile()  # noqa: SIM115
         self.harness, judge_end = socket.socketpair()
         self.harness_fd = self.harness.fileno()
         control, zygote_end = socket.socketpair()
+        self.judge = self.zygote = None
         proc_fd = os.open("/proc", os.O_PATH) if mode != "unsafe" else os.open("/", os.O_RDONLY)
         try:
             self.zygote = self._start_zygote(zygote_end.fileno(), proc_fd)
@@ -97,6 +122,9 @@ class Worker:
             send_order(control.fileno(), _boot_message(mode, proc_fd, self.core))
         except Hangup:
             pass  # the wait below tells why
+        except OSError as error:
+            self.close()
+            raise SandboxError(f"sandbox={mode}: no process can be started ({error.strerror})") from None
         finally:
             for end in (judge_end, control, zygote_end):
                 end.close()
@@ -128,12 +156,14 @@ class Worker:
     def _wait_ready(self) -> dict[str, Any]:
         try:
             if not self._readable(START_S):
-                raise WorkerLost
+                raise TimeoutError
             info: dict[str, Any] = receive_frame(self.harness_fd)
-        except (WorkerLost, Hangup, Damaged, Oversize):
-            self.close()
+        except (TimeoutError, Hangup, Damaged, Oversize):
+            lost = self._loss(is_starting=True)
+            if lost.is_outside:
+                raise lost from None
             self.zygote_log.seek(0)
-            lines = self.zygote_log.read().decode(errors="replace").strip().splitlines() or ["it ended at once"]
+            lines = self.zygote_log.read().decode(errors="replace").strip().splitlines() or [lost.reason]
             raise SandboxError(f"sandbox={self.mode}: {lines[-1][:300]}") from None
         return info
 
@@ -143,7 +173,7 @@ class Worker:
         return bool(poll.poll(max(0.0, timeout_s) * 1000))
 
     def run(self, program: Program, timeout_s: float, memory_bytes: int) -> Verdict:
-        """Raises WorkerLost when judge or zygote died; the program may be at fault or not."""
+        """Raises WorkerLost when judge, zygote or candidate was killed; the program may be at fault or not."""
         request = {
             "solution": str(program.solution),  # of a subclass of str, as numpy's, which is no plain data
             "test": str(program.test),
@@ -160,9 +190,25 @@ class Worker:
                 return Verdict(False, "timed out", time.perf_counter() - start)
             reason, wall_s = receive_frame(self.harness_fd)
         except (Hangup, Damaged, Oversize):
-            self.close()
-            raise WorkerLost from None
+            lost = self._loss()
+            if lost.reason != "memory" or self.num_judged:  # earlier programs may have left something in its memory
+                raise lost from None
+            reason, wall_s = lost.reason, time.perf_counter() - start
+        if reason == "killed: SIGKILL":  # by the kernel when memory is short, or by the program itself
+            raise WorkerLost(reason, is_outside=False)
+        self.num_judged += 1
         return Verdict(reason == "passed", reason, wall_s)
+
+    def _loss(self, *, is_starting: bool = False) -> WorkerLost:
+        """Close, and say how it ended. Confined programs kill neither process, nor does any that has not begun."""
+        judge, zygote = self._close(END_S)
+        if judge == OUT_OF_MEMORY:
+            return WorkerLost("memory", is_outside=False)
+        # a zygote's status comes through its parents, as 128 + n or as -n & 255
+        killed = judge in [-n for n in _KILLS] or zygote in [code for n in _KILLS for code in (-n, 128 + n, 256 - n)]
+        is_other = is_starting or self.mode != "unsafe"
+        ends = f"judge {'killed' if judge is None else judge}, zygote {'killed' if zygote is None else zygote}"
+        return WorkerLost(f"error: its worker ended ({ends})", is_outside=killed and is_other)
 
     @property
     def is_open(self) -> bool:
@@ -170,16 +216,25 @@ class Worker:
 
     def close(self) -> None:
         """Hang up, upon which an idle judge ends and the zygote after it; what does not is killed."""
+        self._close(GRACE_S)
+
+    def _close(self, wait_s: float) -> list[int | None]:
+        """The exit statuses of judge and zygote; None for one that had to be killed."""
         if self.is_open:
             with _cores_lock:
                 _workers_on[self.core] -= 1
         self.harness.close()
-        for process in (getattr(self, "judge", None), getattr(self, "zygote", None)):
-            if process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=0.5)
-                process.kill()
-                process.wait()
+        return [_end(process, wait_s) for process in (self.judge, self.zygote)]
+
+
+def _end(process: subprocess.Popen[bytes] | None, wait_s: float) -> int | None:
+    if process is None:
+        return None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(wait_s)
+    process.kill()
+    process.wait()
+    return None
 
 
 def _boot_message(mode: RealMode, proc_fd: int, core: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
 import shutil
@@ -11,10 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from qwen_eval.sandbox.launch import RealMode, Worker, WorkerLost, is_possible
+from qwen_eval.sandbox.launch import RealMode, Worker, WorkerLost, is_possible, start_worker
 from qwen_eval.sandbox.program import Mode, Program, SandboxError, Verdict
 
 MEMORY_BYTES = 1 << 30
+TRIES_ALONE = 3
 
 _lock = threading.Lock()
 _idle: dict[tuple[int, RealMode], list[Worker]] = {}  # by process: a fork of the harness must not share workers
@@ -60,32 +62,64 @@ def run_confined(
         try:
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, {worker.core})  # this thread's, which else waits for cores that others keep
-            while True:
-                try:
-                    index = pending.get_nowait()
-                except queue.Empty:
-                    return
+            while (index := _next(pending)) is not None:
                 if not worker.is_open:
-                    worker = Worker(mode)  # on this thread's core
-                worker, verdicts[index] = _judge(worker, programs[index], timeout_s, memory_bytes)
+                    worker = start_worker(mode)  # on this thread's core
+                with contextlib.suppress(WorkerLost):
+                    verdicts[index] = worker.run(programs[index], timeout_s, memory_bytes)
         finally:
             _give_back(worker)
 
     count = min(workers or _num_cores(), len(programs))
     with ThreadPoolExecutor(max_workers=max(1, count)) as threads:
-        for future in [threads.submit(work) for _ in range(count)]:
-            future.result()
-    return [verdict for verdict in verdicts if verdict is not None]
-
-
-def _judge(worker: Worker, program: Program, timeout_s: float, memory_bytes: int) -> tuple[Worker, Verdict]:
-    """A worker that was lost is replaced, and the program judged once more: it need not be the culprit."""
-    for _ in range(2):
+        futures = [threads.submit(work) for _ in range(count)]
         try:
-            return worker, worker.run(program, timeout_s, memory_bytes)
-        except WorkerLost:
-            worker = Worker(worker.mode)
-    return worker, Verdict(False, "error: the sandbox worker died twice on this program", 0.0)
+            for future in futures:
+                with contextlib.suppress(SandboxError):  # no worker to be had: others may do its work
+                    future.result()
+        except BaseException:
+            while _next(pending) is not None:
+                pass
+            raise
+    return [
+        verdict or _judge_alone(program, timeout_s, mode, memory_bytes) for program, verdict in zip(programs, verdicts)
+    ]
+
+
+def _next(pending: queue.SimpleQueue[int]) -> int | None:
+    try:
+        return pending.get_nowait()
+    except queue.Empty:
+        return None
+
+
+def _judge_alone(program: Program, timeout_s: float, mode: RealMode, memory_bytes: int) -> Verdict:
+    """Judge one whose worker was lost, in fresh workers with no program beside it: it need not be the culprit.
+
+    It is where it ends each of them and nobody else can have. Raises SandboxError where somebody else did.
+    """
+    num_kills = _num_kernel_kills()
+    for _ in range(TRIES_ALONE):
+        worker = start_worker(mode)
+        try:
+            return worker.run(program, timeout_s, memory_bytes)
+        except WorkerLost as error:
+            lost = error
+        finally:
+            worker.close()
+    if lost.is_outside or _num_kernel_kills() > num_kills:
+        raise SandboxError(
+            f"sandbox={mode}: a process of the sandbox was killed from outside each time it judged {program.id}; "
+            "where memory is short, free some (a program may use 1 GiB, the judge beside it as much)"
+        )
+    return Verdict(False, lost.reason, 0.0)
+
+
+def _num_kernel_kills() -> int:
+    """How many processes the kernel has killed for memory since the machine started; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
 
 
 def _num_cores() -> int:
@@ -100,7 +134,7 @@ def _take(mode: RealMode) -> Worker:
             idle.remove(worker)
             _busy[worker.core] += 1
             return worker
-    worker = Worker(mode)
+    worker = start_worker(mode)
     with _lock:
         _busy[worker.core] += 1
     return worker

@@ -86,7 +86,7 @@ class Bbh(GenerativeTask[Spec]):
         read_upstream = upstream_answer(completion.text, sample.target)
         is_right_upstream = read_upstream == upstream_target(sample.target)
         return Grade(
-            score=self.chosen(answer == canonical(sample.target), is_right_upstream),
+            score=float(answer == canonical(sample.target)),
             extracted=answer,
             extracted_upstream=read_upstream,
             score_upstream=float(is_right_upstream),

@@ -247,7 +247,7 @@ class ChoiceTask(ABC):
         is_graded = sample.target is not None
         robust, upstream = float(letter == sample.target), float(official == sample.target)
         return Grade(
-            score=(upstream if self.is_upstream else robust) if is_graded else None,
+            score=robust if is_graded else None,
             extracted=letter,
             extracted_upstream=official,
             score_upstream=upstream if is_graded else None,

@@ -119,15 +119,17 @@ class CodeTask(GenerativeTask[CodeSpecT]):
         share_robust, share_upstream = (r.count("passed") / len(r) for r in (robust, upstream))
         seen = {name for c, r in zip(completions, readings) for name in flags(c, has_answer=r.robust is not None)}
         return Grade(
-            score=self.chosen(share_robust, share_upstream),
+            score=share_robust,
             score_upstream=share_upstream,
             extracted=[reason.partition(":")[0] for reason in robust],
             extracted_upstream=[reason.partition(":")[0] for reason in upstream],
             values={
                 "num_completions": len(completions),
-                "num_passed": (upstream if self.is_upstream else robust).count("passed"),
-                "reasons": upstream if self.is_upstream else robust,
-                "programs": [reading.upstream if self.is_upstream else reading.robust for reading in readings],
+                "num_passed": robust.count("passed"),
+                "reasons": robust,
+                "reasons_upstream": upstream,
+                "programs": [reading.robust for reading in readings],
+                "programs_upstream": [reading.upstream for reading in readings],
             },
             flags=tuple(sorted(seen)),
         )
@@ -137,9 +139,9 @@ class CodeTask(GenerativeTask[CodeSpecT]):
         metrics: dict[str, Metric] = {}
         for k in self.spec.k:
             scores = [
-                pass_at_k(record.grade.values["num_completions"], record.grade.values["num_passed"], k)
+                pass_at_k(n, round(n * (record.grade.score or 0.0)), k)
                 for record in records
-                if record.grade.values.get("num_completions", 0) >= k
+                if (n := record.grade.values.get("num_completions", 0)) >= k
             ]
             metrics[f"pass@{k}"] = share(scores)
         if not self.is_upstream:

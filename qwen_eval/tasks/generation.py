@@ -22,7 +22,7 @@ from qwen_eval.core import (
     Sampling,
     Turn,
 )
-from qwen_eval.data.sources import Source, draw, nearest, open_source
+from qwen_eval.data.sources import Source, nearest, open_source
 from qwen_eval.metrics import share
 from qwen_eval.tasks.registry import TaskContext
 
@@ -78,7 +78,7 @@ class GenerativeTask(ABC, Generic[SpecT]):
                 if subject not in groups:
                     raise ConfigError(f"task.subjects={subject}: not in {self.name}{nearest(subject, groups)}")
             samples = [sample for sample in samples if sample.group in self.spec.subjects]
-        return draw(samples, self.spec.limit, self.spec.seed)
+        return samples
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
@@ -119,10 +119,6 @@ class GenerativeTask(ABC, Generic[SpecT]):
     @abstractmethod
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade: ...
 
-    def chosen(self, robust: float, upstream: float) -> float:
-        """The score of the protocol in force."""
-        return float(upstream if self.is_upstream else robust)
-
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
         records = list(records)
         metrics = {"accuracy": share([record.grade.score for record in records])}
@@ -136,7 +132,7 @@ class GenerativeTask(ABC, Generic[SpecT]):
             "shots": self.shots,
             "format": "chat" if self.is_chat else "base",
             "origin": self.source.origin,
-            "num_samples": len(self.samples()),
+            "num_samples": min(len(self.samples()), self.spec.limit or len(self.samples())),
             "data_sha256": self.source.sha256,
             "max_new_tokens": self.spec.max_new_tokens,
             "version": self.version,

@@ -76,7 +76,7 @@ class Gsm8k(GenerativeTask[Spec]):
         is_right = answer == Fraction(sample.target)
         read_upstream, is_right_upstream = self._upstream(sample, completion.text)
         return Grade(
-            score=self.chosen(is_right, is_right_upstream),
+            score=float(is_right),
             extracted=written(answer),
             extracted_upstream=read_upstream,
             score_upstream=float(is_right_upstream),

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
@@ -36,6 +37,7 @@ class Spec(TaskSpec):
 class Math(GenerativeTask[Spec]):
     Spec = Spec
     version = 2
+    grades_elsewhere: Literal[True] = True  # formulas are compared in a process of their own
 
     @property
     def shots(self) -> int:
@@ -76,7 +78,7 @@ class Math(GenerativeTask[Spec]):
         answer, read_upstream = concluded_answer(completion.text), upstream_answer(completion.text)
         is_right_upstream = is_same_upstream(read_upstream, sample.target)
         return Grade(
-            score=self.chosen(is_same(answer, sample.target), is_right_upstream),
+            score=float(is_same(answer, sample.target)),
             extracted=answer,
             extracted_upstream=read_upstream,
             score_upstream=float(is_right_upstream),

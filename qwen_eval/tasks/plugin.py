@@ -64,7 +64,7 @@ class Plugin(GenerativeTask[Spec]):
             upstream = is_right_tool(completion.text, sample.target)
         rouge = input_rouge_l(completion.text, sample.target, self.context.tokenizer)
         return Grade(
-            score=self.chosen(robust, upstream),
+            score=float(robust),
             extracted=tool,
             extracted_upstream=tool_upstream,
             score_upstream=float(upstream),
