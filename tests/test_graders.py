@@ -28,7 +28,7 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import Run, draft_of, evaluate
+from qwen_eval.runs.evaluate import draft_of, evaluate
 from qwen_eval.runs.grading import BATCH_SAMPLES, Finished, Graders
 from qwen_eval.runs.run import Run, load_run
 from qwen_eval.sandbox import Program, Verdict
