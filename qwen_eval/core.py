@@ -365,6 +365,13 @@ class DrawsLimit(Protocol):
     draws_limit: Literal[True]
 
 
+@runtime_checkable
+class AveragesGroups(Protocol):
+    """A task that says whether its headline is the mean over samples ("micro") or over the means of its groups."""
+
+    average: Literal["micro", "macro"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
     """A prompt as the engine sees it. `ids` is empty for engines that never see token ids (remote APIs)."""

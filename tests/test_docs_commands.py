@@ -22,6 +22,8 @@ from qwen_eval.profile import config as profile_config
 from qwen_eval.quantize import command as quantize
 from qwen_eval.report import __main__ as report
 from qwen_eval.report import config as report_config
+from qwen_eval.ship import command as ship
+from qwen_eval.ship import config as ship_config
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "docs" / "ci.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +39,7 @@ MAINS: dict[str, tuple[Main, str, type, Callable[[Any], object]]] = {
     "qwen_eval.profile": (profile.main, "profile", profile_config.ProfileSpec, profile_config.check),
     "qwen_eval.quantize": (quantize.main, "quantize", quantize.QuantizeSpec, quantize.check),
     "qwen_eval.report": (report.main, "report", report_config.ReportSpec, report.check),
+    "qwen_eval.ship": (ship.main, "ship", ship_config.ShipSpec, ship_config.check),
 }
 
 
@@ -61,7 +64,7 @@ def is_runnable(command: str) -> bool:
         return False
     if "plan=true" in command:
         return True
-    models = re.findall(r"\bmodel=(\S+)", command)
+    models = re.findall(r"\b(?:model|reference|candidate)=(\S+)", command)
     if any(name not in OURS for value in models for name in value.split(",")):
         return False
     return "compare=" not in command
@@ -100,8 +103,10 @@ def test_a_command_that_needs_only_the_package_runs_as_written(
 def test_a_command_for_a_real_checkpoint_or_file_is_composed(command: str) -> None:
     text = re.sub(r"\$\w+", "7", re.sub(r"^for .*?; do |; done$", "", command))
     module, *arguments = shlex.split(text)[2:]
-    arguments = [word for word in arguments if word != "model.path=DIR"]  # no checkpoint of that shape is here
+    arguments = [word for word in arguments if not word.endswith(".path=DIR")]  # no checkpoint of that shape is here
     _, name, schema, check = MAINS[module]
+    if module == "qwen_eval.ship":
+        arguments = ship_config.arguments(arguments)
     assert cli.run(arguments, config_name=name, schema=schema, job=check) == 0
 
 

@@ -13,6 +13,7 @@ from qwen_eval.runs.fields import rows
 from qwen_eval.runs.run import Run, load_run
 
 ProfileCell: TypeAlias = Mapping[str, Any]  # which fields one has depends on what was measured
+CERTIFICATE = "ship"  # the kind of what a certificate was made from: a random part of a benchmark, no run to tabulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,9 @@ def find_runs(roots: Iterable[str | Path]) -> RunSet:
     unreadable: list[Unreadable] = []
     for directory in _candidates(roots):
         try:
-            runs.append(load_run(directory))
+            run = load_run(directory)
+            if run.kind != CERTIFICATE:
+                runs.append(run)
         except (OSError, StoreError) as error:
             reason = str(error).removeprefix(str(directory)).lstrip("/: ")
             unreadable.append(Unreadable(path=directory, reason=reason))

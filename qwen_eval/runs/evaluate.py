@@ -190,10 +190,12 @@ def ask(
     progress: Progress,
     *,
     num_done: int = 0,
+    keep_failed: Callable[[Sample, Request], None] | None = None,
 ) -> Meter:
     """Ask all samples together, turn by turn; graded ones go to `keep` as they are graded, beside the engine.
 
-    EngineError at the end where any failed on non-finite numbers: they are not stored, and the run is not finished.
+    Those that fail on non-finite numbers go to `keep_failed`; without it, EngineError at the end: they are not stored,
+    and the run is not finished.
     """
     meter = Meter()
 
@@ -207,8 +209,11 @@ def ask(
             failed = _converse(engine, task, samples, graders)
     finally:
         progress.stop()
-    if failed:
+    if failed and keep_failed is None:
         raise EngineError(failure(engine, failed, len(samples)))
+    if keep_failed is not None:
+        for sample, request in failed:
+            keep_failed(sample, request)
     return meter
 
 

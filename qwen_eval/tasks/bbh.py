@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Turn
@@ -38,6 +39,7 @@ class Spec(TaskSpec):
 class Bbh(GenerativeTask[Spec]):
     Spec = Spec
     version = 2
+    average: ClassVar[Literal["macro"]] = "macro"
 
     @cached_property
     def _examples(self) -> dict[str, str]:
