@@ -130,7 +130,12 @@ def _settle_model(spec: Any, overrides: Iterable[str], chosen: str | None) -> No
         given.add("model")  # by an experiment
     if engine is None or engine.name != "openai":
         spec.model = settle(model, frozenset(given))
-    elif "model" not in given and engine.api_model is not None:
+    elif not {"model", "model.hub_id"} & given:
+        if engine.api_model is None:
+            from qwen_eval.engines.api.servers import base_url, required_key
+            from qwen_eval.engines.endpoint import only_model
+
+            engine.api_model = only_model(base_url(engine), required_key(engine))
         spec.model = anonymous(model, engine.api_model, frozenset(given))
 
 

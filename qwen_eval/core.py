@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 Protocol_: TypeAlias = Literal["robust", "upstream"]
 MetricKind: TypeAlias = Literal["share", "ppl", "mean", "count"]
-FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite"]
+FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite", "filtered"]
 
 
 class QwenEvalError(Exception):
@@ -177,18 +177,25 @@ class ChoiceLogprobs:
     """Per choice: the sum of log-probabilities (full vocabulary, fp32) and its number of tokens.
 
     `logits`: for single-token choices the raw fp32 logits, else (). `logsumexp` is that of the whole row (single-token
-    choices), so `logprobs[i] == logits[i] - logsumexp`.
+    choices), so `logprobs[i] == logits[i] - logsumexp`. `bounded` are the indexes of choices that are at most this
+    likely: an API names only the likeliest tokens.
     """
 
     logprobs: tuple[float, ...]
     num_tokens: tuple[int, ...]
     logits: tuple[float, ...] = ()
     logsumexp: float | None = None
+    bounded: tuple[int, ...] = ()
 
     @property
     def best(self) -> int:
         """Index of the most likely choice; the earliest of equals, as in the original scripts."""
-        return max(range(len(self.logprobs)), key=lambda i: (self.logprobs[i], -i))
+        return max(range(len(self.logprobs)), key=lambda i: (self.logprobs[i], i not in self.bounded, -i))
+
+    @property
+    def is_decided(self) -> bool:
+        """False where the best one is known by a bound only, so that any of the bounded ones may be the best."""
+        return self.best not in self.bounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +211,8 @@ class TokenLogprobs:
 class Completion:
     """`text` is cut before the stop string; `token_ids` are all generated tokens, including what ended it.
 
-    `finish_reason` "non-finite": the logits held NaN or an infinity, so the sample failed.
+    `finish_reason` "non-finite": the logits held NaN or an infinity, so the sample failed. "filtered": an API held the
+    text back or refused to answer.
     """
 
     text: str
@@ -273,7 +281,7 @@ class Grade:
     the official script. Both are recorded under either protocol, which chooses when metrics are made (`Record.under`).
     `values` holds further numbers that
     `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
-    "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt".
+    "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt", "filtered" (by an API).
     """
 
     score: float | None
@@ -396,6 +404,16 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class MayFail(Protocol):
+    """An engine whose requests can fail one by one: `run` then leaves them out."""
+
+    @property
+    def failures(self) -> Mapping[int, str]:
+        """Of the last `run`: index into its requests -> why there is no answer, in one line."""
+        ...
 
 
 @runtime_checkable

@@ -12,3 +12,12 @@ import pytest
 def golden() -> Path:
     """The folder of recorded outputs of the original code; QWEN_EVAL_GOLDEN names another one of the same layout."""
     return Path(os.environ.get("QWEN_EVAL_GOLDEN") or Path(__file__).parent / "golden")
+
+
+@pytest.fixture(scope="session")
+def official() -> Path:
+    """The folder of official benchmark files that may not be shipped (wmt22/, leval/ ...), named by QWEN_EVAL_DATA."""
+    named = os.environ.get("QWEN_EVAL_DATA")
+    if not named or not Path(named).is_dir():
+        pytest.skip("QWEN_EVAL_DATA names no folder of official benchmark files")
+    return Path(named)

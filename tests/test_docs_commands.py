@@ -62,6 +62,8 @@ def is_runnable(command: str) -> bool:
     """Needs nothing but the package: no model but ours, or none at all (a report of other runs, a plan)."""
     if not command.startswith("python -m ") or PLACEHOLDER.search(command):
         return False
+    if "engine.base_url=" in command:
+        return False
     if "plan=true" in command:
         return True
     models = re.findall(r"\b(?:model|reference|candidate)=(\S+)", command)

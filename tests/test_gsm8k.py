@@ -260,6 +260,8 @@ def test_fewer_shots_are_the_first_examples_and_more_are_refused() -> None:
     assert two.endswith("step by step\n")
     assert "\n\n\n" not in two
     with pytest.raises(ConfigError, match="8 examples"):
+        gsm8k(shots=9, is_chat=True).prompt(sample)
+    with pytest.raises(ConfigError, match="8 examples"):
         gsm8k(shots=9).prompt(sample)
 
 
@@ -294,3 +296,19 @@ def test_symptoms_are_flagged() -> None:
     assert flags(cut_off, has_answer=False) == ("truncated", "looping", "no_answer")
     assert flags(Completion(text=" \n", finish_reason="eos", num_tokens=1), has_answer=False) == ("empty", "no_answer")
     assert flags(Completion(text="The answer is 5", finish_reason="stop", num_tokens=5), has_answer=True) == ()
+
+
+def test_a_chat_gets_eight_shots_as_turns() -> None:
+    """The cards' 8-shot rows of chat models are OpenCompass's, which asks each example in a turn of its own."""
+    task = gsm8k(shots=8, is_chat=True)
+    sample = task.samples()[0]
+    messages = task.prompt(sample).messages
+    assert [message.role for message in messages] == ["user", "assistant"] * 8 + ["user"]
+    assert messages[0].content.startswith("Question: In 2004, there were 60 kids at a cookout.")
+    assert all(message.content.endswith("\nLet's think step by step\nAnswer:") for message in messages[::2])
+    assert [message.content.splitlines()[-1] for message in messages[1::2]][:2] == [
+        "The answer is 20", "The answer is 817",
+    ]  # fmt: skip
+    assert sample.data["question"] in messages[-1].content
+    assert task.describe()["shots"] == 8
+    assert len(gsm8k(shots=4, is_chat=True).prompt(sample).messages) == 1  # the official script's, in one message

@@ -36,7 +36,8 @@ def test_every_line_is_a_command(tool: ModuleType) -> None:
     num = len(plan.gate)
     cells = [line for i, line in enumerate(plan.precisions()) if i % num == i // num % num]  # each variant, each task
     cells += [f"{plan.ablation_cell} {tricks}" for tricks in plan.ablation]
-    speed = [f"{plan.speed_cell} {plan.speed[0]}", f"{plan.speed_cell} {plan.speed[-1]}"]
+    cells += plan.cards
+    speed = [f"{plan.speed_cell} {plan.speed[0]}", f"{plan.speed_cell} {plan.speed[-1]}", *plan.card_profiles]
     for name, schema, check, lines in (
         ("config", config.EvalSpec, config.check, cells),
         ("quantize", quantize.QuantizeSpec, quantize.check, plan.checkpoints),
@@ -63,10 +64,11 @@ def test_reports_and_baselines_come_from_the_runs(tool: ModuleType, tmp_path: Pa
     lengths = {f"ppl/{n}": Metric(value=5.0, n=n, kind="ppl", low=4.0, high=6.0) for n in (256, 512)}
     write_run(runs / "ablation", documents([2.0, 2.1]), task="long_ppl", tag="ntk", metrics=lengths)
     write_profile(runs / "speed", [40.0, 41.0])
+    write_run(runs / "cards", answered([1.0, 0.0] * 20), model="nano", tag="precision-nf4", quant="nf4")
     (reports / "baselines" / "eval" / "gone").mkdir(parents=True)
     assert tool.write(runs, reports) == 0
     assert {path.name for path in reports.iterdir()} == {
-        "baselines", "qwen-nano.md", "qwen-nano.csv", "qwen-nano.html", "long_context.png",
+        "baselines", "cards.md", "qwen-nano.md", "qwen-nano.csv", "qwen-nano.html", "long_context.png",
     }  # fmt: skip
     assert "Int4" in (reports / "qwen-nano.md").read_text()
     assert [path.name for path in (reports / "baselines" / "eval").iterdir()] == ["gsm8k"]

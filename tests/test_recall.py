@@ -184,7 +184,7 @@ def serve() -> Iterator[Callable[[str], tuple[str, type[Endpoint]]]]:
 def test_another_endpoint_under_the_same_model_name_is_rejected(
     command: Command, serve: Callable[[str], tuple[str, type[Endpoint]]]
 ) -> None:
-    pytest.importorskip("openai")
+    pytest.importorskip("httpx2")
     asks = (
         "engine=openai",
         "engine.api_model=q",
@@ -211,7 +211,7 @@ def test_another_endpoint_under_the_same_model_name_is_rejected(
 def test_a_server_that_is_gone_is_not_what_was_run(
     command: Command, serve: Callable[[str], tuple[str, type[Endpoint]]]
 ) -> None:
-    pytest.importorskip("openai")
+    pytest.importorskip("httpx2")
     code, _, error = command(
         "engine=openai", "engine.api_model=q", "task.texts_only=true", "model=toy", "model.weights=checkpoint",
         "engine.base_url=http://127.0.0.1:9/v1",

@@ -306,6 +306,45 @@ def test_speed_of_another_device_is_shown_as_such(tmp_path: Path) -> None:
     assert any("ours Test CPU" in row["what differs"] and row["Δ"].endswith("×") for row in rows)
 
 
+def test_exams_of_one_benchmark_meet_their_own_published_numbers(tmp_path: Path) -> None:
+    average, toefl = Metric(value=0.6, n=100, low=0.5, high=0.7), Metric(value=0.9, n=20, low=0.8, high=1.0)
+    write_run(tmp_path, answered([1.0]), task="leval", model="qwen-72b-chat",
+              metrics={"accuracy": average, "accuracy/tpo": toefl})  # fmt: skip
+    bleu = Metric(value=30.0, n=10, kind="mean", low=29.0, high=31.0, unit="BLEU")
+    for task in ("wmt22", "wmt22_sacrebleu"):
+        write_run(tmp_path, answered([1.0]), task=task, model="qwen-7b-original", chat=False,
+                  metrics={"bleu": bleu, "bleu/en-zh": bleu})  # fmt: skip
+    (table,) = published_tables(find_runs([tmp_path]))
+    rows = [dict(zip(table.columns, row)) for row in shown(table)]
+    found = {(row["benchmark"], row["ours"].split()[0], row["published"]) for row in rows}
+    assert found == {
+        ("L-Eval", "60.0", "62.30"), ("L-Eval TOEFL", "90.0", "86.24"),
+        ("WMT22 (5-shot)", "30.00", "27.5"), ("WMT22 BLEU en-zh (5-shot)", "30.00", "30.6"),
+    }  # fmt: skip
+    assert "mean of 5 exams, published of 6" in next(row["what differs"] for row in rows if row["published"] == "62.30")
+
+
+def test_a_split_without_answers_stands_beside_nothing(tmp_path: Path) -> None:
+    answered_alone = {"answered": Metric(value=12342, n=12342, kind="count")}
+    write_run(tmp_path, answered([1.0]), task="ceval", model="qwen-7b-chat", benchmark={"split": "test"},
+              metrics=answered_alone)  # fmt: skip
+    (table,) = published_tables(find_runs([tmp_path]))
+    assert table.rows == ()
+
+
+def test_precisions_of_bitsandbytes_stand_in_one_table_and_meet_their_row(tmp_path: Path) -> None:
+    for name, quant in (("bf16", "none"), ("llm_int8", "int8"), ("nf4", "nf4")):
+        write_run(tmp_path, answered([1.0] * 9 + [0.0] * 8), task="mmlu", model="qwen-7b-original", quant=quant,
+                  tag=f"precision-{name}", chat=False, benchmark={"shots": 5}, dtype="bf16")  # fmt: skip
+    runs = find_runs([tmp_path])
+    (table,) = tables(tmp_path, "quantization")
+    assert [row[1] for row in shown(table)] == ["BF16", "LLM.int8", "NF4"]
+    (beside,) = published_tables(runs)
+    rows = [dict(zip(beside.columns, row)) for row in shown(beside)]
+    published = {(row["precision"], row["published"]) for row in rows}
+    assert {("LLM.int8", "52.8"), ("NF4", "48.9"), ("BF16", "56.7")} <= published
+
+
 def test_the_ledger_contradicts_itself_where_it_does() -> None:
     found, known = contradictions()
     named = {row[0].text: row for row in found.rows}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PARTS = ("gate", "precision", "ablation", "speed")
+CARDS = "cards"
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[[list[str]], int]
 
@@ -35,6 +36,8 @@ class Plan:
     ablation_cell: str = ""
     speed: list[str] = field(default_factory=list)
     speed_cell: str = ""
+    cards: list[str] = field(default_factory=list)
+    card_profiles: list[str] = field(default_factory=list)
 
     def precisions(self) -> list[str]:
         """Each variant over the tasks of the gate."""
@@ -83,6 +86,8 @@ def make(plan: Plan, runs: Path, reports: Path) -> int:
         (evaluation.main, plan.precisions(), runs / "precision"),
         (evaluation.main, ablation, runs / "ablation"),
         (profile.main, speed, runs / "speed"),
+        (evaluation.main, plan.cards, runs / CARDS),
+        (profile.main, plan.card_profiles, runs / CARDS),
     ]
     for command, lines, place in parts:
         code = run_all(command, [line.format(runs=runs) for line in lines], plan, place)
@@ -113,6 +118,9 @@ def write(runs: Path, reports: Path) -> int:
     title = "title='qwen-nano: what precision, quantization and long context do to a miniature'"
     shutil.rmtree(reports / "baselines", ignore_errors=True)
     code = report.main([f"runs={places}", f"out={','.join(files)}", "max_samples=3000", title])
+    if (runs / CARDS).is_dir():
+        title = "title='qwen-nano: the further tables of the model cards, on a miniature'"
+        code = code or report.main([f"runs={runs / CARDS}", f"out={reports / 'cards.md'}", title])
     curves = reports / "long_context.png"
     code = code or report.main([f"runs={runs / 'ablation'}", "layout=long", f"out={curves}"])
     code = code or report.main([f"accept={runs / 'gate'}", f"gate={reports / 'baselines'}"])

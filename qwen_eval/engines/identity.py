@@ -13,10 +13,9 @@ def identity(engine: EngineSpec, model: ModelSpec) -> str:
     if engine.name == "fake":
         return "fake"
     if engine.name == "openai":
-        from qwen_eval.engines.endpoint import endpoint_identity
-        from qwen_eval.engines.openai import api_model, base_url
+        from qwen_eval.engines.openai import identity_of
 
-        return endpoint_identity(base_url(engine), api_model(engine, model))
+        return identity_of(engine, model)
     from qwen_eval.models.fingerprint import model_fingerprint
 
     return model_fingerprint(model)

@@ -19,8 +19,8 @@ HONOURED = {
     "fake": CHANGES_NUMBERS,  # has no model: nothing to dishonour
 }
 TUNED_BY = {
-    "prefix_sharing": ("native",),
-    "max_batch_tokens": ("native",),
+    "prefix_sharing": ("native", "vllm"),
+    "max_batch_tokens": ("native", "vllm"),
     "max_batch_size": ("native", "hf", "vllm"),
     "prefill_chunk": ("native",),
     "memory_fraction": ("native", "vllm"),
@@ -28,7 +28,15 @@ TUNED_BY = {
     "base_url": ("openai",),
     "api_model": ("openai",),
     "concurrency": ("openai",),
+    "server": ("openai",),
+    "timeout_s": ("openai",),
+    "retries": ("openai",),
+    "retry_share": ("openai",),
+    "tokenizer": ("openai",),
+    "prices": ("openai",),
     "tensor_parallel": ("vllm",),
+    "pipeline_parallel": ("vllm",),
+    "executor": ("vllm",),
     "fake_reply": ("fake",),
     "fake_delay_s": ("fake",),
 }

@@ -84,6 +84,7 @@ def flags(completion: Completion, *, has_answer: bool) -> tuple[str, ...]:
     """
     symptoms = {
         "truncated": completion.finish_reason == "length",
+        "filtered": completion.finish_reason == "filtered",
         "empty": not completion.text.strip(),
         "looping": is_looping(completion.text),
         "no_answer": not has_answer,

@@ -239,8 +239,15 @@ def _from_v1(f: Mapping[str, Any]) -> ModelConfig:
         out_bias=has_bias,
         mlp_bias=has_bias,
         tie_embeddings=_flag(f, "tie_word_embeddings", False),
+        max_length=_stated_length(f),
     )
     return _check_heads(config)
+
+
+def _stated_length(f: Mapping[str, Any]) -> int | None:
+    """What a file of v1 says of its longest text; it decides no number of the model, so nonsense is no statement."""
+    stated = f.get("max_position_embeddings", f.get("n_positions"))
+    return stated if type(stated) is int and stated > 0 else None
 
 
 def _from_later(f: Mapping[str, Any], family: str) -> ModelConfig:

@@ -223,5 +223,6 @@ def _facts(spec: ModelSpec, model: Transformer, fingerprint: str, device: torch.
         "logn": config.logn,
         "windows": list(config.windows) or None,
         "train_length": config.train_length,
+        "max_length": config.max_length,
         "is_random": spec.weights == "random",
     }

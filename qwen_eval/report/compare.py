@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import ConfigError, Metric, QwenEvalError
+from qwen_eval.corpus import Segment
 from qwen_eval.metrics import mean
 from qwen_eval.report.comparability import lost_numbers, not_comparable
 from qwen_eval.report.comparison import Agreement, Comparison, Family, Flip, Margins, Side
 from qwen_eval.report.items import Item, choice_kl
 from qwen_eval.report.kld import Divergence
-from qwen_eval.report.paired import Difference, holm, paired_mean, paired_perplexity, paired_share
+from qwen_eval.report.paired import Difference, holm, paired_corpus, paired_mean, paired_perplexity, paired_share
 from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.speed import compare_speed
 from qwen_eval.runs.run import Run
@@ -153,6 +154,8 @@ def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple
         length = base.metric.rpartition("/")[2]  # the headline is one length's: other lengths are `by_group`
         rows = [(x, y) for x, y in zip(a, b) if x.group == length] or list(zip(a, b))
         return _perplexity([x for x, _ in rows], [y for _, y in rows]), []
+    if (name := a[0].corpus if a else "") and all(x.corpus == name for x in (*a, *b)):
+        return paired_corpus(name, [_segment(x) for x in a], [_segment(x) for x in b]), []
     pairs = [(x, y) for x, y in zip(a, b) if x.score is not None and y.score is not None]
     if not pairs:
         return None, ["no score per sample: only identical answers can be told"]
@@ -164,6 +167,10 @@ def _difference(base: Comparison, a: Sequence[Item], b: Sequence[Item]) -> tuple
     factors = weights or [1.0] * len(pairs)
     weighted = [[w * s for w, s in zip(factors, side)] for side in scores]
     return paired_mean(weighted[0], weighted[1], clusters), notes
+
+
+def _segment(item: Item) -> Segment:
+    return Segment(counts=item.counts, group=item.group, cluster=item.draw)
 
 
 def _margin(base: Comparison, margins: Margins) -> float:
@@ -227,7 +234,7 @@ def _flips(first: Mapping[str, Item], second: Mapping[str, Item]) -> tuple[Flip,
 def _with_old_scores(first: Sequence[Item], second: Sequence[Item], flips: Sequence[Flip]) -> list[Item]:
     """The second side as if what was read otherwise had kept its score."""
     ids = {flip.id for flip in flips}
-    return [replace(y, score=x.score) if y.id in ids else y for x, y in zip(first, second)]
+    return [replace(y, score=x.score, counts=x.counts) if y.id in ids else y for x, y in zip(first, second)]
 
 
 def _is_rewritten(first: Item, second: Item) -> bool:

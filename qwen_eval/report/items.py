@@ -15,11 +15,13 @@ from qwen_eval.core import JSON, ChoiceLogprobs, Completions, Record, TokenLogpr
 MAX_READING = 48  # characters of a reading or gold answer; a longer one is its beginning and a digest
 TOKENS_DIGITS = 8  # hex digits of a prompt's token ids that a baseline keeps
 BaselineRow = list[JSON]
+SCORE_DIGITS = 6  # of a score, here as in a baseline: else a third of a point would differ from itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One sample of one run. `nll` and `num_tokens` are set for scored text, `choices` (log-probabilities) for choices.
+    """One sample of one run. `nll` and `num_tokens` are set for scored text, `choices` (log-probabilities) for choices,
+    `counts` where the score is one of the whole corpus (`corpus` names it: BLEU).
 
     `answer_sha256` is of the answer before anything was read from it: equal answers with other scores were graded
     otherwise, and no chance is in that. `prompt` is the first turn's (later turns depend on the answers), empty where
@@ -39,6 +41,8 @@ class Item:
     nll: float | None = None
     num_tokens: int = 0
     choices: tuple[float, ...] = ()
+    corpus: str = ""
+    counts: tuple[int, ...] = ()
 
     @property
     def draw(self) -> str:
@@ -79,7 +83,7 @@ def item_of(record: Record) -> Item:
         id=record.sample_id,
         group=record.group,
         cluster=record.cluster,
-        score=record.grade.score,
+        score=None if record.grade.score is None else round(record.grade.score, SCORE_DIGITS),
         extracted=short_value(record.grade.extracted),
         target=short_value(record.target),
         prompt=prompt,
@@ -89,6 +93,8 @@ def item_of(record: Record) -> Item:
         nll=nll / num_scored * weight if num_scored else None,
         num_tokens=weight if num_scored else 0,
         choices=chosen[0].logprobs if chosen else (),
+        corpus=record.grade.values.get("corpus", ""),
+        counts=tuple(record.grade.values.get(record.grade.values.get("corpus", ""), ())),
     )
 
 
@@ -112,7 +118,7 @@ def choice_kl(first: Sequence[float], second: Sequence[float]) -> float:
 
 COLUMNS: dict[str, Callable[[Item], JSON]] = {
     "id": lambda item: item.id,
-    "score": lambda item: _number(item.score, 6),
+    "score": lambda item: _number(item.score, SCORE_DIGITS),
     "read": lambda item: item.extracted,
     "gold": lambda item: item.target,
     "group": lambda item: None if item.group == _folder(item.id) else item.group,  # null: what the id says
@@ -120,6 +126,8 @@ COLUMNS: dict[str, Callable[[Item], JSON]] = {
     "nll": lambda item: _number(item.nll, 6),
     "num_tokens": lambda item: item.num_tokens,
     "choices": lambda item: [_number(x, 4) for x in item.choices],
+    "corpus": lambda item: item.corpus,
+    "counts": lambda item: list(item.counts),
     "answer": lambda item: item.answer_sha256,
     "prompt": lambda item: item.prompt_digest,
     "tokens": lambda item: item.tokens_digest,
@@ -152,6 +160,7 @@ def items_from_rows(head: Mapping[str, Any], rows: Iterable[list[Any]]) -> dict[
             extracted=cells["read"], target=cells["gold"], prompt_digest=cells["prompt"], prompt_sha256=cells["tokens"],
             answer_sha256=cells["answer"], nll=_float(cells["nll"]), num_tokens=cells["num_tokens"],
             choices=tuple(-math.inf if x is None else float(x) for x in cells["choices"]),
+            corpus=cells.get("corpus", ""), counts=tuple(cells.get("counts", ())),  # older baselines have neither
         )  # fmt: skip
     return items
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_eval.corpus import Segment, group_mean, least_clusters, replicates, variance_of
 from qwen_eval.metrics import ALPHA, ratio_variance, t_quantile
 
 LEVEL = 0.03  # of the tests: at a level of 5 % every other count of false alarms would be above 5 %
@@ -126,6 +127,21 @@ def paired_perplexity(
     spread = _spread_of(diffs, [float(t) for t in num_tokens], groups)
     found = _interval(math.fsum(diffs) / total, spread, n=int(total), test="t over documents")
     return replace(found, has_own_spread=True)
+
+
+def paired_corpus(name: str, first: Sequence[Segment], second: Sequence[Segment]) -> Difference:
+    """Difference of two corpus scores (BLEU) of the same segments: a paired bootstrap over their clusters.
+
+    Both sides meet the same draws. The spread of the differences is the standard error of a t test.
+    """
+    assert [(s.group, s.cluster) for s in first] == [(s.group, s.cluster) for s in second]
+    if not first:
+        return Difference(delta=math.nan, n=0, num_clusters=0)
+    delta, num_clusters = group_mean(name, second) - group_mean(name, first), least_clusters(first)
+    variance, dof = variance_of(replicates(name, second) - replicates(name, first), first)
+    spread = _Spread(variance=variance, dof=dof, num_draws=num_clusters)
+    found = _interval(delta, spread, n=len(first), test="paired bootstrap")
+    return found if num_clusters >= MIN_DRAWS else replace(found, p_value=None, test=TOO_FEW)
 
 
 def speed_ratio(first: Sequence[float], second: Sequence[float]) -> Difference:

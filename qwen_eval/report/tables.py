@@ -89,12 +89,17 @@ def quantization(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table
     variants: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         variants[base_name(run.model)].add(run.variant)
-    kept = [run for run in runs if len(variants[base_name(run.model)]) > 1 and run.tag == "default"]
+    kept = [run for run in runs if len(variants[base_name(run.model)]) > 1 and _is_precision(run.tag)]
     if not kept:
         return []
     rows = _grid(kept, lambda run: (base_name(run.model), run.variant))
     rows.sort(key=lambda row: (row[0][0], precision_rank(row[0][1])))
     return [_wide("quantization", "Precisions of one model", rows, kept, deltas)]
+
+
+def _is_precision(tag: str) -> bool:
+    """A run that no tag sets apart, or one of `+experiment=bnb_table`."""
+    return tag == "default" or tag.startswith("precision-")
 
 
 def categories(runs: Sequence[Run]) -> list[Table]:

@@ -22,6 +22,7 @@ from qwen_eval.core import (
     HasArtifacts,
     HasNotes,
     LocatesNonFinite,
+    MayFail,
     QwenEvalError,
     Record,
     Request,
@@ -104,7 +105,8 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
         warnings += task.notes if isinstance(task, HasNotes) else ()
-        warnings += [*cut_replies(section(result["rates"])), *length_warnings(records, engine.info)]
+        warnings += cut_replies(section(result["rates"]))
+        warnings += [*length_warnings(records, engine.info), *engine.info.get("warnings", ())]
         result |= {"run": session, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
         write_artifacts(task, records, run.path)
         run.finish(result)
@@ -195,7 +197,7 @@ def ask(
     """Ask all samples together, turn by turn; graded ones go to `keep` as they are graded, beside the engine.
 
     Those that fail on non-finite numbers go to `keep_failed`; without it, EngineError at the end: they are not stored,
-    and the run is not finished.
+    and the run is not finished. EngineError at the end, too, for those that the engine gave no answer.
     """
     meter = Meter()
 
@@ -206,7 +208,7 @@ def ask(
     progress.start(task.name, total=num_done + len(samples), num_done=num_done)
     try:
         with Graders(task, store) as graders:
-            failed = _converse(engine, task, samples, graders)
+            failed, unanswered = _converse(engine, task, samples, graders)
     finally:
         progress.stop()
     if failed and keep_failed is None:
@@ -214,12 +216,20 @@ def ask(
     if keep_failed is not None:
         for sample, request in failed:
             keep_failed(sample, request)
+    if unanswered:
+        raise EngineError(no_answer(unanswered, len(samples)))
     return meter
 
 
-def _converse(engine: Engine, task: Task, samples: Sequence[Sample], graders: Graders) -> list[tuple[Sample, Request]]:
-    """Ask until every sample is finished, and hand it to the graders; returns those whose answer was not finite."""
+def _converse(
+    engine: Engine, task: Task, samples: Sequence[Sample], graders: Graders
+) -> tuple[list[tuple[Sample, Request]], list[tuple[Sample, str]]]:
+    """Ask until every sample is finished, and hand it to the graders.
+
+    Returns those whose answer was not finite, and those without an answer, each with the reason.
+    """
     failed: list[tuple[Sample, Request]] = []
+    unanswered: list[tuple[Sample, str]] = []
     upcoming: list[tuple[_Conversation, Request]] = []
 
     def advance(conversation: _Conversation) -> None:
@@ -243,8 +253,19 @@ def _converse(engine: Engine, task: Task, samples: Sequence[Sample], graders: Gr
                 continue
             conversation.turns.append(Turn(request=request, answer=answer))
             advance(conversation)
-        assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
-    return failed
+        lost = engine.failures if isinstance(engine, MayFail) else {}
+        unanswered += [(asked[index][0].sample, reason) for index, reason in sorted(lost.items())]
+        assert num_answers + len(lost) == len(asked), f"{num_answers} answers to {len(asked)} requests"
+    return failed, unanswered
+
+
+def no_answer(unanswered: Sequence[tuple[Sample, str]], num_asked: int) -> str:
+    """How many samples the engine gave no answer, why the first has none, and the way out."""
+    sample, reason = unanswered[0]
+    return (
+        f"{len(unanswered)} of {num_asked} samples have no answer ({sample.id}: {reason}); "
+        "the others are stored, the same command asks for the rest"
+    )
 
 
 def failure(engine: Engine, failed: Sequence[tuple[Sample, Request]], num_asked: int) -> str:

@@ -228,7 +228,10 @@ class ChoiceTask(ABC):
         answer, letters = turns[0].answer, option_letters(sample.data)
         if isinstance(answer, ChoiceLogprobs):
             values = letter_values(answer, letters)
-            return self._grade(sample, letters[answer.best], official_letter(answer, letters), values=values)
+            letter = letters[answer.best] if answer.is_decided else None
+            symptoms: tuple[str, ...] = () if answer.is_decided else ("no_answer",)
+            official = official_letter(answer, letters)
+            return self._grade(sample, letter, official, values=values, symptoms=symptoms)
         assert isinstance(answer, Completions), answer
         letter = concluded_letter(answer.text, [sample.data[x] for x in letters], letters="".join(letters))
         official = self.official_letter(answer.text, sample.data)

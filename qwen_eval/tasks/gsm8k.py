@@ -1,6 +1,7 @@
 """GSM8K: grade-school arithmetic, exact match on the final number (https://arxiv.org/abs/2110.14168).
 
-Base models get the official eight worked examples; chat models the bare question, or four examples with `shots=4`.
+Base models get the official eight worked examples; chat models the bare question, up to four examples in one message
+(`shots=4`, the official script's), or up to eight as earlier turns (`shots=8`, as OpenCompass asks).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from qwen_eval.config import TaskSpec
-from qwen_eval.core import ConfigError, DataError, Grade, Prompt, Sample, Turn
+from qwen_eval.core import ConfigError, DataError, Grade, Message, Prompt, Sample, Turn
 from qwen_eval.data.sources import Source
 from qwen_eval.extraction.numbers import (
     UPSTREAM_GOLD,
@@ -26,6 +27,8 @@ from qwen_eval.tasks.generation import GenerativeTask, prompt_text
 
 BASE_QUERY = "\nQuestion: {question}\nLet's think step by step\n"
 CHAT_QUERY = "Question: {question}\nLet's think step by step"
+TURN_QUERY = CHAT_QUERY + "\nAnswer:"  # OpenCompass's, whose examples are turns
+OFFICIAL_CHAT_SHOTS = 4  # of the official chat script, in one message
 UPSTREAM_CUTS = ("<|endoftext|>", "\n\n\n", "\n\n", "Question:")
 STOPS = ("Question:", "\n\n\n")  # both are among the official cuts, so the official reading stays the same
 
@@ -35,7 +38,7 @@ class Spec(TaskSpec):
     name: str = "gsm8k"
     hub_id: str | None = "openai/gsm8k"
     split: str = "test"
-    shots: int = -1  # -1: the official number, 8 for base models and 0 in chats
+    shots: int = -1  # -1: the official number, 8 for base models and 0 in chats; chats take up to 8
     max_new_tokens: int = 512
 
 
@@ -65,6 +68,8 @@ class Gsm8k(GenerativeTask[Spec]):
             return Prompt.raw(_examples("gsm8k_8shot.txt", self.shots) + BASE_QUERY.replace("{question}", question))
         if self.shots == 0:
             return Prompt.user(question)
+        if self.shots > OFFICIAL_CHAT_SHOTS:
+            return Prompt(messages=(*_turns(self.shots), Message(role="user", content=_asked(question))))
         return Prompt.user(_examples("gsm8k_4shot.txt", self.shots) + CHAT_QUERY.replace("{question}", question))
 
     def stops(self) -> tuple[str, ...]:
@@ -90,6 +95,20 @@ class Gsm8k(GenerativeTask[Spec]):
             return read, upstream_chat_equal(read, upstream_chat_number(sample.data["answer"]))
         number = upstream_base_number(cut(text, UPSTREAM_CUTS))
         return str(number), number == upstream_base_gold(sample.data["answer"])
+
+
+def _asked(question: str) -> str:
+    return TURN_QUERY.replace("{question}", question)
+
+
+def _turns(shots: int) -> list[Message]:
+    """The first `shots` of the official eight examples, each asked and answered in a turn."""
+    turns: list[Message] = []
+    for example in _examples("gsm8k_8shot.txt", shots).strip().split("\n\nQuestion:"):
+        question, _, answer = example.removeprefix("Question:").partition("\nLet's think step by step\n")
+        turns.append(Message(role="user", content=_asked(question.strip())))
+        turns.append(Message(role="assistant", content=answer.strip()))
+    return turns
 
 
 def _examples(file: str, shots: int) -> str:

@@ -25,6 +25,10 @@ TASKS = {
     "bbh": "qwen_eval.tasks.bbh:Bbh",
     "long_ppl": "qwen_eval.tasks.long_ppl:LongPpl",
     "needle": "qwen_eval.tasks.needle:Needle",
+    "vcsum": "qwen_eval.tasks.vcsum:Vcsum",
+    "leval": "qwen_eval.tasks.leval:Leval",
+    "wmt22": "qwen_eval.tasks.wmt22:Wmt22",
+    "wmt22_sacrebleu": "qwen_eval.tasks.wmt22:Wmt22",
     "nano": "qwen_eval.tasks.nano:Nano",
 }
 
@@ -52,6 +56,14 @@ class TaskContext:
         if not found:
             raise ConfigError("task.sampling=checkpoint: the engine knows no generation_config.json; use sampling=task")
         return Sampling(**found, seed=spec.seed)
+
+    def prompt_limit(self, asked: int | None, new_tokens: int) -> int | None:
+        """The most tokens of a prompt: as asked, else what the checkpoint states less the reply; None: unknown.
+
+        At least half of what it states: the room to think may be as large as all of it.
+        """
+        stated = self.model_facts.get("max_length")
+        return asked if asked is not None or not stated else max(int(stated) - new_tokens, int(stated) // 2, 1)
 
     def required_tokenizer(self, task: str, why: str) -> Tokenizer:
         """The tokenizer, for tasks that count in tokens. Raises ConfigError where the engine has none."""
