@@ -240,7 +240,7 @@ def test_another_protocol_reads_no_answer_again(tmp_path: Path, monkeypatch: pyt
         protocol: run_with(spec(tmp_path, protocol=protocol, run_dir=str(tmp_path / protocol)), FakeEngine())
         for protocol in ("robust", "upstream")
     }
-    grades = [[record.grade for record in load_run(tmp_path / protocol).records] for protocol in outcomes]
+    grades = [[record.grade for record in load_run(tmp_path / protocol).stored_records] for protocol in outcomes]
     assert grades[0] == grades[1]
     assert outcomes["robust"].metrics["accuracy"].value < outcomes["upstream"].metrics["accuracy"].value == 1.0
     monkeypatch.setattr(toy.Toy, "grade", None)
