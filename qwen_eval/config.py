@@ -81,6 +81,7 @@ class EngineSpec:
     max_batch_tokens: int | None = None  # tokens of one scoring forward; None: from the cost model
     max_batch_size: int | None = None  # sequences of one batch or generation slots; None: from the cost model
     prefill_chunk: int = 1024  # tokens of one chunk of a long prefill
+    kernels: str = "auto"  # of CUDA: auto compiles and captures where it can | plain | triton
     memory_fraction: float = 0.85  # of the free memory that weights, cache and activations may take
     num_threads: int | None = None
     server: str = "openai"  # openai engine: what kind of server answers, which decides how it is asked
@@ -154,6 +155,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.data": ("auto", "bundled", "hub"),
     "task.mode": ("auto", "base", "chat"),
     "task.sampling": SAMPLING,
+    "engine.kernels": ("auto", "plain", "triton"),
     "engine.name": ("native", "hf", "openai", "vllm", "fake"),
     "engine.executor": ("auto", "mp", "ray", "uni"),
     "engine.server": ("openai", "vllm", "sglang", "llama-server", "dashscope"),

@@ -274,3 +274,27 @@ def test_cuda_multiplies_like_the_exact_weight(layout: Mapping[str, Any]) -> Non
         x = torch.randn(rows, weight.shape[1]).bfloat16()
         exact = F.linear(x.float(), weight, tensors["bias"].float())
         assert relative(linear(x.cuda()).cpu(), exact) < 6e-3
+
+
+def secret_pack(q_NK: Tensor, tiles: int, order: Tensor) -> Tensor:
+    """A layout like tinygemm's on CUDA: tiles of 8 outputs, their codes in an order that only the packer knows."""
+    num, inputs = q_NK.shape
+    blocks = q_NK.view(num // 8, 8, inputs // (16 * tiles), 16 * tiles).transpose(1, 2).flatten(2)
+    nibbles = blocks[:, :, order].long().view(num // 8, inputs // (16 * tiles), 32, tiles // 2, 8)
+    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+def test_the_layout_of_packed_tiles_is_found_out(tiles: int) -> None:
+    draw = torch.Generator().manual_seed(tiles)
+    order = torch.randperm(8 * 16 * tiles, generator=draw)
+    learnt = kernels.learn_order(lambda q: secret_pack(q, tiles, order), 16 * tiles)
+    q_NK = torch.randint(0, 16, (40, 48 * tiles), generator=draw)
+    assert torch.equal(kernels.unpack_tiles(secret_pack(q_NK, tiles, order), learnt).t(), q_NK.to(torch.uint8))
+
+
+@pytest.mark.parametrize(("dense_s", "limit"), [(0.0, 8), (1.6e-3, 16), (64e-4, 64), (1.0, None)])
+def test_the_rows_of_the_packed_kernel_follow_the_measurement(dense_s: float, limit: int | None) -> None:
+    found = kernels.crossover(lambda is_dense, rows: dense_s if is_dense else rows * 1e-4)
+    assert found == limit

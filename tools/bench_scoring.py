@@ -33,13 +33,13 @@ torch.set_num_threads(request["threads"])
 engine = open_engine(EngineSpec(), ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"]))
 asks = [Choose(prompt=Prompt.raw(q["prompt"]), choices=(" A", " B", " C", " D")) for q in request["questions"]]
 list(engine.run(asks[:8]))
-engine.scorer.computed_tokens = 0
+engine.scorer.counters.computed_tokens = 0
 start = time.perf_counter()
 found = dict(engine.run(asks))
 seconds = time.perf_counter() - start
 params = sum(p.numel() for n, p in engine.forward.model.named_parameters() if n.startswith("layers."))
 json.dump({{"seconds": seconds, "logprobs": [found[i].logprobs for i in range(len(asks))],
-           "computed": engine.scorer.computed_tokens, "params": params}}, open(request["result"], "w"))
+           "computed": engine.scorer.counters.computed_tokens, "params": params}}, open(request["result"], "w"))
 """
 
 LM_EVAL = (

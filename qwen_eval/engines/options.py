@@ -23,6 +23,7 @@ TUNED_BY = {
     "max_batch_tokens": ("native", "vllm"),
     "max_batch_size": ("native", "hf", "vllm"),
     "prefill_chunk": ("native",),
+    "kernels": ("native",),
     "memory_fraction": ("native", "vllm"),
     "num_threads": ("native", "hf"),
     "base_url": ("openai",),

@@ -50,6 +50,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     check_vocabulary(tokenizer, config, directory)
     fingerprint = model_fingerprint(spec, directory)  # before the weights: a file replaced meanwhile is not these
     model = _weights(spec, directory, config, placement)
+    kernels.choose_rows(model.modules())
     is_int8 = spec.kv_cache == "int8"
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if is_int8 else PlainCodec(placement.dtype)
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.dense import Linear
+from qwen_eval.models.fused import rms_norm, silu_product, stretch
 from qwen_eval.models.rope import Rotation
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (name, in features, out features, bias)
@@ -48,8 +49,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SplitLinear(nn.Module):
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             q, rotation = q[rows], rotation.rows(rows)
         q = rotation.turn(q)
         if rotation.logn is not None:
-            q = (q.float() * rotation.logn[:, None, None]).to(q.dtype)
+            q = stretch(q, rotation.logn)
         out: Tensor = self.o(attend(layer, q, k, v).flatten(1))
         return out
 
@@ -99,7 +99,7 @@ class MLP(nn.Module):
         self.down = make_linear(f"{name}.down", width, size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(nn.functional.silu(self.gate(x), inplace=True).mul_(self.up(x)))
+        out: Tensor = self.down(silu_product(self.gate(x), self.up(x)))
         return out
 
 

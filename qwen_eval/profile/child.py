@@ -23,7 +23,7 @@ import torch
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, QwenEvalError, Sampling
 from qwen_eval.engines.native.generation import Generator, Row
-from qwen_eval.engines.native.scoring import is_out_of_memory
+from qwen_eval.engines.native.scheduler import Counters, is_out_of_memory
 from qwen_eval.models.config import read_fields
 from qwen_eval.models.device import DTYPES, Device, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
@@ -117,21 +117,21 @@ def runner(
     opened: Opened, spec: ProfileSpec, cell: GridCell, clock: Callable[[], float] = time.perf_counter
 ) -> Callable[[int], Repetition]:
     """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early."""
+    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.device))
+
+    def step(num_rows: int, counters: Counters) -> None:
+        if counters.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
+            raise MemoryError(f"{cell.batch} sequences do not fit at once")
+        recorder.step(num_rows)
+
     generator = Generator(
         opened.forward,
         opened.tokenizer,
         share=False,
         max_slots=cell.batch,
         prefill_tokens=spec.max_batch_tokens,
+        on_step=step,
     )
-    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.device))
-
-    def step(num_rows: int) -> None:
-        if generator.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
-            raise MemoryError(f"{cell.batch} sequences do not fit at once")
-        recorder.step(num_rows)
-
-    generator.on_step = step
     prompt = tuple(opened.tokenizer.encode(PROMPT)[:1]) * cell.prompt_tokens
     sampling = published_sampling(spec) if spec.method == "readme" else Sampling()
 

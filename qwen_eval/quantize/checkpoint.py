@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
+from qwen_eval.models.attend import PackedAttend
 from qwen_eval.models.attention import choose_kernel
 from qwen_eval.models.checkpoint import TensorFiles, checkpoint_names
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.kv_cache import PackedAttend, PlainCodec
+from qwen_eval.models.kv_cache import PlainCodec
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Block, dense_linear
 from qwen_eval.quantize import gptq as gptq_quantize
@@ -111,8 +112,8 @@ class Calibration:
         for lengths, hidden in zip(self.lengths, self.hidden):
             codec = PlainCodec(self.dtype)
             attend = PackedAttend(self.config, codec, lengths, kernel=self.kernel, device=self.device)
-            counts = torch.tensor(lengths)
-            rotations = self.rope.rotations(attend.own_position_N, counts.repeat_interleave(counts).to(self.device))
+            totals = [length for length in lengths for _ in range(length)]
+            rotations = self.rope.rotations(attend.positions_N, totals, attend.end)
             yield block(hidden, layer, rotations[layer], attend, None)
 
 

@@ -273,6 +273,7 @@ def build_linear(
     The module has `.kernel` and `.weight_bytes`. In fp32 it is always the exact dequantized weight.
     """
     device = torch.device(device)
+    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}  # unpacked there: a GPU does it in passing
     codes = unpack(tensors, config, name=name)
     bias = tensors.get("bias")
     if kernels.has_packed(dtype, device):
