@@ -15,6 +15,7 @@ import pytest
 from qwen_eval import __main__ as evaluation
 from qwen_eval import cli, config
 from qwen_eval.profile import config as profile_config
+from qwen_eval.profile import finetune
 from qwen_eval.report import __main__ as report
 from qwen_eval.report.commands import EVAL, PROFILE, command
 from qwen_eval.report.gate import gate
@@ -100,8 +101,11 @@ def test_every_command_of_the_ledger_is_one() -> None:
     for line in kinds.values():
         words = [word for word in shlex.split(line)[3:] if not word.startswith("model=")]
         if line.startswith(PROFILE):
-            name, schema, check = "profile", profile_config.ProfileSpec, profile_config.check
-            assert cli.run([*words, "model=qwen-nano"], config_name=name, schema=schema, job=check) == 0, line
+            plain = ("profile", profile_config.ProfileSpec, profile_config.check)
+            tuned = ("finetune", finetune.FinetuneSpec, finetune.check)
+            name, schema, check = tuned if "mode=finetune" in words else plain
+            argv = [*words, "model=qwen-nano"]
+            assert cli.run(argv, config_name=name, schema=schema, job=check) == 0, line  # type: ignore[arg-type]
         else:
             words = [word for word in words if not word.startswith("model.")]
             argv = [*words, "model=qwen-nano"]

@@ -74,7 +74,11 @@ class Handler(BaseHTTPRequestHandler):
             if "messages" in body:
                 rows = [{"token": token, "logprob": value, "bytes": None} for token, value in tops.items()]
                 content = [{"token": "A", "logprob": -0.5, "bytes": None, "top_logprobs": rows}] if tops else None
-                choice |= {"message": {"role": "assistant", "content": said}, "logprobs": {"content": content}}
+                message: dict[str, Any] = {"role": "assistant", "content": said}
+                if "tools" in body and "weather" in text:
+                    function = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+                    message |= {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+                choice |= {"message": message, "logprobs": {"content": content}}
             else:
                 choice |= {"text": said, "logprobs": {"top_logprobs": [tops]} if tops else None}
             chosen.append(choice)
@@ -113,6 +117,14 @@ def test_texts_come_back_to_their_requests_with_many_in_flight(server: Server) -
     assert path == "/v1/chat/completions"
     assert (body["model"], body["max_tokens"], body["temperature"], body["stop"]) == ("Qwen/X", 9, 0.0, [" STOP"])
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
+
+
+def test_calls_that_the_server_has_read_are_put_back_into_the_text(server: Server) -> None:
+    tool = json.dumps({"type": "function", "function": {"name": "get_weather", "parameters": {}}})
+    prompt = Prompt(messages=(Message(role="user", content="weather?"),), tools=(tool,))
+    ((_, answer),) = engine_at(server).run([Generate(prompt=prompt, max_new_tokens=4)])
+    assert isinstance(answer, Completions)
+    assert answer.text == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
 def test_raw_text_goes_to_the_completions_endpoint(server: Server) -> None:

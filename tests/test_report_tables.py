@@ -362,3 +362,23 @@ def test_the_commands_of_the_documentation_compose(tmp_path: Path, capsys: pytes
     assert main([f"runs={tmp_path}", f"out={tmp_path / 'a.md'},{tmp_path / 'a.csv'}"]) == 0
     assert (tmp_path / "a.md").read_text().startswith("### Models × tasks")
     assert capsys.readouterr().err == ""
+
+
+def test_each_published_number_of_an_agent_stands_beside_the_metric_of_its_name_and_mode(tmp_path: Path) -> None:
+    scores = {"code": 0.8, "tool_selection": 0.9, "tool_used": 0.95}
+    metrics = {name: Metric(value=value, n=47) for name, value in scores.items()}
+    write_run(tmp_path, answered([1.0, 0.0]), task="hf_agent_chat", metrics=metrics)
+    tools = {"tool_selection": Metric(value=0.9, n=20), "false_positive_error": Metric(value=0.2, n=10)}
+    write_run(tmp_path, answered([1.0, 0.0]), task="plugin", metrics=tools)
+    write_run(
+        tmp_path, answered([1.0, 0.0]), task="code_interpreter", metrics={"math_accuracy": Metric(value=0.4, n=9)}
+    )
+    (table,) = published_tables(find_runs([tmp_path]))
+    rows = [dict(zip(table.columns, row)) for row in shown(table)]
+    printed = {row["benchmark"]: row["published"] for row in rows}
+    assert printed["hf_agent code (chat)"] == "85.1"
+    assert printed["hf_agent tool_used (chat)"] == "94.7"
+    assert not any("(run)" in benchmark for benchmark in printed)
+    assert printed["tool_use tool_selection_acc (20231206)"] == "95.5%"
+    assert printed["code_interpreter math_accuracy (20231206)"]
+    assert any("published rows are not public" in row["what differs"] for row in rows)

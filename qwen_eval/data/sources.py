@@ -88,6 +88,10 @@ class Source:
         """Decoded text without a byte-order mark; `.gz` is unpacked."""
         return self._load(*candidates)[1]
 
+    def content(self, *candidates: str) -> bytes:
+        """The bytes of a file that is no text: an input of a question."""
+        return self._read(*candidates)[1]
+
     def json(self, *candidates: str) -> Any:
         name, text = self._load(*candidates)
         try:

@@ -16,6 +16,7 @@ Without a checkpoint:          python -m qwen_eval.profile model=qwen-7b-chat mo
 What will it take?             python -m qwen_eval.profile plan=true model=qwen-72b-chat-int4 seq=8192
 The published protocol:        python -m qwen_eval.profile profile=readme model=qwen-7b-chat
 The tables of the int8 cache:  python -m qwen_eval.profile profile=kv_batch model=qwen-7b-chat
+Fine-tuning:                   python -m qwen_eval.profile mode=finetune method=lora,lora_emb,qlora,full seq=256,512
 Several models:                python -m qwen_eval.profile -m model=qwen-1.8b,qwen-7b seq=2048,8192
 Every key with its value:      python -m qwen_eval.profile --cfg job
 """
@@ -24,6 +25,10 @@ Every key with its value:      python -m qwen_eval.profile --cfg job
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if any(argument.partition("=")[2] == "finetune" for argument in argv if argument.startswith("mode=")):
+        from qwen_eval.profile.finetune import FinetuneSpec, finetune
+
+        return cli.run(argv, config_name="finetune", schema=FinetuneSpec, job=finetune, usage=USAGE)
     return cli.run(argv, config_name="profile", schema=ProfileSpec, job=profile, usage=USAGE)
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,11 @@ def _say(spec: ProfileSpec, line: str) -> None:
 # --- a cell's own process --------------------------------------------------------------------------------------------
 
 
-def in_child(spec: ProfileSpec, cell: GridCell) -> dict[str, Any]:
-    """The row of one cell, from `python -m qwen_eval.profile.child`; how it ended when it ended without one."""
+def in_child(spec: Any, cell: Any, child: Sequence[str] | None = None) -> dict[str, Any]:
+    """The row of one cell, from the program `child`; how it ended when it ended without one. Both are dataclasses."""
     job = {"parent": os.getpid(), "spec": dataclasses.asdict(spec), "cell": dataclasses.asdict(cell)}
-    command, pipe = [sys.executable, *CHILD], subprocess.PIPE
-    child = subprocess.Popen(
+    command, pipe = [sys.executable, *(child or CHILD)], subprocess.PIPE
+    process = subprocess.Popen(
         command,
         stdin=pipe,
         stdout=pipe,
@@ -138,12 +138,12 @@ def in_child(spec: ProfileSpec, cell: GridCell) -> dict[str, Any]:
         preexec_fn=os.setpgrp,
     )
     try:
-        reply, said = child.communicate(json.dumps(job).encode(), timeout=spec.timeout_s)
+        reply, said = process.communicate(json.dumps(job).encode(), timeout=spec.timeout_s)
     except subprocess.TimeoutExpired:
         return {"status": "timed out", "reason": f"not done after timeout_s={spec.timeout_s:g}"}
     finally:
-        _end(child)
-    return _row(child.returncode, reply, said.decode(errors="replace"))
+        _end(process)
+    return _row(process.returncode, reply, said.decode(errors="replace"))
 
 
 def _row(returncode: int, reply: bytes, said: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen_eval.core import JSON
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.measure import median
+from qwen_eval.report.finetune import finetune_tables
 from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, with_runs
 from qwen_eval.runs.fields import section
@@ -35,7 +36,7 @@ def profile_tables(runs: Sequence[Run]) -> list[Table]:
     if not any(profile_cells(run) for run in runs):
         return []
     explained = [_ceilings(runs)] if any("status" in cell for _, cell in _all(runs)) else []
-    return [_cells(runs), *explained, *_layouts(runs)]
+    return [_cells(runs), *explained, *_layouts(runs), *finetune_tables(runs)]
 
 
 def _cells(runs: Sequence[Run]) -> Table:
@@ -153,7 +154,7 @@ def _pivot(
     held: dict[tuple[str, ...], dict[tuple[tuple[int, ...], str], Cell]] = {}
     owners: dict[tuple[str, ...], Run] = {}
     for run, cell in found:
-        if cell.get("mode"):
+        if cell.get("mode") and cell["mode"] != "finetune":  # has tables of its own
             key = (_label(run), run.variant, _cache(cell), _device(run), str(run.path))
             held.setdefault(key, {})[column_of(cell)] = shown(cell)
             owners[key] = run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,17 @@ def _text(row: Mapping[str, JSON]) -> tuple[str, bool]:
     text = message.get("content")
     if text is not None and not isinstance(text, str):
         raise Fault("a message whose content is no text")
-    return text or "", bool(message.get("refusal"))
+    calls = [_call(call) for call in _list(message.get("tool_calls") or [], "tool_calls")]
+    return "\n".join([*([text] if text else []), *calls]), bool(message.get("refusal"))
+
+
+def _call(found: JSON) -> str:
+    """A call that the server has read out of the text, put back as Qwen writes it."""
+    function = _mapping(_mapping(found, "a call").get("function"), "a function")
+    name, arguments = function.get("name"), function.get("arguments") or "{}"
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise Fault("a call whose name or arguments are no text")
+    return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
