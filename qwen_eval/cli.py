@@ -1,6 +1,6 @@
-"""The door: Hydra composes `conf/`, plain dataclasses go in, every mistake of the user comes out as one line.
+"""The command line: Hydra composes `conf/` into plain dataclasses; every mistake of the user is reported in one line.
 
-No module behind this one sees Hydra or OmegaConf, and torch is not imported before the configuration is valid.
+Other modules do not use Hydra or OmegaConf. Torch is not imported before the configuration is valid.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def groups_text() -> str:
 
 
 def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage: str = "") -> int:
-    """Compose `conf/<config_name>.yaml` with the overrides in `argv` and call `job` with each cell, a `schema` object.
+    """Compose `conf/<config_name>.yaml` with the overrides in `argv`; call `job` with the `schema` object of each cell.
 
     Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C. In a grid (-m)
-    a cell that fails does not take the others with it.
+    the other cells still run when one fails.
     """
     failures: list[str] = []
     if usage and {"-h", "--help"} & set(argv):
@@ -70,7 +70,7 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
         arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))
         _hydra(arguments, config_name, lambda config: _cell(config, job, schema, failures))
     except KeyboardInterrupt:
-        print("interrupted; what was graded is kept, the same command goes on", file=sys.stderr)
+        print("interrupted; graded samples are kept, the same command resumes the run", file=sys.stderr)
         return 130
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
@@ -80,34 +80,62 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
 
 
 def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.core.hydra_config import HydraConfig
 
     try:
         refuse_doubled(sys.argv[1:])
-        refuse_unknown_keys(config)
-        try:
-            spec: Any = OmegaConf.to_object(config)
-        except OmegaConfBaseException as error:
-            raise ConfigError(explain(error, schema)) from error
-        _settle_model(spec)
-        job(spec)
+        job(_settings(config, schema, HydraConfig.get()))
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
 
 
-def _settle_model(spec: Any) -> None:
-    """A checkpoint given by its place alone gets its name and form from there, and a named one must be that model."""
-    from hydra.core.hydra_config import HydraConfig
+def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
+    """The settings of the command with these overrides, a `schema` object, for calls from Python.
 
+    Raises a QwenEvalError for every mistake that the command reports; prints nothing.
+    """
+    import hydra
+    from omegaconf import OmegaConf, open_dict
+
+    _register(config_name, schema, [conf_dir()])
+    arguments = bracket_lists(overrides, list_keys(schema, tasks=TASKS))
+    refuse_doubled(arguments)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            config = hydra.compose(config_name, overrides=arguments, return_hydra_config=True)
+    except Exception as error:
+        raise ConfigError(explain(error, schema)) from error
+    known = config.hydra
+    OmegaConf.set_readonly(config, False)
+    with open_dict(config):
+        del config["hydra"]
+    return _settings(config, schema, known)
+
+
+def _settings(config: Any, schema: type, hydra_config: Any) -> Any:
+    """A composed configuration as a `schema` object; ConfigError for an unknown key or an invalid value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    refuse_unknown_keys(config)
+    try:
+        spec: Any = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, schema)) from error
+    _settle_model(spec, hydra_config.overrides.task, hydra_config.runtime.choices.get("model"))
+    return spec
+
+
+def _settle_model(spec: Any, overrides: Iterable[str], chosen: str | None) -> None:
+    """A checkpoint given by its path alone gets its name and chat form from its files; a named one must match them."""
     model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
     model_at = engine_kind(engine.name).model_at if isinstance(engine, EngineSpec) else "checkpoint"
     if not isinstance(model, ModelSpec) or model_at == "nowhere":
         return
     check_values(spec)  # before anything is looked for, let alone fetched
     quant_format(model.quant)
-    given = {_key(override) for override in HydraConfig.get().overrides.task}
-    if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
+    given = {_key(override) for override in overrides}
+    if chosen != DEFAULT_MODEL:
         given.add("model")  # by an experiment
     if model_at == "checkpoint":
         spec.model = settle(model, frozenset(given))
@@ -219,7 +247,7 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
     if name in TEXTS and value and value != "null" and value[0] not in "'\"":
-        return f"{key}={_quote_sentence(value)}"
+        return f"{key}={quoted(value)}"
     if not equals or not PLAIN_KEY.fullmatch(key):
         return argument
     is_plain = value and value != "null" and not value.startswith(("[", "{", "${", "choice(", "range("))
@@ -228,14 +256,14 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     return f"{key}={_quote(value)}"
 
 
-def _quote_sentence(value: str) -> str:
+def quoted(value: str) -> str:
     """In Hydra's quotes: backslashes are doubled only before a quote, where they would escape it."""
     escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def _quote(value: str) -> str:
-    """Quoted where Hydra's grammar would stumble over a letter of another alphabet, a space or "=": `数据/ceval`."""
+    """Quoted if Hydra's grammar does not accept a character: another alphabet, a space, "=": `数据/ceval`."""
     return f"'{value}'" if FOREIGN.search(value) and not SYNTAX.search(value) else value
 
 
@@ -251,7 +279,7 @@ def model_first(argv: Sequence[str]) -> list[str]:
 
 
 def cell_tag(tag: str) -> str:
-    """In a grid: what is swept beside task and model must show in the name of the run directory, else cells collide."""
+    """In a grid: the tag with every swept key but task and model, so that each cell has its own run directory."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
@@ -265,7 +293,7 @@ def cell_tag(tag: str) -> str:
     return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in overrides)])
 
 
-# --- what Hydra lets pass ------------------------------------------------------------------------------------------
+# --- mistakes that Hydra accepts -------------------------------------------------------------------------------------
 
 
 def _key(override: str) -> str:
@@ -274,7 +302,7 @@ def _key(override: str) -> str:
 
 
 def refuse_doubled(argv: Sequence[str]) -> None:
-    """ConfigError for a key that is given twice: Hydra lets the last one win without a word."""
+    """ConfigError for a key that is given twice: Hydra would silently use the last one."""
     given: dict[str, str] = {}
     for argument in argv:
         if "=" not in argument or argument.startswith("-"):
@@ -288,7 +316,7 @@ def refuse_doubled(argv: Sequence[str]) -> None:
 def refuse_unknown_keys(config: Any) -> None:
     """ConfigError for a key that no schema has, however it was written: `+key=`, `++key=`, a yaml of an experiment.
 
-    And for a value from the environment: every setting is recorded, which would put it on record.
+    Also for a value from the environment: settings are recorded, and it may be a secret.
     """
     for key, value in _leaves(config, ""):
         if isinstance(value, str) and FROM_ENVIRONMENT.search(value):

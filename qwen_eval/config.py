@@ -1,7 +1,7 @@
-"""Schemas of the configuration: plain dataclasses that Hydra fills once, at the door (`cli.py`). No torch here.
+"""Schemas of the configuration: plain dataclasses that Hydra fills once, in `cli.py`. No torch here.
 
-A variant is a yaml diff in `conf/`; a key that is not here does not exist. Task schemas stand beside their tasks and
-derive from `TaskSpec`.
+A variant is a yaml file in `conf/`; only keys defined here exist. The schema of a task is in the task's file and
+derives from `TaskSpec`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class EvalSpec:
     quiet: bool = False
 
 
-# --- rules a type cannot say -----------------------------------------------------------------------------------------
+# --- rules that types do not express ---------------------------------------------------------------------------------
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,

@@ -85,7 +85,7 @@ class TuningCost:
         c, e = self.config, ELEMENT_BYTES[self.dtype]
         held = self.seq * c.hidden_size * e * c.num_layers if self.checkpointing else c.num_layers * self.layer_bytes
         backward = self.seq * 4 * e * c.mlp_size + (self.layer_bytes if self.checkpointing else 0)
-        if self.quant != "none":  # one weight, dequantised for its product
+        if self.quant != "none":  # one weight, dequantized for its product
             backward += e * c.hidden_size * c.mlp_size
         head = min(self.seq, LOSS_CHUNK) * c.vocab_size * (2 * e + 8)
         return held + max(backward, head)

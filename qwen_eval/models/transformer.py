@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """q, k and v as separate (quantised) linears, concatenated."""
+    """q, k and v as separate (quantized) linears, concatenated."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()

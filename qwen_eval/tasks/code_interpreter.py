@@ -190,7 +190,7 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
         if sample.group == MATH:
             return self._graded_math(sample, turns, episode)
         is_executable = self._is_executable(sample, episode)
-        values: dict[str, JSON] = {**_told(episode), "executable": is_executable}
+        values: dict[str, Any] = {**_told(episode), "executable": is_executable}
         score: float | None = is_executable
         if sample.group in VISUAL:
             values |= self._judged(sample, episode)

@@ -191,8 +191,8 @@ class OpenAiEngine:
 
         return await self._client.ask(path, {"model": self._api_model, **body}, counted)
 
-    def _chat(self, prompt: Prompt) -> dict[str, JSON]:
-        body: dict[str, JSON] = {"messages": api_messages(with_system(prompt.messages, self._system))}
+    def _chat(self, prompt: Prompt) -> dict[str, Any]:
+        body: dict[str, Any] = {"messages": api_messages(with_system(prompt.messages, self._system))}
         if self._thinking != "auto":
             body |= self._server.thinking_body(THINKING_SWITCH, self._thinking == "on")
         if prompt.tools:
