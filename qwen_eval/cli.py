@@ -1,11 +1,12 @@
-"""The door: Hydra composes `conf/`, plain dataclasses go in, every mistake of the user comes out as one line.
+"""The command line: Hydra composes `conf/` into plain dataclasses; every mistake of the user is reported in one line.
 
-No module behind this one sees Hydra or OmegaConf, and torch is not imported before the configuration is valid.
+Other modules do not use Hydra or OmegaConf. Torch is not imported before the configuration is valid.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -16,6 +17,11 @@ from typing import Any, NoReturn
 
 from qwen_eval.config import EngineSpec, ModelSpec, check_values, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
+from qwen_eval.engines.kinds import ENGINES
+from qwen_eval.engines.kinds import kind as engine_kind
+from qwen_eval.engines.kinds import kinds as engine_kinds
+from qwen_eval.models.naming import anonymous, settle
+from qwen_eval.models.quant.formats import quant_format
 from qwen_eval.tasks.registry import TASKS, task_class
 from qwen_eval.terminal import plain_text
 
@@ -42,26 +48,29 @@ def conf_dir() -> Path:
 def groups_text() -> str:
     """The options of every group of `conf/`, one group a line."""
     folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
-    options = {folder.name: ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) for folder in folders}
+    known = {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
+    known["task"] |= set(TASKS)
+    known["engine"] |= set(ENGINES)
+    options = {name: ", ".join(sorted(names)) for name, names in known.items()}
     return "\n".join(f"{name}: {listed}" for name, listed in options.items() if listed)
 
 
 def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage: str = "") -> int:
-    """Compose `conf/<config_name>.yaml` with the overrides in `argv` and call `job` with each cell, a `schema` object.
+    """Compose `conf/<config_name>.yaml` with the overrides in `argv`; call `job` with the `schema` object of each cell.
 
     Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C. In a grid (-m)
-    a cell that fails does not take the others with it.
+    the other cells still run when one fails.
     """
     failures: list[str] = []
     if usage and {"-h", "--help"} & set(argv):
         print(usage.strip(), groups_text(), sep="\n\n")  # Hydra takes two seconds to list what a directory lists
         return 0
     try:
-        _register(config_name, schema)
+        _register(config_name, schema, [conf_dir(), *_given_folders(argv)])
         arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))
         _hydra(arguments, config_name, lambda config: _cell(config, job, schema, failures))
     except KeyboardInterrupt:
-        print("interrupted; what was graded is kept, the same command goes on", file=sys.stderr)
+        print("interrupted; graded samples are kept, the same command resumes the run", file=sys.stderr)
         return 130
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
@@ -71,38 +80,66 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
 
 
 def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.core.hydra_config import HydraConfig
 
     try:
         refuse_doubled(sys.argv[1:])
-        refuse_unknown_keys(config)
-        try:
-            spec: Any = OmegaConf.to_object(config)
-        except OmegaConfBaseException as error:
-            raise ConfigError(explain(error, schema)) from error
-        _settle_model(spec)
-        job(spec)
+        job(_settings(config, schema, HydraConfig.get()))
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
 
 
-def _settle_model(spec: Any) -> None:
-    """A checkpoint given by its place alone gets its name and form from there, and a named one must be that model."""
-    from hydra.core.hydra_config import HydraConfig
+def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
+    """The settings of the command with these overrides, a `schema` object, for calls from Python.
 
+    Raises a QwenEvalError for every mistake that the command reports; prints nothing.
+    """
+    import hydra
+    from omegaconf import OmegaConf, open_dict
+
+    _register(config_name, schema, [conf_dir()])
+    arguments = bracket_lists(overrides, list_keys(schema, tasks=TASKS))
+    refuse_doubled(arguments)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            config = hydra.compose(config_name, overrides=arguments, return_hydra_config=True)
+    except Exception as error:
+        raise ConfigError(explain(error, schema)) from error
+    known = config.hydra
+    OmegaConf.set_readonly(config, False)
+    with open_dict(config):
+        del config["hydra"]
+    return _settings(config, schema, known)
+
+
+def _settings(config: Any, schema: type, hydra_config: Any) -> Any:
+    """A composed configuration as a `schema` object; ConfigError for an unknown key or an invalid value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    refuse_unknown_keys(config)
+    try:
+        spec: Any = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, schema)) from error
+    _settle_model(spec, hydra_config.overrides.task, hydra_config.runtime.choices.get("model"))
+    return spec
+
+
+def _settle_model(spec: Any, overrides: Iterable[str], chosen: str | None) -> None:
+    """A checkpoint given by its path alone gets its name and chat form from its files; a named one must match them."""
     model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
-    if not isinstance(model, ModelSpec) or (engine is not None and engine.name == "fake"):
+    model_at = engine_kind(engine.name).model_at if isinstance(engine, EngineSpec) else "checkpoint"
+    if not isinstance(model, ModelSpec) or model_at == "nowhere":
         return
-    from qwen_eval.models.naming import anonymous, settle
-
     check_values(spec)  # before anything is looked for, let alone fetched
-    given = {_key(override) for override in HydraConfig.get().overrides.task}
-    if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
+    quant_format(model.quant)
+    given = {_key(override) for override in overrides}
+    if chosen != DEFAULT_MODEL:
         given.add("model")  # by an experiment
-    if engine is None or engine.name != "openai":
+    if model_at == "checkpoint":
         spec.model = settle(model, frozenset(given))
-    elif not {"model", "model.hub_id"} & given:
+    elif engine is not None and not {"model", "model.hub_id"} & given:
         if engine.api_model is None:
             from qwen_eval.engines.api.servers import base_url, required_key
             from qwen_eval.engines.endpoint import only_model
@@ -136,18 +173,36 @@ def _refuse_flag(message: str) -> NoReturn:
     raise ConfigError(f"{message}; options are written key=value, see --help")
 
 
-def _register(config_name: str, schema: type) -> None:
-    """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `task/<task>_schema`."""
+def _register(config_name: str, schema: type, folders: Sequence[Path]) -> None:
+    """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `engine/<engine>_schema`,
+    `task/<task>_schema`."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(name=f"{'eval' if config_name == 'config' else config_name}_schema", node=schema)
     store.store(group="model", name="model_schema", node=ModelSpec)
     store.store(group="engine", name="engine_schema", node=EngineSpec)
+    for each in engine_kinds():
+        _store_option(store, "engine", each.name, each.spec, folders)
     for name in TASKS:
         spec = _task_spec(name)
         if spec is not None:
-            store.store(group="task", name=f"{name}_schema", node=spec)
+            _store_option(store, "task", name, spec, folders)
+
+
+def _given_folders(argv: Sequence[str]) -> list[Path]:
+    """The values of `--config-dir`, which Hydra searches too."""
+    flags = ("--config-dir", "-cd")
+    apart = [value for flag, value in itertools.pairwise(argv) if flag in flags]
+    joined = [argument.partition("=")[2] for argument in argv if argument.startswith("--config-dir=")]
+    return [Path(folder) for folder in (*apart, *joined)]
+
+
+def _store_option(store: Any, group: str, name: str, spec: Any, folders: Sequence[Path]) -> None:
+    """The schema, and the option itself where no folder has a yaml of its name."""
+    store.store(group=group, name=f"{name}_schema", node=spec)
+    if not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+        store.store(group=group, name=name, node=spec)
 
 
 def _task_spec(name: str) -> Any:
@@ -192,7 +247,7 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
     if name in TEXTS and value and value != "null" and value[0] not in "'\"":
-        return f"{key}={_quote_sentence(value)}"
+        return f"{key}={quoted(value)}"
     if not equals or not PLAIN_KEY.fullmatch(key):
         return argument
     is_plain = value and value != "null" and not value.startswith(("[", "{", "${", "choice(", "range("))
@@ -201,14 +256,14 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     return f"{key}={_quote(value)}"
 
 
-def _quote_sentence(value: str) -> str:
+def quoted(value: str) -> str:
     """In Hydra's quotes: backslashes are doubled only before a quote, where they would escape it."""
     escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def _quote(value: str) -> str:
-    """Quoted where Hydra's grammar would stumble over a letter of another alphabet, a space or "=": `数据/ceval`."""
+    """Quoted if Hydra's grammar does not accept a character: another alphabet, a space, "=": `数据/ceval`."""
     return f"'{value}'" if FOREIGN.search(value) and not SYNTAX.search(value) else value
 
 
@@ -224,7 +279,7 @@ def model_first(argv: Sequence[str]) -> list[str]:
 
 
 def cell_tag(tag: str) -> str:
-    """In a grid: what is swept beside task and model must show in the name of the run directory, else cells collide."""
+    """In a grid: the tag with every swept key but task and model, so that each cell has its own run directory."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
@@ -238,7 +293,7 @@ def cell_tag(tag: str) -> str:
     return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in overrides)])
 
 
-# --- what Hydra lets pass ------------------------------------------------------------------------------------------
+# --- mistakes that Hydra accepts -------------------------------------------------------------------------------------
 
 
 def _key(override: str) -> str:
@@ -247,7 +302,7 @@ def _key(override: str) -> str:
 
 
 def refuse_doubled(argv: Sequence[str]) -> None:
-    """ConfigError for a key that is given twice: Hydra lets the last one win without a word."""
+    """ConfigError for a key that is given twice: Hydra would silently use the last one."""
     given: dict[str, str] = {}
     for argument in argv:
         if "=" not in argument or argument.startswith("-"):
@@ -261,7 +316,7 @@ def refuse_doubled(argv: Sequence[str]) -> None:
 def refuse_unknown_keys(config: Any) -> None:
     """ConfigError for a key that no schema has, however it was written: `+key=`, `++key=`, a yaml of an experiment.
 
-    And for a value from the environment: every setting is recorded, which would put it on record.
+    Also for a value from the environment: settings are recorded, and it may be a secret.
     """
     for key, value in _leaves(config, ""):
         if isinstance(value, str) and FROM_ENVIRONMENT.search(value):

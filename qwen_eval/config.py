@@ -1,12 +1,14 @@
-"""Schemas of the configuration: plain dataclasses that Hydra fills once, at the door (`cli.py`). No torch here.
+"""Schemas of the configuration: plain dataclasses that Hydra fills once, in `cli.py`. No torch here.
 
-A variant is a yaml diff in `conf/`; a key that is not here does not exist. Task schemas stand beside their tasks and
-derive from `TaskSpec`.
+A variant is a yaml file in `conf/`; only keys defined here exist. The schema of a task is in the task's file and
+derives from `TaskSpec`.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,6 @@ from qwen_eval.core import ConfigError
 MISSING = "???"
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-QUANTS = ("none", "gptq-int4", "gptq-int8", "nf4", "int8")
 KV_CACHES = ("auto", "int8")
 ATTENTIONS = ("auto", "sdpa", "flash", "eager")
 HUBS = ("huggingface", "modelscope")
@@ -139,11 +140,10 @@ class EvalSpec:
     quiet: bool = False
 
 
-# --- rules a type cannot say -----------------------------------------------------------------------------------------
+# --- rules that types do not express ---------------------------------------------------------------------------------
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
-    "model.quant": QUANTS,
     "model.kv_cache": KV_CACHES,
     "model.attention": ATTENTIONS,
     "model.hub": HUBS,
@@ -156,7 +156,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.mode": ("auto", "base", "chat"),
     "task.sampling": SAMPLING,
     "engine.kernels": ("auto", "plain", "triton"),
-    "engine.name": ("native", "hf", "openai", "vllm", "fake"),
     "engine.executor": ("auto", "mp", "ray", "uni"),
     "engine.server": ("openai", "vllm", "sglang", "llama-server", "dashscope"),
     "protocol": PROTOCOLS,
@@ -177,6 +176,16 @@ AT_LEAST: dict[str, int] = {
     "engine.tensor_parallel": 1,
     "engine.pipeline_parallel": 1,
 }
+
+
+def announced(group: str) -> dict[str, str]:
+    """What installed packages announce under an entry point group ("qwen_eval.tasks"): name -> "module:attribute"."""
+    return {point.name: point.value for point in _entry_points().select(group=group)}
+
+
+@functools.cache  # every package is looked into: some milliseconds
+def _entry_points() -> Any:
+    return importlib.metadata.entry_points()
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

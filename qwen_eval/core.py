@@ -1,6 +1,6 @@
-"""The shared words of the project: prompts, requests, answers, samples, grades, records, metrics, engines and tasks.
+"""The shared types of the project: prompts, requests, answers, samples, grades, records, metrics, engines and tasks.
 
-Everything here is plain data: no torch, no Hydra, nothing of ours is imported. A request's type fixes the type of its
+Everything here is plain data: no torch, no Hydra, no import from this package. A request's type fixes the type of its
 answer: `Choose -> ChoiceLogprobs`, `Score -> TokenLogprobs`, `Generate -> Completions`.
 """
 
@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-JSON: TypeAlias = Any  # what json.dumps takes; mypy cannot say it shorter
+JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 Protocol_: TypeAlias = Literal["robust", "upstream"]
+MetricKind: TypeAlias = Literal["share", "ppl", "mean", "count"]
 FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite", "filtered"]
 
 
 class QwenEvalError(Exception):
-    """The user's mistake or the machine's state, said in one line: the value, the rule, the way out. Exit code 2."""
+    """A mistake of the user or a problem of the machine, in one line: the value, the rule, the way out. Exit code 2."""
 
 
 class ConfigError(QwenEvalError):
@@ -35,14 +36,14 @@ class ModelError(QwenEvalError):
 
 
 class EngineError(QwenEvalError):
-    """An engine that cannot be had, cannot do what was asked, or failed for good."""
+    """An engine that is not available, does not support a request, or failed permanently."""
 
 
 class StoreError(QwenEvalError):
-    """A run directory that cannot be written, or that holds another run."""
+    """A run directory that cannot be written, is damaged, or holds another run."""
 
 
-# --- what is asked -------------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +144,15 @@ class Score:
 
     `num_fed`: how many tokens the protocol feeds the model, which decides dynamic NTK: all of them (None), or one less
     where it leaves out the last, which is only a target.
+
+    `keep_hidden`: a directory for the final hidden states of the scored positions. It changes no answer, so it is no
+    part of what a request is known by.
     """
 
     prompt: Prompt
     num_context: int = 1
     num_fed: int | None = None
+    keep_hidden: str | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +173,7 @@ class Generate:
 Request: TypeAlias = Choose | Score | Generate
 
 
-# --- what is answered ----------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +243,7 @@ Answer: TypeAlias = ChoiceLogprobs | TokenLogprobs | Completions
 
 
 def is_finite(answer: Answer) -> bool:
-    """False where NaN or an infinity is among the numbers, or ended a text: such an answer says nothing."""
+    """False where NaN or an infinity is among the numbers, or ended a text: such an answer is not usable."""
     if isinstance(answer, Completions):
         return all(item.finish_reason != "non-finite" for item in answer.completions)
     if isinstance(answer, TokenLogprobs):
@@ -248,13 +253,13 @@ def is_finite(answer: Answer) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One thing asked and what came back."""
+    """A request and its answer."""
 
     request: Request
     answer: Answer
 
 
-# --- what is measured ----------------------------------------------------------------------------------------------
+# --- samples, grades, metrics ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,18 +272,18 @@ class Sample:
 
     id: str
     group: str = ""
-    data: Mapping[str, JSON] = field(default_factory=dict)
-    target: JSON = None
+    data: Mapping[str, Any] = field(default_factory=dict)  # its task has read it and knows its types
+    target: Any = None
     cluster: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """The score of one sample (1.0 / 0.0 for right / wrong) and how it was read.
+    """The score of one sample (1.0 / 0.0 for right / wrong) and the extracted answer.
 
-    `extracted` is the answer our extractor read and `score` the score with it, `extracted_upstream` and
-    `score_upstream` are those of the official script's: both are recorded whatever the protocol, which chooses when
-    metrics are made (`Record.under`). `values` holds further numbers that
+    `extracted` is our extraction and `score` the score with it; `extracted_upstream` and `score_upstream` are those of
+    the official script. Both are recorded under either protocol, which chooses when metrics are made (`Record.under`).
+    `values` holds further numbers that
     `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
     "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt", "filtered" (by an API).
     """
@@ -287,7 +292,7 @@ class Grade:
     extracted: JSON = None
     extracted_upstream: JSON = None
     score_upstream: float | None = None
-    values: Mapping[str, JSON] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)  # its task knows their types
     flags: tuple[str, ...] = ()
 
 
@@ -324,7 +329,7 @@ class Metric:
 
     value: float
     n: int
-    kind: Literal["share", "ppl", "mean", "count"] = "share"
+    kind: MetricKind = "share"
     low: float | None = None
     high: float | None = None
     num_clusters: int | None = None
@@ -332,11 +337,11 @@ class Metric:
     unit: str = ""
 
 
-# --- who answers, who asks -----------------------------------------------------------------------------------------
+# --- engines and tasks -----------------------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
-    """What tasks may know of a tokenizer."""
+    """The methods of a tokenizer that tasks may use."""
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]: ...
 
@@ -391,7 +396,7 @@ class Engine(Protocol):
     """Answers requests. `info` is recorded with the result: kernel, dtypes really used, device, fallbacks."""
 
     @property
-    def info(self) -> Mapping[str, JSON]: ...
+    def info(self) -> Mapping[str, Any]: ...
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
@@ -449,7 +454,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class HasNotes(Protocol):
-    """A task with something to say of its data: skipped documents, repeated text. Joins the result's warnings."""
+    """A task with remarks about its data (skipped documents, repeated text), added to the result's warnings."""
 
     @property
     def notes(self) -> Sequence[str]: ...
@@ -459,6 +464,6 @@ class HasNotes(Protocol):
 class HasArtifacts(Protocol):
     """A task that writes files beside result.json: plots, submissions."""
 
-    def artifacts(self, records: Iterable[Record]) -> Mapping[str, JSON | str | bytes]:
+    def artifacts(self, records: Iterable[Record]) -> Mapping[str, JSON | bytes]:
         """File name -> content: text, bytes, or an object for JSON."""
         ...

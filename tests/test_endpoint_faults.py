@@ -18,7 +18,7 @@ from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import ChoiceLogprobs, Choose, Completions, EngineError, Generate, Prompt
 from qwen_eval.engines import open_engine
 from qwen_eval.engines.api.pace import duration_s
-from qwen_eval.engines.openai import OpenAiEngine
+from qwen_eval.engines.openai.engine import OpenAiEngine
 
 pytest.importorskip("httpx2")
 

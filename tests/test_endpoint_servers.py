@@ -20,7 +20,7 @@ from qwen_eval.engines import open_engine
 from qwen_eval.engines.api.account import Prices, read_prices
 from qwen_eval.engines.api.replies import Usage
 from qwen_eval.engines.api.servers import SERVERS
-from qwen_eval.engines.openai import OpenAiEngine
+from qwen_eval.engines.openai.engine import OpenAiEngine
 from qwen_eval.models.tokenizer import load_tokenizer
 
 pytest.importorskip("httpx2")

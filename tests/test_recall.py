@@ -20,14 +20,14 @@ from tiny_checkpoint import write_tiny_qwen2
 from qwen_eval.__main__ import main
 from qwen_eval.config import EvalSpec, ModelSpec, check
 from qwen_eval.core import ModelError
-from qwen_eval.engines.cache import EngineSlot
+from qwen_eval.engines.cache import EngineCache
 from qwen_eval.models import fingerprint
 from qwen_eval.models.fingerprint import directory_fingerprint
-from qwen_eval.models.hidden import read_head
+from qwen_eval.models.head import read_head
 from qwen_eval.models.hub import ASSETS
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.grid import run_spec
-from qwen_eval.quantize.command import main as quantize
+from qwen_eval.quantize.__main__ import main as quantize
 from qwen_eval.runs.store import differences
 
 Command = Callable[..., tuple[int, str, str]]
@@ -114,12 +114,12 @@ def test_a_replaced_checkpoint_does_not_keep_its_old_engine(nano: Path) -> None:
     def cell() -> EvalSpec:
         return check(EvalSpec(task=toy.ToySpec(name="toy"), model=ModelSpec(name="m", path=str(nano), dtype="fp32")))
 
-    slot = EngineSlot()
-    first = slot.open(cell())
-    assert slot.open(cell()) is first
+    engine_cache = EngineCache()
+    first = engine_cache.open(cell())
+    assert engine_cache.open(cell()) is first
     change_every_weight(nano)
-    assert slot.open(cell()) is not first
-    slot.close()
+    assert engine_cache.open(cell()) is not first
+    engine_cache.close()
 
 
 def test_the_command_that_quantize_prints_is_another_run(

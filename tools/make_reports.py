@@ -76,7 +76,7 @@ def gate(plan: Plan, runs: Path, reports: Path) -> int:
 def make(plan: Plan, runs: Path, reports: Path) -> int:
     from qwen_eval import __main__ as evaluation
     from qwen_eval.profile import __main__ as profile
-    from qwen_eval.quantize import command as quantize
+    from qwen_eval.quantize import __main__ as quantize
 
     ablation = [f"{plan.ablation_cell} {tricks}" for tricks in plan.ablation]
     speed = [f"{plan.speed_cell} {cell}" for cell in plan.speed]
@@ -115,7 +115,7 @@ def write(runs: Path, reports: Path) -> int:
 
     places = ",".join(str(runs / name) for name in PARTS)
     files = [str(reports / f"qwen-nano.{ending}") for ending in ("md", "csv", "html")]
-    title = "title='qwen-nano: what precision, quantisation and long context do to a miniature'"
+    title = "title='qwen-nano: what precision, quantization and long context do to a miniature'"
     shutil.rmtree(reports / "baselines", ignore_errors=True)
     code = report.main([f"runs={places}", f"out={','.join(files)}", "max_samples=3000", title])
     if (runs / CARDS).is_dir():

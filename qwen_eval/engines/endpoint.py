@@ -62,7 +62,8 @@ def _listed(url: str, key: str | None) -> JSON:
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S) as reply:
-            return json.loads(_body(reply))
+            listed: JSON = json.loads(_body(reply))
+            return listed
     except urllib.error.HTTPError as error:
         if error.code not in BUSY:
             return None  # no such list here, or not for us

@@ -1,4 +1,4 @@
-"""What a generated text shows before it is read: where it really ends, and the symptoms of a bad one."""
+"""Symptoms of a generated text, before extraction: truncated, looping, empty; and where the answer in it ends."""
 
 from __future__ import annotations
 

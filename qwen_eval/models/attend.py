@@ -108,7 +108,7 @@ class PackedAttend:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _keep(self, layer: int, k_NKD: Tensor, v_NKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens; what is attended to is what was stored (after quantisation)."""
+        """Store the new tokens; what is attended to is what was stored (after quantization)."""
         if self.codec.is_exact and not self.sinks and self.slots is None:
             return k_NKD, v_NKD
         k, v = self._encode(k_NKD), self._encode(v_NKD)

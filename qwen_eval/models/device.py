@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from qwen_eval.core import JSON, ConfigError
-from qwen_eval.runs.provenance import cpu_model
+from qwen_eval.models.cpu import cpu_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPEATS = 5
@@ -54,7 +55,7 @@ class Device:
 
     @property
     def best_bandwidth(self) -> float | None:
-        """The measured one where there is one: what a program can have, not what a data sheet says."""
+        """The measured bandwidth where there is one, else that of the data sheet."""
         return self.bandwidth or self.known_bandwidth
 
     @property
@@ -86,7 +87,7 @@ def probe(device: torch.device, dtype: str, *, measure: bool = True) -> Device:
 
 
 def known(wanted: str, dtype: str) -> Device:
-    """A device of the table, for a plan; part of its name will do where only one has it. ConfigError otherwise."""
+    """A device of the table, for a plan, by its name or a unique part of it; else ConfigError."""
     found = [name for name in KNOWN if wanted == name] or [name for name in KNOWN if wanted.lower() in name.lower()]
     if len(found) != 1:
         raise ConfigError(f"on={wanted}: {len(found) or 'none'} of the known devices; one of {', '.join(KNOWN)}")
@@ -104,21 +105,16 @@ def known(wanted: str, dtype: str) -> Device:
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, total). On a CPU free is what can be had without swapping, also within a container's limit."""
+    """(free, total). On a CPU, free memory is what is available without swapping, within a container's limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(free), int(total)
-    fields = _meminfo()
-    free, total = fields.get("MemAvailable", 0), fields.get("MemTotal", 0)
+    memory = psutil.virtual_memory()
+    free, total = int(memory.available), int(memory.total)
     limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
     if limit is not None and limit < total:
         free, total = min(free, limit - (used or 0)), limit
     return free, total
-
-
-def _meminfo() -> dict[str, int]:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
 
 
 def _cgroup_bytes(name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Which checkpoint this is: one digest of the files that the engines read. No torch: a finished run is recalled by it.
+"""The digest that identifies a checkpoint, of the files that the engines read. No torch: finished runs are found by it.
 
 "sample:…" holds small files whole and at least 4 KiB of every tensor; "full:…" (`model.digest=full`) every byte. Names,
 sizes, headers and times are the same for two fine-tunes of one model, so none of them is enough.
@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import ModelError
+from qwen_eval.models.hub import local_checkpoint_dir
+from qwen_eval.models.lora import base_of
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 TEXTS = (".json", ".tiktoken", ".txt", ".jinja", ".model")
@@ -43,13 +45,10 @@ _digested: dict[Stat, bytes] = {}  # only what this process has read itself
 
 
 def model_fingerprint(model: ModelSpec, directory: Path | None = None) -> str:
-    """Of the checkpoint that `model` names, in `directory` or where it is on this machine; nothing is fetched.
+    """The digest of the checkpoint in `directory`, or of `model` on this machine; nothing is downloaded.
 
-    Random weights are known by their seed and by the files that shape them. ModelError where there is no checkpoint.
+    Random weights are identified by seed and shape files. ModelError where there is no checkpoint.
     """
-    from qwen_eval.models.hub import local_checkpoint_dir
-    from qwen_eval.models.lora import base_of
-
     directory = directory or local_checkpoint_dir(model)
     is_random = model.weights == "random"
     digest = directory_fingerprint(directory, is_full=model.digest == "full", with_weights=not is_random)
@@ -114,7 +113,7 @@ def _parts(file: BinaryIO, path: Path, size: int, is_full: bool) -> Iterator[tup
 
 
 def _safetensors_spans(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
-    """The header and blocks of every tensor; None for a file that is none (the loader will say so)."""
+    """The header and blocks of every tensor; None for a file of another format (the loader reports it)."""
     try:
         file.seek(0)
         (length,) = struct.unpack("<Q", file.read(8))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.kv_quant import dequantise, quantise_per_token, quantise_upstream
+from qwen_eval.models.kv_quant import dequantize, quantize_per_token, quantize_upstream
 
 Stored = tuple[Tensor, ...]  # tensors [B,K,S,*] that one codec understands
 
@@ -60,13 +60,13 @@ class Int8Codec:
     def __init__(self, *, upstream: bool) -> None:
         self.is_chunked = upstream
         self.name = "int8 (upstream: scale per call, truncated)" if upstream else "int8 (scale per token, rounded)"
-        self._quantise = quantise_upstream if upstream else quantise_per_token
+        self._quantize = quantize_upstream if upstream else quantize_per_token
 
     def encode(self, x_BKSD: Tensor) -> Stored:
-        return self._quantise(x_BKSD)
+        return self._quantize(x_BKSD)
 
     def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        return dequantise(*stored).to(dtype)
+        return dequantize(*stored).to(dtype)
 
 
 def stored_bytes(stored: Sequence[Tensor]) -> int:

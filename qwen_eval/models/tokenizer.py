@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
 import json
 import re
 import unicodedata
@@ -42,7 +41,7 @@ _TOO_BLANK = re.compile(rf"\s{{{_MAX_BLANKS}}}")
 
 
 class ChatTokenizer:
-    """What both kinds share: prompts to ids, ids to text. Implements `core.Tokenizer`.
+    """The shared part of both tokenizers: prompts to ids, ids to text. Implements `core.Tokenizer`.
 
     `special_tokens` maps surface form to id; `vocab_size` counts defined ids (a model's embedding may have more rows).
     """
@@ -65,7 +64,7 @@ class ChatTokenizer:
 
     @property
     def endoftext_id(self) -> int:
-        """What stands between two texts."""
+        """The token between two texts."""
         return self._special(ENDOFTEXT)
 
     @property
@@ -127,12 +126,6 @@ class ChatTokenizer:
         blocks = [f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in self._messages(prompt)]
         return "".join(blocks) + f"{IM_START}assistant\n{prompt.prefill}"
 
-    def encode_batch(
-        self, texts: Sequence[str], *, parse_special: bool = False
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Left-padded ids and their attention mask (1 = token, 0 = padding), both as long as the longest text."""
-        return pad_left([self.encode(text, parse_special=parse_special) for text in texts], self.pad_id)
-
     def encode_block(self, role: str, content: str) -> list[int]:
         raise NotImplementedError
 
@@ -151,8 +144,8 @@ class ChatTokenizer:
 class QwenTokenizer(ChatTokenizer):
     """Qwen v1: tiktoken ranks, then the specials in Qwen's order, whatever the number of ranks.
 
-    `encode(text, parse_special=True)` is what the original's `tokenizer(text)` does (NFC, surface forms of specials
-    become specials); `encode_direct` is what its GSM8K and HumanEval scripts for base models call.
+    `encode(text, parse_special=True)` is what the original's `tokenizer(text)` does: NFC, surface forms of specials
+    become specials.
     """
 
     def __init__(
@@ -188,18 +181,6 @@ class QwenTokenizer(ChatTokenizer):
         ids: list[int] = self._encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
         return ids
 
-    def encode_direct(self, text: str) -> list[int]:
-        """tiktoken's own encode: no NFC; ValueError if the text holds the surface form of a special token."""
-        ids: list[int] = self._encoding.encode(text)
-        return ids
-
-    def decode_upstream(self, ids: Sequence[int], *, errors: Errors = "replace", skip_special: bool = False) -> str:
-        """As the original: KeyError for vocabulary padding, OverflowError for negative ids."""
-        if skip_special:
-            ids = [i for i in ids if i < self.endoftext_id]
-        text: str = self._encoding.decode(list(ids), errors=errors)
-        return text
-
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
 
@@ -212,7 +193,7 @@ class QwenTokenizer(ChatTokenizer):
         return [*self.encode(role), *self.encode("\n"), *self.encode(content)]
 
 
-class HfTokenizer(ChatTokenizer):
+class JsonTokenizer(ChatTokenizer):
     """Byte-level BPE of a `tokenizer.json`: Qwen1.5, 2, 2.5, 3 and what was trained from them.
 
     Without a chat template it is asked in ChatML, where a block is one string ("user\\n" + content): a message that
@@ -318,33 +299,10 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-class StreamDecoder:
-    """Text of a growing list of ids: `feed` returns what the next token adds, complete characters only.
-
-    All returned pieces together are `decode(ids, errors="ignore", skip_special=True)` at every step.
-    """
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-
-    def feed(self, token_id: int) -> str:
-        if token_id in self._tokenizer.special_ids:
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-
 def _nfc(text: str) -> str:
     if len(text) >= _MAX_BLANKS and _TOO_BLANK.search(text):
         raise DataError(f"a text of {len(text):,} characters has {_MAX_BLANKS:,} blanks in a row; clean the data")
     return unicodedata.normalize("NFC", text)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    width = max(map(len, rows), default=0)
-    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return ids, mask
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -368,8 +326,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def load_tokenizer(path: Path, *, system: str | None = None, thinking: str = "auto") -> ChatTokenizer:
     """The tokenizer of a checkpoint directory: `qwen.tiktoken` (Qwen v1) or `tokenizer.json` (later ones).
 
-    `system` goes before chats without a system message, None leaves the checkpoint's own; `thinking` on or off asks
-    the template for it. A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says
+    `system` is the system message of chats without one; None keeps the checkpoint's own. `thinking` sets the switch of
+    the template. A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says
     `"num_extra_tokens": N`.
     """
     folder = path if path.is_dir() else path.parent
@@ -390,11 +348,11 @@ def _refuse_thinking(thinking: str) -> None:
         raise ConfigError("model.thinking=on: this checkpoint has no chat template with such a switch; use auto")
 
 
-def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: str) -> HfTokenizer:
+def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: str) -> JsonTokenizer:
     tokens = named_tokens(config)
     try:
         content = file.read_text(encoding="utf-8")
-        tokenizer = HfTokenizer(content, tokens=tokens, end_ids=end_ids_of(file.parent))
+        tokenizer = JsonTokenizer(content, tokens=tokens, end_ids=end_ids_of(file.parent))
     except ModelError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read

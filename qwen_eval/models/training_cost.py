@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen_eval.models.block import block_linears
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.cost import (
-    ELEMENT_BYTES,
-    block_linears,
-    num_linear_weights,
-    num_parameters,
-    weight_bytes,
-)
+from qwen_eval.models.cost import num_linear_weights, num_parameters, stored_linears, weight_bytes
+from qwen_eval.models.quant.formats import ELEMENT_BYTES
 
 METHODS = ("lora", "lora_emb", "qlora", "full")
 SHARDINGS = ("none", "zero2", "zero3", "fsdp")
@@ -22,16 +18,11 @@ MASTER_BYTES = 4  # fp32 copies of 16-bit weights that are trained
 
 def lora_parts(config: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Module of a block -> (inputs, outputs of each stored part): what the published settings put adapters on."""
-    parts: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for linear in block_linears(config):
-        name = "attn.qkv" if linear.name in ("attn.q", "attn.k", "attn.v") else linear.name
-        outputs = parts[name][1] if name in parts else ()
-        parts[name] = linear.inputs, (*outputs, linear.outputs)
-    return parts
+    return {name: (linear.inputs, linear.parts) for name, linear in block_linears(config).items()}
 
 
 def num_lora_parameters(config: ModelConfig, rank: int) -> int:
-    return config.num_layers * rank * sum(linear.inputs + linear.outputs for linear in block_linears(config))
+    return config.num_layers * rank * sum(linear.inputs + linear.outputs for linear in stored_linears(config))
 
 
 def num_trainable(config: ModelConfig, method: str, rank: int) -> int:
@@ -94,7 +85,7 @@ class TuningCost:
         c, e = self.config, ELEMENT_BYTES[self.dtype]
         held = self.seq * c.hidden_size * e * c.num_layers if self.checkpointing else c.num_layers * self.layer_bytes
         backward = self.seq * 4 * e * c.mlp_size + (self.layer_bytes if self.checkpointing else 0)
-        if self.quant != "none":  # one weight, dequantised for its product
+        if self.quant != "none":  # one weight, dequantized for its product
             backward += e * c.hidden_size * c.mlp_size
         head = min(self.seq, LOSS_CHUNK) * c.vocab_size * (2 * e + 8)
         return held + max(backward, head)

@@ -1,4 +1,4 @@
-"""Decode attention over a slot's own keys as one Triton kernel: int8 keys are dequantised in it, long ones are split.
+"""Decode attention over a slot's own keys as one Triton kernel: int8 keys are dequantized in it, long ones are split.
 
 Lengths are data: the grid depends on the batch, the heads and the splits only. The plain twin is `attention.partial`.
 Needs the triton package; on a CPU it runs in the interpreter (TRITON_INTERPRET=1), for tests.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from qwen_eval import cli
 from qwen_eval.profile.config import ProfileSpec, check
+from qwen_eval.profile.finetune import FinetuneSpec
 
 USAGE = """
 python -m qwen_eval.profile [-m] [group=option ...] [key=value ...]
@@ -26,8 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(argument.partition("=")[2] == "finetune" for argument in argv if argument.startswith("mode=")):
-        from qwen_eval.profile.finetune import FinetuneSpec, finetune
-
         return cli.run(argv, config_name="finetune", schema=FinetuneSpec, job=finetune, usage=USAGE)
     return cli.run(argv, config_name="profile", schema=ProfileSpec, job=profile, usage=USAGE)
 
@@ -40,13 +40,25 @@ def profile(spec: ProfileSpec) -> None:
         sys.stdout.write(plan(spec))
         return
     from qwen_eval.profile.grid import run_grid
-    from qwen_eval.report.profile import run_tables, write_plots
+    from qwen_eval.report.profile import run_tables, write_plots, write_tables
     from qwen_eval.tables import print_tables
 
-    path = run_grid(spec)
+    path = run_grid(spec, shown=partial(write_tables, published=spec.published))
     print_tables(run_tables(path, published=spec.published))
     plots = [plot.name for plot in write_plots(path)]
     print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")
+
+
+def finetune(spec: FinetuneSpec) -> None:
+    """Plan or measure fine-tuning, and print the tables."""
+    from qwen_eval.profile import finetune as tuning
+    from qwen_eval.report.finetune import plan_text, print_run
+
+    tuning.check(spec)
+    if spec.plan:
+        print(plan_text(spec), end="")
+        return
+    print_run(tuning.run_grid(spec), published=spec.published)
 
 
 def plan(spec: ProfileSpec) -> str:
@@ -55,6 +67,7 @@ def plan(spec: ProfileSpec) -> str:
 
     from qwen_eval.models.device import DTYPES, known, probe
     from qwen_eval.models.load import choose_device, choose_dtype
+    from qwen_eval.models.quant.formats import quant_format
     from qwen_eval.models.quant.kernels import has_packed
     from qwen_eval.profile.cells import quant_of, shape_fields
     from qwen_eval.profile.plan import plan_tables, texts
@@ -62,7 +75,7 @@ def plan(spec: ProfileSpec) -> str:
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     where = torch.device("cuda") if spec.on else choose_device(spec.model.device)
-    packed = quant_of(spec.model).startswith("gptq")
+    packed = quant_format(quant_of(spec.model)).is_stored
     if spec.on and packed and spec.model.dtype == "auto":
         dtype = torch.bfloat16  # as on any GPU of the table: their kernels for packed weights take nothing else
     else:

@@ -11,13 +11,16 @@ from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import JSON, ConfigError
 from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.cost import Cost
+from qwen_eval.models.hub import asset_dir, local_dir
+from qwen_eval.models.lora import base_of
+from qwen_eval.models.quant.formats import detected
 from qwen_eval.profile.config import ProfileSpec
 
 SERVE_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class GridCell:
     """`batch` sequences of `prompt_tokens`, each continued by `new_tokens` (the first of them by the prefill)."""
 
     mode: str
@@ -45,7 +48,7 @@ class Cell:
         return self.prompt_tokens + self.new_tokens
 
 
-def cells(spec: ProfileSpec) -> list[Cell]:
+def cells(spec: ProfileSpec) -> list[GridCell]:
     """The grid of a checked spec: sizes innermost, so that the table fills row by row."""
     return [
         _cell(spec, mode, seq, batch, kv_cache, attention)
@@ -57,10 +60,10 @@ def cells(spec: ProfileSpec) -> list[Cell]:
     ]
 
 
-def _cell(spec: ProfileSpec, mode: str, seq: int, batch: int, kv_cache: str, attention: str) -> Cell:
+def _cell(spec: ProfileSpec, mode: str, seq: int, batch: int, kv_cache: str, attention: str) -> GridCell:
     shapes = {"generate": (1, seq), "encode": (seq, 1), "serve": (seq, spec.new_tokens or SERVE_NEW_TOKENS)}
     prompt, new = shapes[mode]
-    return Cell(
+    return GridCell(
         mode=mode,
         seq=seq,
         batch=batch,
@@ -83,9 +86,6 @@ def shape_fields(model: ModelSpec) -> dict[str, Any]:
         return dict(model.arch)
     if model.path is None and model.asset is None:
         raise ConfigError(f"model={model.name}: no shape to plan with; give model.path= or model.arch")
-    from qwen_eval.models.hub import asset_dir, local_dir
-    from qwen_eval.models.lora import base_of
-
     directory = local_dir(model.path) if model.path is not None else asset_dir(str(model.asset))
     fields = read_fields(base_of(directory) / "config.json")
     return {**fields, **model.arch} if model.weights == "random" else fields
@@ -98,12 +98,11 @@ def shape_of(model: ModelSpec) -> ModelConfig:
 def quant_of(model: ModelSpec) -> str:
     """`model.quant`, or what the files on this machine are packed in where it is not said."""
     packed = shape_fields(model).get("quantization_config")
-    if model.quant == "none" and model.weights != "random" and packed:
-        return f"gptq-int{packed.get('bits')}"
-    return model.quant
+    found = detected(packed) if model.quant == "none" and model.weights != "random" else None
+    return found.name if found else model.quant
 
 
-def cost_of(spec: ProfileSpec, cell: Cell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:
+def cost_of(spec: ProfileSpec, cell: GridCell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:
     return Cost(
         config=config,
         quant=quant_of(spec.model),
@@ -115,5 +114,5 @@ def cost_of(spec: ProfileSpec, cell: Cell, config: ModelConfig, *, dtype: str, i
     )
 
 
-def to_json(cell: Cell) -> dict[str, JSON]:
+def to_json(cell: GridCell) -> dict[str, JSON]:
     return {"name": cell.name, "key": cell.key, **dataclasses.asdict(cell)}

@@ -18,9 +18,11 @@ from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.training_cost import METHODS, SHARDINGS, TuningCost
 from qwen_eval.profile.cells import quant_of, shape_of
 from qwen_eval.profile.grid import DONE, in_child
+from qwen_eval.runs.fields import rows
 from qwen_eval.runs.provenance import deciding_versions, provenance
 from qwen_eval.runs.store import FORMAT, RunDirectory
 
+METHOD_NAMES = {"lora": "LoRA", "lora_emb": "LoRA (emb)", "qlora": "Q-LoRA", "full": "Full-parameter"}  # as published
 TASK = "finetune"
 CHILD = ("-m", "qwen_eval.profile.finetune_child")
 GRID = ("mode", "method", "seq", "plan", "on", "gpus", "sharding")  # say which cells, not how each is measured
@@ -105,7 +107,7 @@ def tunings(spec: FinetuneSpec) -> list[Tuning]:
 
 
 def model_of(spec: FinetuneSpec, tuning: Tuning) -> ModelSpec:
-    """The model with its base quantised where the method is Q-LoRA: NF4, unless it says how itself."""
+    """The model with its base quantized where the method is Q-LoRA: NF4, unless it says how itself."""
     if tuning.method == "qlora" and spec.model.quant == "none" and quant_of(spec.model) == "none":
         return replace(spec.model, quant="nf4")
     return spec.model
@@ -116,7 +118,7 @@ def refuse(tuning: Tuning, quant: str) -> None:
     if quant.startswith("gptq"):
         raise ConfigError(
             f"method={tuning.method}: the base is {quant}, whose kernels have no backward pass here; give the "
-            "unquantised checkpoint, method=qlora makes it NF4"
+            "unquantized checkpoint, method=qlora makes it NF4"
         )
     if tuning.method == "full" and quant != "none":
         raise ConfigError(f"method=full: a base in {quant} cannot be trained; use model.quant=none")
@@ -146,17 +148,6 @@ def spec_from_json(fields: Mapping[str, Any]) -> FinetuneSpec:
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
-def finetune(spec: FinetuneSpec) -> None:
-    """Plan or measure, and print the tables."""
-    check(spec)
-    from qwen_eval.report.finetune import plan_text, print_run
-
-    if spec.plan:
-        print(plan_text(spec), end="")
-        return
-    print_run(run_grid(spec), published=spec.published)
-
-
 def run_grid(spec: FinetuneSpec, measure: MeasureStep | None = None) -> Path:
     """Measure what is missing; returns the run directory, whose result.json is whole after every cell."""
     for tuning in tunings(spec):
@@ -164,7 +155,8 @@ def run_grid(spec: FinetuneSpec, measure: MeasureStep | None = None) -> Path:
     path = Path(spec.runs_dir) / "profile" / TASK / spec.model.name / spec.tag
     with RunDirectory.open(path) as run:
         run.check_spec(run_spec(spec), overwrite=spec.overwrite)
-        known = {} if spec.overwrite else {str(row["key"]): row for row in (run.result() or {}).get("cells", [])}
+        stored = [] if spec.overwrite else rows((run.result() or {}).get("cells"))
+        known: dict[str, Mapping[str, Any]] = {str(row["key"]): row for row in stored}
         for tuning in tunings(spec):
             if known.get(tuning.key, {}).get("status") in DONE:
                 continue
@@ -197,14 +189,14 @@ def run_spec(spec: FinetuneSpec) -> dict[str, JSON]:
     return {"format": FORMAT, "kind": "profile", "config": config, "decides": decides, "provenance": provenance()}
 
 
-def _result(spec: FinetuneSpec, known: Mapping[str, Mapping[str, JSON]]) -> dict[str, JSON]:
-    wanted, rows = tunings(spec), list(known.values())
+def _result(spec: FinetuneSpec, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    wanted, found = tunings(spec), list(known.values())
     num_known = sum(tuning.key in known for tuning in wanted)
-    ok = next((row for row in rows if row.get("status") == "ok"), {})
+    ok = next((row for row in found if row.get("status") == "ok"), {})
     return {
         "kind": "profile",
         "method": TASK,
-        "cells": rows,
+        "cells": found,
         "device": ok.get("device"),
         "engine": ok.get("engine", {}),
         "partial": {} if num_known == len(wanted) else {"cells": f"{num_known} of {len(wanted)}"},

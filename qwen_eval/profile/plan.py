@@ -1,10 +1,9 @@
-"""`plan=true`: what each cell will take and whether it fits, from the cost model alone; nothing is loaded."""
+"""`plan=true`: the predicted time and memory of each cell, and whether it fits; nothing is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwen_eval.config import QUANTS
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.cost import (
     CUDA_CONTEXT_BYTES,
@@ -12,13 +11,14 @@ from qwen_eval.models.cost import (
     checkpoint_bytes,
     kv_token_bytes,
     num_parameters,
+    published_peak_bytes,
     weight_bytes,
 )
 from qwen_eval.models.device import Device
-from qwen_eval.profile.cells import Cell, cells, cost_of, quant_of, shape_of
+from qwen_eval.models.quant.formats import FORMATS, quant_format
+from qwen_eval.profile.cells import GridCell, cells, cost_of, quant_of, shape_of
 from qwen_eval.profile.config import ProfileSpec
-from qwen_eval.tables import Cell as Shown
-from qwen_eval.tables import Table, number_cell, text_cell, to_terminal
+from qwen_eval.tables import Cell, Table, number_cell, text_cell, to_terminal
 from qwen_eval.terminal import terminal_width
 
 GIB = 2**30
@@ -41,9 +41,9 @@ def usable_bytes(spec: ProfileSpec, device: Device) -> int:
 def _precisions(spec: ProfileSpec, config: ModelConfig, device: Device, is_packed: bool) -> Table:
     chosen = quant_of(spec.model)
     rows = []
-    for quant in QUANTS:
+    for quant, form in FORMATS.items():
         held = weight_bytes(config, quant, device.dtype, is_packed=is_packed)
-        files = checkpoint_bytes(config, quant) if quant not in ("nf4", "int8") else None
+        files = None if form.is_made_here else checkpoint_bytes(config, quant)
         rows.append((
             text_cell(quant if quant != "none" else device.dtype, tone="good" if quant == chosen else ""),
             _gib(held), _gib(files), text_cell("asked for" if quant == chosen else None),
@@ -80,8 +80,8 @@ def _cells(spec: ProfileSpec, config: ModelConfig, device: Device, is_packed: bo
 
 
 def _row(
-    spec: ProfileSpec, cell: Cell, config: ModelConfig, device: Device, memory: int, is_packed: bool
-) -> tuple[Shown, ...]:
+    spec: ProfileSpec, cell: GridCell, config: ModelConfig, device: Device, memory: int, is_packed: bool
+) -> tuple[Cell, ...]:
     cost = cost_of(spec, cell, config, dtype=device.dtype, is_packed=is_packed)
     size = (cell.batch, cell.prompt_tokens, cell.new_tokens)
     peak = cost.peak_bytes(*size)
@@ -98,7 +98,7 @@ def _row(
     )  # fmt: skip
 
 
-def floor_s(cost: Cost, cell: Cell, device: Device) -> tuple[float | None, float | None]:
+def floor_s(cost: Cost, cell: GridCell, device: Device) -> tuple[float | None, float | None]:
     """(prefill, mean decode step): the time below which this device's bandwidth and FLOP/s do not let them fall."""
     bandwidth, flops = device.best_bandwidth, device.best_flops
     if bandwidth is None or flops is None:
@@ -109,11 +109,9 @@ def floor_s(cost: Cost, cell: Cell, device: Device) -> tuple[float | None, float
     return max(traffic / bandwidth, work / flops), step
 
 
-def original_law(config: ModelConfig, quant: str, cell: Cell) -> int | None:
+def original_law(config: ModelConfig, quant: str, cell: GridCell) -> int | None:
     """The published law where it speaks of such a cell: Qwen v1, one sequence, generating or encoding."""
-    from qwen_eval.models.cost import published_peak_bytes
-
-    if config.family != "qwen" or cell.batch != 1 or cell.mode == "serve" or quant in ("nf4", "int8"):
+    if config.family != "qwen" or cell.batch != 1 or cell.mode == "serve" or quant_format(quant).is_made_here:
         return None
     return published_peak_bytes(config, quant, cell.seq, cell.mode)
 
@@ -128,7 +126,7 @@ def _ceiling(device: Device) -> str:
     )
 
 
-def _gib(value: int | None) -> Shown:
+def _gib(value: int | None) -> Cell:
     return number_cell(None if value is None else value / GIB, 3 if value is not None and value < GIB else 2)
 
 

@@ -71,8 +71,8 @@ class Result:
         return self.rows(0, len(self.weight_NK), recipe)
 
 
-def quantise(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
-    """Quantise one weight against the Hessian of its inputs."""
+def quantize(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
+    """Quantize one weight against the Hessian of its inputs."""
     weight, hessian = weight_NK.detach().float().clone(), hessian_KK.float().clone()
     dead = hessian.diagonal() == 0  # inputs that were always zero: their weights cannot matter
     hessian.diagonal()[dead] = 1
@@ -92,14 +92,14 @@ def quantise(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str
     return Result(codes, codes.weight)
 
 
-def output_error(weight_NK: Tensor, quantised_NK: Tensor, hessian_KK: Tensor) -> float:
+def output_error(weight_NK: Tensor, quantized_NK: Tensor, hessian_KK: Tensor) -> float:
     """|x (Q - W)| / |x W| over the inputs that made the Hessian."""
 
     def energy(matrix_NK: Tensor) -> Tensor:
         return ((matrix_NK @ hessian_KK) * matrix_NK).sum().clamp_min(0)
 
     weight = weight_NK.float()
-    return float((energy(quantised_NK - weight) / energy(weight).clamp_min(1e-30)).sqrt())
+    return float((energy(quantized_NK - weight) / energy(weight).clamp_min(1e-30)).sqrt())
 
 
 def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
@@ -166,8 +166,3 @@ def fit(weight_Ng: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     scale = torch.where(zero < 1, high / (top - 1), scale)
     tiny = torch.finfo(torch.float16).smallest_normal
     return scale.clamp(tiny, torch.finfo(torch.float16).max).half(), zero.clamp(1, top).int()
-
-
-def round_to_nearest(weight_NK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
-    """Quantise without calibration: what GPTQ is when all inputs are independent and alike."""
-    return quantise(weight_NK, torch.eye(weight_NK.shape[1], device=weight_NK.device), recipe, name=name)

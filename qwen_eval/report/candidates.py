@@ -12,8 +12,8 @@ from qwen_eval.core import QwenEvalError
 from qwen_eval.report.compare import adjusted, compare_runs
 from qwen_eval.report.comparison import Comparison, Margins, Side, Verdict
 from qwen_eval.report.references import pairs
-from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import Judgement, joint, judge_all
+from qwen_eval.runs.run import Run
 
 Tone: TypeAlias = Literal["good", "bad", "open"]
 
@@ -93,7 +93,7 @@ def pair_of(comparison: Comparison) -> str:
     return comparison.pair or comparison.label
 
 
-def against_references(runs: Sequence[LoadedRun], margins: Margins) -> list[Judgement]:
+def against_references(runs: Sequence[Run], margins: Margins) -> list[Judgement]:
     """Every run that has a reference, judged against it; Holm over all of them. What cannot be read is left out."""
     found: list[Comparison] = []
     for reference, run in pairs(runs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen_eval.report.finetune import METHOD_NAMES
+from qwen_eval.profile.finetune import METHOD_NAMES
 from qwen_eval.report.published import BENCHMARKS, Published, ledger, sources
 from qwen_eval.tables import Cell, Table, text_cell
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 FORMATS = ("auto", "terminal", "md", "csv", "json", "tex", "html", "junit", "svg", "png")
-LAYOUTS = ("models", "runs", "quantisation", "categories", "long", "profile", "groups", "problems")
+LAYOUTS = ("models", "runs", "quantization", "categories", "long", "profile", "groups", "problems")
 
 
 @dataclass(kw_only=True)

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from qwen_eval.core import JSON
+from qwen_eval.profile.cells import shape_fields
+from qwen_eval.profile.finetune import METHOD_NAMES, FinetuneSpec, config_of, cost_of, tunings
 from qwen_eval.profile.measure import median
-from qwen_eval.report.runs import LoadedRun, RunSet, load_run, profile_cells
+from qwen_eval.report.published import published_tables
+from qwen_eval.report.runs import ProfileCell, RunSet, profile_cells
 from qwen_eval.report.settings import run_names, with_runs
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.store import write_bytes
 from qwen_eval.tables import Cell, Table, number_cell, print_tables, render, text_cell, to_terminal
 from qwen_eval.terminal import terminal_width
-
-if TYPE_CHECKING:
-    from qwen_eval.profile.finetune import FinetuneSpec
 
 GIB = 2**30
 RANDOM = "†"
 FORMS = {"md": "finetune.md", "csv": "finetune.csv", "tex": "finetune.tex"}
 SHORT = {"oom": "OOM"}
-METHOD_NAMES = {"lora": "LoRA", "lora_emb": "LoRA (emb)", "qlora": "Q-LoRA", "full": "Full-parameter"}  # as published
-Row = Mapping[str, JSON]
+Row = Mapping[str, Any]
 
 
-def finetune_cells(run: LoadedRun) -> list[Row]:
+def finetune_cells(run: Run) -> list[ProfileCell]:
     return [cell for cell in profile_cells(run) if cell.get("mode") == "finetune"]
 
 
-def finetune_tables(runs: Sequence[LoadedRun]) -> list[Table]:
+def finetune_tables(runs: Sequence[Run]) -> list[Table]:
     """Every cell, then method by length as published; [] where nothing was fine-tuned."""
     found = [(run, cell) for run in runs for cell in finetune_cells(run)]
     return [_cells(found), _by_length(found)] if found else []
 
 
-def _cells(found: Sequence[tuple[LoadedRun, Row]]) -> Table:
+def _cells(found: Sequence[tuple[Run, ProfileCell]]) -> Table:
     rows = []
     for run, cell in found:
         state = str(cell.get("status", "ok")) + (f": {cell['reason']}" if cell.get("reason") else "")
@@ -64,7 +64,7 @@ def _cells(found: Sequence[tuple[LoadedRun, Row]]) -> Table:
     return with_runs(table, _names(found), at=1)
 
 
-def _by_length(found: Sequence[tuple[LoadedRun, Row]]) -> Table:
+def _by_length(found: Sequence[tuple[Run, ProfileCell]]) -> Table:
     lengths = sorted({int(cell["seq"]) for _, cell in found})
     held: dict[tuple[str, str, str], dict[int, Cell]] = {}
     owners = {}
@@ -83,7 +83,7 @@ def _by_length(found: Sequence[tuple[LoadedRun, Row]]) -> Table:
     return with_runs(table, run_names([(" ".join(key[:2]), [run]) for key, run in owners.items()]), at=1)
 
 
-def _published_form(cell: Row) -> Cell:
+def _published_form(cell: ProfileCell) -> Cell:
     """`"20.1G, 1.2s"`, as the published table has it; OOM where it did not fit."""
     seconds, peak = median(_floats(cell.get("step_s"))), _number(cell.get("peak_bytes"))
     if seconds is None or peak is None:
@@ -92,7 +92,7 @@ def _published_form(cell: Row) -> Cell:
     return Cell(text=f"{peak / GIB:.1f}G, {seconds:.2g}s", value=seconds)
 
 
-def step_cell(cell: Row) -> Cell:
+def step_cell(cell: ProfileCell) -> Cell:
     seconds = sorted(_floats(cell.get("step_s")))
     middle = median(seconds)
     if middle is None:
@@ -115,8 +115,6 @@ def plan_table(spec: FinetuneSpec) -> Table:
 
     from qwen_eval.models.device import DTYPES, known, probe
     from qwen_eval.models.load import choose_device, choose_dtype
-    from qwen_eval.profile.cells import shape_fields
-    from qwen_eval.profile.finetune import config_of, cost_of, tunings
 
     config = config_of(spec)
     where = torch.device("cuda") if spec.on else choose_device(spec.model.device)
@@ -156,8 +154,6 @@ def plan_table(spec: FinetuneSpec) -> Table:
 
 
 def run_tables(path: Path, *, published: bool) -> list[Table]:
-    from qwen_eval.report.published import published_tables
-
     run = load_run(path)
     beside = published_tables(RunSet(runs=(run,), unreadable=())) if published else []
     return finetune_tables([run]) + [table for table in beside if table.rows]
@@ -175,7 +171,7 @@ def print_run(path: Path, *, published: bool) -> None:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _names(found: Iterable[tuple[LoadedRun, Row]]) -> list[str] | None:
+def _names(found: Iterable[tuple[Run, ProfileCell]]) -> list[str] | None:
     found = list(found)
     members = list({id(run): run for run, _ in found}.values())
     names = run_names([(_label(run), [run]) for run in members])
@@ -185,19 +181,19 @@ def _names(found: Iterable[tuple[LoadedRun, Row]]) -> list[str] | None:
     return [name_of[id(run)] for run, _ in found]
 
 
-def _method(cell: Row) -> str:
+def _method(cell: ProfileCell) -> str:
     return METHOD_NAMES.get(str(cell.get("method")), str(cell.get("method")))
 
 
-def _label(run: LoadedRun) -> str:
+def _label(run: Run) -> str:
     return run.label + (RANDOM if _is_random(run) else "")
 
 
-def _is_random(run: LoadedRun) -> bool:
+def _is_random(run: Run) -> bool:
     return bool(run.engine_info.get("is_random")) or run.model_spec.get("weights") == "random"
 
 
-def _own_bytes(cell: Row) -> float | None:
+def _own_bytes(cell: ProfileCell) -> float | None:
     peak = _number(cell.get("peak_bytes"))
     return None if peak is None else peak - float(cell.get("baseline_bytes") or 0)
 

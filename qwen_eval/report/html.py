@@ -18,9 +18,10 @@ from qwen_eval.report.candidates import Candidate, candidates
 from qwen_eval.report.comparison import Comparison
 from qwen_eval.report.gate import TONES, delta_cell
 from qwen_eval.report.plots import plots
-from qwen_eval.report.runs import LoadedRun, RunSet, find_runs
+from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.samples import embeddable, run_keys, sample_data
 from qwen_eval.report.verdict import Judgement, shown
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import NONE, Cell, Table, all_notes, html_text
 
 HERE = Path(__file__).parent
@@ -90,7 +91,7 @@ def _policy(script: str) -> str:
     )
 
 
-def _readable(runs: RunSet) -> list[LoadedRun]:
+def _readable(runs: RunSet) -> list[Run]:
     readable = []
     for run in runs.evals:
         try:
@@ -115,7 +116,7 @@ def _figure(title: str, svg: str) -> str:
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def _linked(data: Mapping[str, object], runs: Sequence[LoadedRun]) -> Keys:
+def _linked(data: Mapping[str, object], runs: Sequence[Run]) -> Keys:
     """Keys of the runs whose changed samples the page can show: those with a reference in it."""
     rows = data["runs"]
     assert isinstance(rows, list)
@@ -184,7 +185,7 @@ def _changed(judgement: Judgement, keys: Keys) -> str:
         for num, kind in counts
         if num
     ]
-    return ", ".join(said) or ("none" if c.family == "share" and not c.obstacles else NONE)
+    return ", ".join(said) or ("none" if c.family == "share" and not c.not_comparable else NONE)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

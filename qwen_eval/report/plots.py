@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen_eval.core import Metric
 from qwen_eval.report.forest import forest_plots
 from qwen_eval.report.long_context import perplexities
-from qwen_eval.report.runs import LoadedRun, RunSet
+from qwen_eval.report.runs import RunSet
 from qwen_eval.report.samples import needle_cells
 from qwen_eval.report.settings import run_names
 from qwen_eval.report.svg import (
@@ -30,6 +30,7 @@ from qwen_eval.report.svg import (
 )
 from qwen_eval.report.tradeoffs import Tradeoff, Tradeoffs, tradeoffs
 from qwen_eval.report.verdict import Judgement
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import html_text as escape
 
 LEFT, TOP, ROW = 190.0, 12.0, 24.0
@@ -106,7 +107,7 @@ def _tradeoff_name(point: Tradeoff) -> str:
 # --- long contexts ---------------------------------------------------------------------------------------------------
 
 
-def length_plot(runs: Sequence[LoadedRun]) -> str:
+def length_plot(runs: Sequence[Run]) -> str:
     """Perplexity over context length, both logarithmic, one line a run with its intervals."""
     series, names = [], _names(runs)
     for run in runs:
@@ -147,7 +148,7 @@ def _length_point(name: str, n: int, m: Metric, index: int, at: tuple[float, flo
     return [*bars, dot(x, y(math.log(m.value)), colour(index), f"{name}: {m.value:.3f}{said} at {n:,} tokens")]
 
 
-def needle_plot(run: LoadedRun) -> str:
+def needle_plot(run: Run) -> str:
     """Share found by context length and depth: a heat map with its numbers, readable without colour."""
     cells = needle_cells(run.records)
     lengths, depths = sorted({a for a, _ in cells}), sorted({b for _, b in cells})
@@ -187,7 +188,7 @@ def _mixed(value: float) -> tuple[int, ...]:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def score_plot(runs: Sequence[LoadedRun]) -> str:
+def score_plot(runs: Sequence[Run]) -> str:
     """Dots with whiskers in per cent, one row a run, tasks one under the other."""
     rows = [(run, run.headline[1]) for run in runs if run.headline and run.headline[1].kind == "share"]
     if not rows:
@@ -211,7 +212,7 @@ def score_plot(runs: Sequence[LoadedRun]) -> str:
     return svg(y + 48, [*axis, *body], "Scores in per cent with their intervals")
 
 
-def _whisker(x: Callable[[float], float], y: float, metric: Metric, run: LoadedRun) -> list[str]:
+def _whisker(x: Callable[[float], float], y: float, metric: Metric, run: Run) -> list[str]:
     low = metric.low if metric.low is not None else metric.value
     high = metric.high if metric.high is not None else metric.value
     tip = f"{run.label} {run.variant}: {metric.value:.1%} [{low:.1%}, {high:.1%}], n = {metric.n:,}"
@@ -222,7 +223,7 @@ def _whisker(x: Callable[[float], float], y: float, metric: Metric, run: LoadedR
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _names(runs: Sequence[LoadedRun]) -> dict[Path, str]:
+def _names(runs: Sequence[Run]) -> dict[Path, str]:
     """What a run is called in a plot, by its directory; with what tells it apart where names repeat."""
     named = [(f"{run.label} {run.variant}", [run]) for run in runs]
     places = run_names([(f"{name} {run.task}", members) for name, members in named for run in members])
@@ -230,5 +231,5 @@ def _names(runs: Sequence[LoadedRun]) -> dict[Path, str]:
     return {run.path: f"{name}, {place}" if place else name for (name, (run,)), place in zip(named, extra)}
 
 
-def _is_needle(run: LoadedRun) -> bool:
+def _is_needle(run: Run) -> bool:
     return "needle" in run.task

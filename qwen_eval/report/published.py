@@ -13,12 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from qwen_eval.core import JSON, Metric
+from qwen_eval.profile.finetune import METHOD_NAMES
 from qwen_eval.profile.measure import median
-from qwen_eval.report.finetune import METHOD_NAMES
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
+from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, settings, with_runs
+from qwen_eval.runs.fields import section
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import Cell, Table, metric_cell, number_cell, text_cell
 
 LEDGER = Path(__file__).with_name("ledger.json")
@@ -59,7 +62,7 @@ class Published:
     variant: str | None
     benchmark: str
     metric: str
-    setting: Mapping[str, JSON]
+    setting: Mapping[str, Any]
     value: float | None
     text: str | None
     unit: str | None
@@ -98,8 +101,8 @@ def sources() -> Mapping[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _read() -> dict[str, JSON]:
-    value: dict[str, JSON] = json.loads(LEDGER.read_text(encoding="utf-8"))
+def _read() -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(LEDGER.read_text(encoding="utf-8"))
     return value
 
 
@@ -127,7 +130,7 @@ def published_tables(runs: RunSet) -> list[Table]:
     return [with_runs(table, [place_of[run.path] for run, _ in found] if place_of else None, at=2)]
 
 
-def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
+def counterparts(run: Run) -> list[tuple[str, Metric, Published]]:
     """(name of our metric, our metric, published number), closest protocol first."""
     found: list[tuple[str, Metric, Published]] = []
     for row in ledger():
@@ -139,7 +142,7 @@ def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
     return sorted(found, key=lambda item: (item[0], len(differences(run, item[2])), -len(item[2].sources)))
 
 
-def differences(run: LoadedRun, row: Published) -> list[str]:
+def differences(run: Run, row: Published) -> list[str]:
     """What is known to differ between how we and they measured."""
     found = []
     facets = settings(run)
@@ -167,7 +170,7 @@ def differences(run: LoadedRun, row: Published) -> list[str]:
     return found
 
 
-def _quality_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+def _quality_rows(run: Run) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
     for name, metric, row in counterparts(run):
         scale = 100.0 if metric.kind == "share" else 1.0
@@ -184,7 +187,7 @@ def _quality_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+def _speed_rows(run: Run) -> list[tuple[Cell, ...]]:
     """Speed and peak memory of cells of a published shape: generated from one token, or encoded; batch and cache."""
     rows: list[tuple[Cell, ...]] = []
     for cell in profile_cells(run):
@@ -204,7 +207,7 @@ def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _finetune_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+def _finetune_rows(run: Run) -> list[tuple[Cell, ...]]:
     """Memory and seconds of a step of the same method and length on one GPU."""
     rows: list[tuple[Cell, ...]] = []
     for cell in profile_cells(run):
@@ -227,7 +230,7 @@ def _finetune_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _same_tuning(run: LoadedRun, cell: Mapping[str, JSON], row: Published) -> bool:
+def _same_tuning(run: Run, cell: ProfileCell, row: Published) -> bool:
     single = row.setting.get("nodes") == row.setting.get("gpus_per_node") == 1
     step = row.setting.get("seq_len"), row.setting.get("grad_accum")
     same_step = step == (cell.get("seq"), cell.get("accumulation"))
@@ -236,7 +239,7 @@ def _same_tuning(run: LoadedRun, cell: Mapping[str, JSON], row: Published) -> bo
     return single and same_step and is_method and model == _squeezed(row.model)
 
 
-def _same_model(run: LoadedRun, row: Published) -> bool:
+def _same_model(run: Run, row: Published) -> bool:
     if _squeezed(run.model) not in (_squeezed(row.model), _squeezed(f"{row.model}-{row.variant or ''}")):
         return False
     if row.benchmark == "arXiv":
@@ -248,7 +251,7 @@ def _same_model(run: LoadedRun, row: Published) -> bool:
     return precision == ("LLM.int8" if is_bnb else row.variant) or (row.variant == "BF16" and precision in PRECISIONS)
 
 
-def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
+def _our_metric(run: Run, row: Published) -> tuple[str, Metric] | None:
     if row.benchmark == "arXiv":
         return _our_perplexity(run, row)
     if BENCHMARKS.get(run.task) != row.benchmark or run.headline is None:
@@ -268,7 +271,7 @@ def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
     return None
 
 
-def _agent_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
+def _agent_metric(run: Run, row: Published) -> tuple[str, Metric] | None:
     """The metric of the same meaning, in the same mode."""
     if row.benchmark == "hf_agent" and (row.setting.get("mode") == "chat") != (run.task == "hf_agent_chat"):
         return None
@@ -276,8 +279,8 @@ def _agent_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
     return (name, run.metrics[name]) if name in run.metrics else None
 
 
-def _our_perplexity(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
-    switches = (run.model_spec.get("rope") or {}).get("dynamic_ntk"), run.model_spec.get("logn")
+def _our_perplexity(run: Run, row: Published) -> tuple[str, Metric] | None:
+    switches = section(run.model_spec.get("rope")).get("dynamic_ntk"), run.model_spec.get("logn")
     wanted = row.setting.get("dynamic_ntk"), row.setting.get("logn")
     if [str(x).lower() for x in switches] != [str(x).lower() for x in wanted]:
         return None
@@ -290,7 +293,7 @@ def _our_perplexity(run: LoadedRun, row: Published) -> tuple[str, Metric] | None
     return None
 
 
-def _speed_differences(run: LoadedRun, row: Published) -> list[str]:
+def _speed_differences(run: Run, row: Published) -> list[str]:
     """The device always, then how it was measured."""
     found = [f"device: ours {device_name(run)}, published {row.setting.get('gpu', 'A100-SXM4-80G')}"]
     if run.config.get("method") == "measured":
@@ -303,7 +306,7 @@ def _speed_differences(run: LoadedRun, row: Published) -> list[str]:
     return found
 
 
-def _same_shape(cell: Mapping[str, JSON], row: Published) -> bool:
+def _same_shape(cell: Mapping[str, Any], row: Published) -> bool:
     said = row.setting
     tokens = said.get("gen_tokens") or said.get("tokens")
     is_encoding = str(said.get("mode", "")).startswith("encode")

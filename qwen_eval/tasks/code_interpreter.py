@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
@@ -20,14 +20,12 @@ from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.numbers import UPSTREAM_GOLD, concluded_number, written
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
+from qwen_eval.sandbox import Mode
+from qwen_eval.sandbox.notebook import CellResult, Notebooks
 from qwen_eval.tasks.generation import GenerativeTask
 from qwen_eval.tasks.judge import VisionJudge, says_right
 from qwen_eval.tasks.react import INSTRUCTION, STOP_WORDS
 from qwen_eval.tasks.registry import TaskContext
-
-if TYPE_CHECKING:
-    from qwen_eval.sandbox import Mode
-    from qwen_eval.sandbox.notebook import CellResult, Notebooks
 
 QUESTIONS = "eval_code_interpreter_v1.jsonl"
 MATH, GENERAL, HARD, EASY = "math", "general", "visualization_hard", "visualization_easy"
@@ -128,8 +126,6 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
 
     @cached_property
     def _notebooks(self) -> Notebooks:
-        from qwen_eval.sandbox.notebook import Notebooks
-
         return Notebooks(
             mode=cast("Mode", self.context.sandbox),
             timeout_s=self.spec.timeout_s,
@@ -194,7 +190,7 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
         if sample.group == MATH:
             return self._graded_math(sample, turns, episode)
         is_executable = self._is_executable(sample, episode)
-        values: dict[str, JSON] = {**_told(episode), "executable": is_executable}
+        values: dict[str, Any] = {**_told(episode), "executable": is_executable}
         score: float | None = is_executable
         if sample.group in VISUAL:
             values |= self._judged(sample, episode)
@@ -223,8 +219,6 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
 
     def _is_executable(self, sample: Sample, episode: Episode) -> float:
         """Whether the code runs by itself in a new interpreter: the first block, or all of a mathematical question."""
-        from qwen_eval.sandbox.notebook import Notebooks
-
         begun = begun_episode(sample.data["query"]).cells
         written_cells = episode.cells[len(begun) :]
         if not written_cells:

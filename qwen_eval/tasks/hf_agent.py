@@ -11,17 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
 from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, cut, flags
 from qwen_eval.metrics import share
+from qwen_eval.sandbox import Mode
+from qwen_eval.sandbox.session import Session, SessionLost
 from qwen_eval.tasks.generation import GenerativeTask
-
-if TYPE_CHECKING:
-    from qwen_eval.sandbox import Mode
+from qwen_eval.tasks.hf_tools import TOOLS
 
 STOPS = {"hf_agent": ("Task:",), "hf_agent_chat": ("Human:", "=====")}
 RENAMED = {"Human:": "_HUMAN_:", "Assistant:": "_ASSISTANT_:"}  # "Human:" ends a raw reply of Qwen v1
@@ -238,8 +238,6 @@ def driver() -> str:
 
 def run_snippets(reading: str, snippets: Sequence[str], steps: Sequence[Step], sandbox: str) -> list[Result]:
     """The snippets of a conversation in one interpreter; after one that ends it, nothing has a result."""
-    from qwen_eval.sandbox.session import Session, SessionLost
-
     found: list[Result] = []
     try:
         with Session(driver(), mode=cast("Mode", sandbox)) as session:
@@ -291,8 +289,6 @@ def score_step(
 
 @cache
 def tool_names() -> tuple[str, ...]:
-    from qwen_eval.tasks.hf_tools import TOOLS
-
     return tuple(TOOLS)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
-    JSON,
     ChoiceLogprobs,
     Choose,
     DataError,
@@ -111,7 +110,7 @@ class Nano(GenerativeTask[Spec]):
 
 
 def exercise_of(row: Any) -> ex.Exercise:
-    known: dict[str, JSON] = {name: value for name, value in row.items() if name in FIELDS}
+    known: dict[str, Any] = {name: value for name, value in row.items() if name in FIELDS}
     return ex.Exercise(**{"topic": "", "key": "", **known, "options": tuple(row.get("options", ()))})
 
 

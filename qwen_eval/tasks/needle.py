@@ -1,6 +1,6 @@
 """Needle in a haystack: a number hidden in a long text, asked for at its end. A grid of lengths and depths.
 
-The number is read out of whatever the model says (lenient, the score) or must be the beginning of it (strict).
+The number may appear anywhere in the reply (lenient, the score) or must be its beginning (strict).
 "Effective length" is the longest at which, and below which, at least 85 % are found (https://arxiv.org/abs/2404.06654).
 """
 
@@ -13,13 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from qwen_eval.config import TaskSpec, not_one_of
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
 from qwen_eval.data.exercises import CITIES, CITIES_ZH
-from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
+from qwen_eval.figures import heat_map
 from qwen_eval.metrics import share
+from qwen_eval.tasks.benchmark import Benchmark
 from qwen_eval.tasks.documents import read_documents
 from qwen_eval.tasks.haystack import Buried, Frame, base_frame, bury, chat_frame
 from qwen_eval.tasks.registry import TaskContext
@@ -80,23 +82,20 @@ class NeedleSpec(TaskSpec):
     text_key: str = "text"
 
 
-class Needle:
+class Needle(Benchmark[NeedleSpec]):
     Spec = NeedleSpec
     version = 2
+    bundled = "haystack"
 
     def __init__(self, spec: NeedleSpec, context: TaskContext):
         self.tokenizer = context.required_tokenizer(spec.name, ", so no prompt of an exact length can be made")
+        super().__init__(spec, context)
         _check(spec)
-        self.spec, self.context, self.name = spec, context, spec.name
         train_length = context.model_facts.get("train_length") or TRAIN_LENGTH
         auto = [n for n in (int(train_length * factor) for factor in AUTO_FACTORS) if n <= AUTO_LONGEST]
         self.lengths = sorted(set(spec.lengths)) or auto or [AUTO_LONGEST]
 
     # --- the grid ---
-
-    @cached_property
-    def source(self) -> Source:
-        return open_source(self.spec, bundled="haystack")
 
     @cached_property
     def haystacks(self) -> dict[str, list[int]]:
@@ -145,9 +144,9 @@ class Needle:
     def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
         if turns:
             return None
-        stop = () if self.context.is_chat else STOPS
+        stop = () if self.is_chat else STOPS
         prompt = Prompt(ids=self.buried(sample).ids)
-        limit = self.context.reply_tokens(self.spec, is_chat=self.context.is_chat)
+        limit = self.reply_tokens
         return Generate(prompt=prompt, max_new_tokens=limit, stop=stop, sampling=self.context.sampling(self.spec))
 
     def buried(self, sample: Sample) -> Buried:
@@ -167,7 +166,7 @@ class Needle:
         comma, last = wording.joints
         listed = last.join([comma.join(cities[:-1]), cities[-1]]) if len(cities) > 1 else cities[0]
         question = _filled(form, city=listed)
-        if self.context.is_chat:
+        if self.is_chat:
             return chat_frame(self.tokenizer, f"\n\n{question}")
         return base_frame(self.tokenizer, _filled(wording.base, question=question))
 
@@ -203,8 +202,6 @@ class Needle:
 
     def artifacts(self, records: Iterable[Record]) -> dict[str, JSON | str | bytes]:
         """The heat map, with the interval of each cell in its numbers."""
-        from qwen_eval.figures import heat_map
-
         cells: dict[tuple[int, float], list[Record]] = defaultdict(list)
         for record in records:
             cells[record.grade.values["length"], record.grade.values["depth_percent"]].append(record)
@@ -231,21 +228,19 @@ class Needle:
         return {
             "lengths": self.lengths,
             "depths": sorted(set(self.spec.depths)),
-            "format": "chat" if self.context.is_chat else "base",
+            "format": self.form,
             "wording": {
                 language: {"needle": self.spec.needle or w.needle, "question": self.spec.question or w.question}
                 for language, w in WORDINGS.items()
                 if language in self.spec.languages
             },
             "haystack_tokens": {language: len(ids) for language, ids in self.haystacks.items()},
-            "origin": self.source.origin,
-            "data_sha256": self.source.sha256,
-            "version": self.version,
+            **super().describe(),
         }
 
 
 def says(text: str, key: str) -> bool:
-    """Whether the digits of `key` stand in the text as a number of their own: full width, or with , or spaces within.
+    """Whether the text has the digits of `key` as a separate number, also full-width or with commas or spaces.
 
     >>> says("It is １，２３４，５６７.", "1234567"), says("91234567", "1234567")
     (True, False)
@@ -272,8 +267,8 @@ def _accuracy(records: Sequence[Record]) -> Metric:
     return share([record.grade.score for record in records])
 
 
-def _by(records: Sequence[Record], key: str) -> dict[JSON, list[Record]]:
-    groups: dict[JSON, list[Record]] = defaultdict(list)
+def _by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
+    groups: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.grade.values[key]].append(record)
     return dict(groups)

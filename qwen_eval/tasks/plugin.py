@@ -28,7 +28,7 @@ from qwen_eval.core import (
     Tokenizer,
     Turn,
 )
-from qwen_eval.data.sources import Source
+from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import mean, share
 from qwen_eval.tasks.function_calls import parse_react, read_call, schema, tools_of
@@ -77,8 +77,6 @@ class Plugin(GenerativeTask[Spec]):
     # --- rows ---
 
     def open(self) -> Source:
-        from qwen_eval.data.sources import open_source
-
         return open_source(self.spec, bundled="plugin")
 
     def rows(self, source: Source) -> list[Sample]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen_eval.config import TaskSpec
-from qwen_eval.core import JSON, ConfigError, Sampling, Task, Tokenizer
+from qwen_eval.config import TaskSpec, announced
+from qwen_eval.core import ConfigError, Sampling, Task, Tokenizer
 
-TASKS = {
+OWN = {
     "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
     "ceval": "qwen_eval.tasks.ceval:Ceval",
     "cmmlu": "qwen_eval.tasks.cmmlu:Cmmlu",
@@ -35,25 +35,27 @@ TASKS = {
     "wmt22_sacrebleu": "qwen_eval.tasks.wmt22:Wmt22",
     "nano": "qwen_eval.tasks.nano:Nano",
 }
+TASKS = announced("qwen_eval.tasks") | OWN  # no package can take the name of a task of ours
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """What a task may know of its run beside its own spec. `tokenizer` is None for engines that have none."""
+    """What a task may know about its run, besides its own spec. `tokenizer` is None for engines without one."""
 
     protocol: str = "robust"
     is_chat: bool = False
     tokenizer: Tokenizer | None = None
     sandbox: str = "auto"
-    model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
+    hidden_dir: str | None = None  # where `Score` requests keep hidden states
+    model_facts: Mapping[str, Any] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
 
     def reply_tokens(self, spec: TaskSpec, *, is_chat: bool) -> int:
-        """The most new tokens of a reply: the task's own, and room to think where the model does so in a chat."""
+        """The maximum of new tokens of a reply: the task's, plus `thinking_tokens` for a chat model that thinks."""
         thinks = is_chat and bool(self.model_facts.get("thinks"))
         return spec.max_new_tokens + (spec.thinking_tokens if thinks else 0)
 
     def sampling(self, spec: TaskSpec, own: Sampling | None = None) -> Sampling:
-        """How texts are drawn: as the task says, or as the model's generation_config.json does."""
+        """How replies are sampled: as the task defines, or as the model's generation_config.json does."""
         if spec.sampling == "task":
             return own or Sampling()
         found = self.model_facts.get("sampling")

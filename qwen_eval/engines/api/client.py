@@ -187,7 +187,8 @@ def _unpacker(encoding: str) -> Callable[[bytes, int], bytes]:
 def parsed(data: bytes) -> JSON:
     """The JSON of a reply; Fault in plain words for everything else."""
     try:
-        return json.loads(data)
+        found: JSON = json.loads(data)
+        return found
     except RecursionError:
         raise Fault("a reply nested too deep") from None
     except ValueError:

@@ -45,8 +45,13 @@ def read_reply(found: JSON, num_choices: int = 1) -> Reply:
     rows = [_mapping(row, "a choice") for row in _list(body.get("choices"), "choices")]
     if len(rows) < num_choices:
         raise Fault(f"{len(rows)} of {num_choices} completions")
-    rows.sort(key=lambda row: row["index"] if type(row.get("index")) is int else 0)
+    rows.sort(key=_index)
     return Reply(choices=tuple(rows[:num_choices]), usage=_usage(body.get("usage")))
+
+
+def _index(row: Mapping[str, JSON]) -> int:
+    at = row.get("index")
+    return at if type(at) is int else 0
 
 
 def _usage(found: JSON) -> Usage:
@@ -182,7 +187,7 @@ def read_echo(row: Mapping[str, JSON]) -> Echo:
     if not isinstance(offsets, list) or not all(type(at) is int for at in offsets):
         raise Fault("an echo without text offsets")
     return Echo(
-        tokens=tuple(tokens),
+        tokens=tuple(map(str, tokens)),
         logprobs=tuple(None if value is None else _logprob(value) for value in values),
         best=tuple(max(map(_logprob, top.values())) if isinstance(top, dict) and top else None for top in tops),
         offsets=tuple(offsets) if len(offsets) == len(tokens) else (),

@@ -7,23 +7,39 @@ count of a prompt's tokens is compared with ours where a tokenizer is at hand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from qwen_eval.core import Choose, EngineError, Generate, Prompt, Request, Score
+from qwen_eval.core import Choose, EngineError, Generate, Prompt, Rendered, Request, Score, Tokenizer
 from qwen_eval.engines.api.faults import RequestFailed
-from qwen_eval.engines.api.replies import Echo
-
-if TYPE_CHECKING:
-    from qwen_eval.engines.openai import OpenAiEngine
+from qwen_eval.engines.api.replies import Echo, Reply
 
 KNOWN = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
 TOLERANCE = 0.3  # nats: a 16-bit server that batches differently moves a log-probability by less
 
 
+class Asked(Protocol):
+    """What a check asks of the engine."""
+
+    tokenizer: Tokenizer | None
+
+    @property
+    def may_echo(self) -> bool: ...
+
+    def render(self, prompt: Prompt) -> Rendered: ...
+
+    async def first_logprobs(
+        self, request: Choose, *, max_tokens: int = 1, has_any: bool = True
+    ) -> dict[str, float]: ...
+
+    async def echo_if_any(self, text: str) -> Echo | None: ...
+
+    async def generated(self, request: Generate) -> Reply: ...
+
+
 class Check:
     """`has_echo`: the server gives the log-probabilities of a given text, and they are real."""
 
-    def __init__(self, engine: OpenAiEngine) -> None:
+    def __init__(self, engine: Asked) -> None:
         self._engine = engine
         self.has_echo = False
         self.warnings: list[str] = []

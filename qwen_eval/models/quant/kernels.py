@@ -1,4 +1,4 @@
-"""Linears of quantised weights: torch's packed int4 kernels, and the dequantised fallback.
+"""Linears of quantized weights: torch's packed int4 kernels, and the dequantized fallback.
 
 Legend: K inputs, N outputs, G groups, R rows of the batch, g inputs of one group.
 
@@ -29,8 +29,8 @@ BLOCK_N = 64  # outputs packed together by the CPU kernel with AVX-512
 CUDA_INNER_TILES = 8
 TILE_N = 8  # outputs of one tile of tinygemm
 MEASURED_ROWS = (8, 16, 32, 64, 128, 256)
-SLAB_N = 1024  # outputs dequantised at a time: a few MiB
-# From about this many rows on, dequantising the layer for this call and multiplying densely is faster than the packed
+SLAB_N = 1024  # outputs dequantized at a time: a few MiB
+# From about this many rows on, dequantizing the layer for this call and multiplying densely is faster than the packed
 # kernel, whose time grows with the rows (tools/bench_int4_decode.py prints the curve).
 MAX_PACKED_ROWS = 96
 
@@ -43,14 +43,14 @@ class Groups:
     permutation: Tensor | None
 
 
-class DequantisedLinear(nn.Module):
-    """Weights as plain numbers: right everywhere, and as large as an unquantised layer."""
+class DequantizedLinear(nn.Module):
+    """Weights as plain numbers: right everywhere, and as large as an unquantized layer."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight_NK)
         self.register_buffer("bias", bias_N)
-        self.kernel = f"dequantised {str(weight_NK.dtype).removeprefix('torch.')}"
+        self.kernel = f"dequantized {str(weight_NK.dtype).removeprefix('torch.')}"
 
     weight: Tensor
     bias: Tensor | None
@@ -74,7 +74,7 @@ class DequantisedLinear(nn.Module):
 class PackedLinear(nn.Module):
     """bf16 input and output, weights in torch's int4 layout, one plane for 4 bits and two for 8 bits.
 
-    Few rows go through the packed kernel; many rows dequantise this layer for the length of the call (on the CPU, whose
+    Few rows go through the packed kernel; many rows dequantize this layer for the length of the call (on the CPU, whose
     layout is known) and use the dense product.
     """
 
@@ -107,7 +107,7 @@ class PackedLinear(nn.Module):
         self.max_packed_rows = MAX_PACKED_ROWS if can_unpack(packed.device.type) else None
 
     def use(self, max_packed_rows: int | None) -> None:
-        """Dequantise for each call of more rows than this, from now on; None: never."""
+        """Dequantize for each call of more rows than this, from now on; None: never."""
         self.max_packed_rows = max_packed_rows
         if max_packed_rows is not None:
             self.kernel += f", dense beyond {max_packed_rows} rows"
@@ -135,7 +135,7 @@ class PackedLinear(nn.Module):
         return _int4_mm(x_RK.contiguous(), self.packed, self.group_size, self.scale_zero)
 
     def _dense(self, x_RK: Tensor) -> Tensor:
-        """Slabs of outputs, each dequantised into memory that is still in the cache when it is multiplied."""
+        """Slabs of outputs, each dequantized into memory that is still in the cache when it is multiplied."""
         if x_RK.device.type != "cpu":
             return x_RK @ self._scaled(unpack_tiles(self.packed, tile_order(self.packed)).to(x_RK.dtype), slice(None))
         dtype = dense_dtype()
@@ -299,7 +299,7 @@ def learn_order(pack_tile: Callable[[Tensor], Tensor], tile_inputs: int) -> Tens
 
 
 def choose_rows(modules: Iterable[nn.Module]) -> None:
-    """On a GPU: from how many rows on dequantising a layer and multiplying densely is faster, measured by shape."""
+    """On a GPU: from how many rows on dequantizing a layer and multiplying densely is faster, measured by shape."""
     by_shape: dict[tuple[int, ...], list[PackedLinear]] = {}
     for module in modules:
         if isinstance(module, PackedLinear) and module.packed.device.type == "cuda":
@@ -350,7 +350,7 @@ def can_unpack(device_type: str) -> bool:
 def dense_dtype() -> torch.dtype:
     """bf16 where the CPU multiplies it natively (AMX or AVX512-BF16), else fp32, which is then 3 times faster.
 
-    QWEN_EVAL_CPU_DTYPE=bf16|fp32 says it for another machine: to reproduce its numbers, and to test its path.
+    QWEN_EVAL_CPU_DTYPE=bf16|fp32 overrides it, to reproduce the numbers of another machine and to test its path.
     """
     wanted = os.environ.get(CPU_DTYPE)
     if wanted is not None and wanted not in CPU_DTYPES:
@@ -367,7 +367,7 @@ def _native_dtype() -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightReport:
-    """What the quantised Linears of a model became: layers per kernel, their bytes and what bf16 would take."""
+    """The quantized Linears of a model: layers per kernel, their bytes and what bf16 would take."""
 
     kernels: dict[str, int]
     weight_bytes: int
@@ -375,21 +375,21 @@ class WeightReport:
 
     @property
     def fallback(self) -> str | None:
-        """One line to be said aloud when layers were dequantised, with what it costs; None when all are packed."""
-        plain = {kernel: count for kernel, count in self.kernels.items() if kernel.startswith("dequantised")}
+        """One line to report that layers were dequantized, with the memory it costs; None if all are packed."""
+        plain = {kernel: count for kernel, count in self.kernels.items() if kernel.startswith("dequantized")}
         if not plain:
             return None
         names = ", ".join(f"{count} layers {kernel}" for kernel, count in plain.items())
         share = self.weight_bytes / max(1, self.bf16_bytes)
         return (
-            f"no packed kernel here for these quantised weights: {names}; the quantised layers take "
+            f"no packed kernel here for these quantized weights: {names}; the quantized layers take "
             f"{self.weight_bytes / 2**20:.0f} MiB, {share:.2f} of bf16 (model.dtype=bf16 packs where torch can)"
         )
 
 
 @runtime_checkable
-class QuantisedLinear(Protocol):
-    """What every quantised Linear tells about itself."""
+class QuantizedLinear(Protocol):
+    """What every quantized Linear tells about itself."""
 
     kernel: str
     in_features: int
@@ -398,8 +398,8 @@ class QuantisedLinear(Protocol):
 
 
 def report(modules: Iterable[nn.Module]) -> WeightReport:
-    """Sum up the quantised Linears among the modules (pass `model.modules()`)."""
-    linears = [module for module in modules if isinstance(module, QuantisedLinear)]
+    """Sum up the quantized Linears among the modules (pass `model.modules()`)."""
+    linears = [module for module in modules if isinstance(module, QuantizedLinear)]
     return WeightReport(
         kernels=dict(Counter(linear.kernel for linear in linears)),
         weight_bytes=sum(linear.weight_bytes for linear in linears),

@@ -32,6 +32,7 @@ from qwen_eval.core import (
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.lora import refuse_adapter
+from qwen_eval.models.quant.formats import quant_format
 
 DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MAX_OPEN = 512  # requests handed over and not answered yet; answers come one by one, so that a killed run loses few
@@ -215,7 +216,7 @@ def _completion(item: Any, request: Generate) -> Completion:
 
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> VllmEngine:
     """Start vLLM on `model.path` or the hub id; remote code is never run."""
-    if model.quant in ("nf4", "int8"):
+    if quant_format(model.quant).is_made_here:
         raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
     for name, value in QUIET.items():  # read when vLLM is imported, and by its processes
         os.environ.setdefault(name, value)

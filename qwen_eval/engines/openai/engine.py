@@ -29,6 +29,7 @@ from qwen_eval.core import (
 )
 from qwen_eval.engines.api.account import Account, read_prices
 from qwen_eval.engines.api.faults import Fault, RequestFailed
+from qwen_eval.engines.api.loop import Crew, LoopThread
 from qwen_eval.engines.api.replies import (
     Echo,
     Reply,
@@ -39,10 +40,12 @@ from qwen_eval.engines.api.replies import (
     scored,
     top_logprobs,
 )
+from qwen_eval.engines.api.selfcheck import Check
 from qwen_eval.engines.api.servers import SERVERS, Server, api_key, base_url, required_key, server_of
 from qwen_eval.engines.endpoint import endpoint_identity, public_url
 from qwen_eval.models.segments import Chat
 from qwen_eval.models.template import THINKING_SWITCH, with_system
+from qwen_eval.models.tokenizer import load_tokenizer
 
 NEEDS = "engine=openai needs the package httpx2: pip install 'qwen_eval[api]'"
 HOPELESS = 8  # failures one after the other, and nothing answered between: the rest would fare no better
@@ -111,8 +114,6 @@ class OpenAiEngine:
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Answers as they come; what has none stands in `failures`. EngineError where going on makes no sense."""
-        from qwen_eval.engines.api.loop import Crew
-
         self.failures = {}
         self._check(requests)
         in_a_row = 0
@@ -136,8 +137,6 @@ class OpenAiEngine:
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Once for each kind of request, before the first of it: whether the server can be believed."""
-        from qwen_eval.engines.api.selfcheck import Check
-
         kinds = {type(request) for request in requests} - self._checked
         if kinds - ({Generate} if self.tokenizer is None else set()):
             check = Check(self)
@@ -192,8 +191,8 @@ class OpenAiEngine:
 
         return await self._client.ask(path, {"model": self._api_model, **body}, counted)
 
-    def _chat(self, prompt: Prompt) -> dict[str, JSON]:
-        body: dict[str, JSON] = {"messages": api_messages(with_system(prompt.messages, self._system))}
+    def _chat(self, prompt: Prompt) -> dict[str, Any]:
+        body: dict[str, Any] = {"messages": api_messages(with_system(prompt.messages, self._system))}
         if self._thinking != "auto":
             body |= self._server.thinking_body(THINKING_SWITCH, self._thinking == "on")
         if prompt.tools:
@@ -310,7 +309,6 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     """A client for `engine.base_url`; the key is read from the environment and never stored."""
     try:
         from qwen_eval.engines.api.client import EndpointClient, Limits
-        from qwen_eval.engines.api.loop import LoopThread
     except ImportError as error:
         raise EngineError(NEEDS) from error
     url, key, name = base_url(spec), required_key(spec), api_model(spec, model)
@@ -335,8 +333,6 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
 def _tokenizer(spec: EngineSpec, model: ModelSpec) -> Tokenizer | None:
     if spec.tokenizer is None:
         return None
-    from qwen_eval.models.tokenizer import load_tokenizer
-
     return load_tokenizer(Path(spec.tokenizer), system=model.system, thinking=model.thinking)
 
 

@@ -91,7 +91,7 @@ def test_a_gptq_checkpoint_in_half_precision_stays_within_rounding(
 
 
 @pytest.mark.parametrize("folder", GPTQ_MODELS, ids=lambda p: p.name)
-def test_all_linears_of_the_blocks_are_quantised_and_counted(folder: Path) -> None:
+def test_all_linears_of_the_blocks_are_quantized_and_counted(folder: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = open_gptq(folder, dtype).model
         report = kernels.report(model.modules())
