@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import Page, browser, find_browser
-from report_runs import answered, chose, documents, record, said, write_profile, write_run
+from report_runs import answered, chose, documents, record, said, scored, write_profile, write_run
 
 from qwen_eval.core import Metric
 from qwen_eval.report.__main__ import main
@@ -372,3 +372,19 @@ def test_samples_beyond_the_limit_are_counted(tmp_path: Path) -> None:
     data: dict[str, Any] = json.loads(re.findall(r'id="data">(.*?)</script>', (tmp_path / "x.html").read_text())[0])
     assert data["left_out"] == 20
     assert len(data["runs"][0]["rows"]) == 10
+
+
+def test_lengths_stand_from_short_to_long(tmp_path: Path) -> None:
+    lengths = (2048, 256, 1024)
+    for quant, shift in (("none", 0.0), ("gptq-int4", 0.2)):
+        rows = [
+            record(f"d{i}-{n}", scored((2 + shift + i / 100) * 50, 50), None, target=None, group=str(n))
+            for i in range(8)
+            for n in lengths
+        ]
+        metrics = {f"ppl/{n}": Metric(value=7.4, n=n, kind="ppl", higher_is_better=False) for n in lengths}
+        write_run(tmp_path / "runs", rows, task="long_ppl", tag=quant, quant=quant, metrics=metrics)
+    assert main([f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'x.html'}"]) == 0
+    text = (tmp_path / "x.html").read_text()
+    assert re.findall(r'data-label="task">long_ppl (\d+) tokens', text) == ["256", "1024", "2048"]
+    assert "worse by more than the margin: long_ppl<" in text

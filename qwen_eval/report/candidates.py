@@ -89,6 +89,17 @@ def candidates(judgements: Sequence[Judgement]) -> list[Candidate]:
     return [Candidate(name=name, judgements=tuple(found)) for name, found in members.items()]
 
 
+def in_order(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """The same, with the context lengths of one run from short to long."""
+    places = {j.comparison.paths: i for i, j in reversed(list(enumerate(judgements)))}
+
+    def place(judgement: Judgement) -> tuple[int, int]:
+        length = judgement.comparison.metric.removeprefix("ppl/")
+        return places[judgement.comparison.paths], int(length) if length.isdecimal() else 0
+
+    return sorted(judgements, key=place)
+
+
 def pair_of(comparison: Comparison) -> str:
     return comparison.pair or comparison.label
 

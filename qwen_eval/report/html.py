@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from qwen_eval.core import QwenEvalError
-from qwen_eval.report.candidates import Candidate, candidates
+from qwen_eval.report.candidates import Candidate, candidates, in_order
 from qwen_eval.report.comparison import Comparison
 from qwen_eval.report.gate import TONES, delta_cell
 from qwen_eval.report.plots import plots
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 MIN_FILTER_ROWS = 5  # shorter tables need no filter box
 SHORT_TEXT = 24  # characters that a cell of text keeps on one line
 LONG_TEXT = 40  # from here on a cell of text gets room
-MAX_OPEN = 8  # lines of evidence that the first screen has room for
+MAX_OPEN = 6  # lines of evidence that the first screen has room for
 SIGNS = {"good": "✓", "bad": "✗", "open": "?"}
 ORDER = ("bad", "open", "good")
 FACTS = ("task", "by the margin", "Δ [95 %]", "margin", "n", "changed samples", "evidence")
@@ -47,6 +47,7 @@ def page(
     """The whole document. `roots`: run directories whose samples and plots it carries."""
     runs = find_runs(roots) if roots else RunSet(runs=(), unreadable=())
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    judgements = in_order(judgements)
     readable, drawn = _readable(runs), plots(runs, judgements)
     data = sample_data(readable, max_samples=max_samples, comparisons=[j.comparison for j in judgements])
     verdicts = _verdicts(judgements, _linked(data, readable))
