@@ -6,6 +6,7 @@ No module behind this one sees Hydra or OmegaConf, and torch is not imported bef
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -16,6 +17,11 @@ from typing import Any, NoReturn
 
 from qwen_eval.config import EngineSpec, ModelSpec, check_values, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
+from qwen_eval.engines.kinds import ENGINES
+from qwen_eval.engines.kinds import kind as engine_kind
+from qwen_eval.engines.kinds import kinds as engine_kinds
+from qwen_eval.models.naming import anonymous, settle
+from qwen_eval.models.quant.formats import quant_format
 from qwen_eval.tasks.registry import TASKS, task_class
 from qwen_eval.terminal import plain_text
 
@@ -42,7 +48,10 @@ def conf_dir() -> Path:
 def groups_text() -> str:
     """The options of every group of `conf/`, one group a line."""
     folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
-    options = {folder.name: ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) for folder in folders}
+    known = {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
+    known["task"] |= set(TASKS)
+    known["engine"] |= set(ENGINES)
+    options = {name: ", ".join(sorted(names)) for name, names in known.items()}
     return "\n".join(f"{name}: {listed}" for name, listed in options.items() if listed)
 
 
@@ -57,7 +66,7 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
         print(usage.strip(), groups_text(), sep="\n\n")  # Hydra takes two seconds to list what a directory lists
         return 0
     try:
-        _register(config_name, schema)
+        _register(config_name, schema, [conf_dir(), *_given_folders(argv)])
         arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))
         _hydra(arguments, config_name, lambda config: _cell(config, job, schema, failures))
     except KeyboardInterrupt:
@@ -92,17 +101,17 @@ def _settle_model(spec: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
-    if not isinstance(model, ModelSpec) or (engine is not None and engine.name == "fake"):
+    model_at = engine_kind(engine.name).model_at if isinstance(engine, EngineSpec) else "checkpoint"
+    if not isinstance(model, ModelSpec) or model_at == "nowhere":
         return
-    from qwen_eval.models.naming import anonymous, settle
-
     check_values(spec)  # before anything is looked for, let alone fetched
+    quant_format(model.quant)
     given = {_key(override) for override in HydraConfig.get().overrides.task}
     if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
         given.add("model")  # by an experiment
-    if engine is None or engine.name != "openai":
+    if model_at == "checkpoint":
         spec.model = settle(model, frozenset(given))
-    elif "model" not in given and engine.api_model is not None:
+    elif engine is not None and "model" not in given and engine.api_model is not None:
         spec.model = anonymous(model, engine.api_model, frozenset(given))
 
 
@@ -131,18 +140,36 @@ def _refuse_flag(message: str) -> NoReturn:
     raise ConfigError(f"{message}; options are written key=value, see --help")
 
 
-def _register(config_name: str, schema: type) -> None:
-    """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `task/<task>_schema`."""
+def _register(config_name: str, schema: type, folders: Sequence[Path]) -> None:
+    """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `engine/<engine>_schema`,
+    `task/<task>_schema`."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(name=f"{'eval' if config_name == 'config' else config_name}_schema", node=schema)
     store.store(group="model", name="model_schema", node=ModelSpec)
     store.store(group="engine", name="engine_schema", node=EngineSpec)
+    for each in engine_kinds():
+        _store_option(store, "engine", each.name, each.spec, folders)
     for name in TASKS:
         spec = _task_spec(name)
         if spec is not None:
-            store.store(group="task", name=f"{name}_schema", node=spec)
+            _store_option(store, "task", name, spec, folders)
+
+
+def _given_folders(argv: Sequence[str]) -> list[Path]:
+    """The values of `--config-dir`, which Hydra searches too."""
+    flags = ("--config-dir", "-cd")
+    apart = [value for flag, value in itertools.pairwise(argv) if flag in flags]
+    joined = [argument.partition("=")[2] for argument in argv if argument.startswith("--config-dir=")]
+    return [Path(folder) for folder in (*apart, *joined)]
+
+
+def _store_option(store: Any, group: str, name: str, spec: Any, folders: Sequence[Path]) -> None:
+    """The schema, and the option itself where no folder has a yaml of its name."""
+    store.store(group=group, name=f"{name}_schema", node=spec)
+    if not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+        store.store(group=group, name=name, node=spec)
 
 
 def _task_spec(name: str) -> Any:

@@ -7,6 +7,8 @@ derive from `TaskSpec`.
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,6 @@ from qwen_eval.core import ConfigError
 MISSING = "???"
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-QUANTS = ("none", "gptq-int4", "gptq-int8", "nf4", "int8")
 KV_CACHES = ("auto", "int8")
 ATTENTIONS = ("auto", "sdpa", "flash", "eager")
 HUBS = ("huggingface", "modelscope")
@@ -134,7 +135,6 @@ class EvalSpec:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
-    "model.quant": QUANTS,
     "model.kv_cache": KV_CACHES,
     "model.attention": ATTENTIONS,
     "model.hub": HUBS,
@@ -146,7 +146,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.data": ("auto", "bundled", "hub"),
     "task.mode": ("auto", "base", "chat"),
     "task.sampling": SAMPLING,
-    "engine.name": ("native", "hf", "openai", "vllm", "fake"),
     "protocol": PROTOCOLS,
     "sandbox": ("auto", "bubblewrap", "namespaces", "unsafe"),
 }
@@ -162,6 +161,16 @@ AT_LEAST: dict[str, int] = {
     "engine.concurrency": 1,
     "engine.tensor_parallel": 1,
 }
+
+
+def announced(group: str) -> dict[str, str]:
+    """What installed packages announce under an entry point group ("qwen_eval.tasks"): name -> "module:attribute"."""
+    return {point.name: point.value for point in _entry_points().select(group=group)}
+
+
+@functools.cache  # every package is looked into: some milliseconds
+def _entry_points() -> Any:
+    return importlib.metadata.entry_points()
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

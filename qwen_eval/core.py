@@ -143,11 +143,15 @@ class Score:
 
     `num_fed`: how many tokens the protocol feeds the model, which decides dynamic NTK: all of them (None), or one less
     where it leaves out the last, which is only a target.
+
+    `keep_hidden`: a directory for the final hidden states of the scored positions. It changes no answer, so it is no
+    part of what a request is known by.
     """
 
     prompt: Prompt
     num_context: int = 1
     num_fed: int | None = None
+    keep_hidden: str | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import ModelError
 from qwen_eval.models.fingerprint import model_fingerprint
-from qwen_eval.models.hidden import read_head
+from qwen_eval.models.head import read_head
 from qwen_eval.models.load import open_forward
 from qwen_eval.models.weight_files import open_weights, weight_files
 

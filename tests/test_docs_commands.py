@@ -19,7 +19,7 @@ from qwen_eval import __main__ as evaluation
 from qwen_eval import cli, config
 from qwen_eval.profile import __main__ as profile
 from qwen_eval.profile import config as profile_config
-from qwen_eval.quantize import command as quantize
+from qwen_eval.quantize import __main__ as quantize
 from qwen_eval.report import __main__ as report
 from qwen_eval.report import config as report_config
 from qwen_eval.ship import command as ship

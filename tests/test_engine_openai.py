@@ -180,7 +180,7 @@ def test_no_server_and_no_address_are_one_line(server: Server, monkeypatch: pyte
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(EngineError, match=r"pass engine\.base_url="):
         open_engine(EngineSpec(name="openai"), ModelSpec(name="m"))
-    monkeypatch.setattr("qwen_eval.engines.openai.MAX_RETRIES", 0)
+    monkeypatch.setattr("qwen_eval.engines.openai.engine.MAX_RETRIES", 0)
     gone = open_engine(EngineSpec(name="openai", base_url="http://127.0.0.1:9/v1"), ModelSpec(name="m"))
     with pytest.raises(EngineError, match="no server answers"):
         list(gone.run([Generate(prompt=Prompt.raw("x"), max_new_tokens=3)]))

@@ -15,9 +15,8 @@ from qwen_eval.models.hidden import HiddenStates
 @pytest.mark.parametrize("chunk", [16, 2048])
 def test_kept_states_and_the_head_give_the_scores_back(tmp_path: Path, chunk: int) -> None:
     engine, kept = engine_of(chunk=chunk), HiddenStates(tmp_path)
-    engine.keep_hidden = kept.add
     prompt = Prompt.raw("a text of some forty bytes, to be scored whole")
-    ((_, answer),) = engine.run([Score(prompt=prompt, num_context=5)])
+    ((_, answer),) = engine.run([Score(prompt=prompt, num_context=5, keep_hidden=str(tmp_path))])
     key = ids_sha256(engine.render(prompt).ids)
     assert kept.keys() == {key}
     logprobs = (kept.read(key) @ engine.forward.model.head.weight.T).log_softmax(-1)

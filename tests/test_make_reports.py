@@ -14,7 +14,7 @@ from report_runs import answered, documents, write_profile, write_run
 from qwen_eval import cli, config
 from qwen_eval.core import Metric
 from qwen_eval.profile import config as profile_config
-from qwen_eval.quantize import command as quantize
+from qwen_eval.quantize import __main__ as quantize
 from qwen_eval.report import __main__ as report
 
 TOOL = Path(__file__).parent.parent / "tools" / "make_reports.py"

@@ -16,10 +16,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qwen_eval.config import QUANTS, ModelSpec
+from qwen_eval.config import ModelSpec
 from qwen_eval.core import ConfigError, ModelError, Prompt
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.hub import ASSETS, FILES, asset_dir, checkpoint_dir, wanted_files
+from qwen_eval.models.quant.formats import FORMATS
 from qwen_eval.models.tokenizer import load_tokenizer
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -91,7 +92,7 @@ def test_every_file_composes_under_its_own_name(specs: dict[str, ModelSpec]) -> 
     for name, spec in specs.items():
         assert isinstance(spec, ModelSpec)
         assert spec.name == name
-        assert spec.quant in QUANTS
+        assert spec.quant in FORMATS
         assert (spec.hub_id is None) != (spec.asset is None)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from nano import generator
 
 from qwen_eval.core import ChoiceLogprobs, Choose, Completion, Completions, Generate, Sample, Turn
 from qwen_eval.data import exercises as ex
@@ -22,11 +23,11 @@ def passage(rng: random.Random, language: str, chars: int) -> str:
     return "The door was open. A lamp burned. Nobody spoke." if language == "en" else "门开着。灯亮着。没有人说话。"
 
 
-def source(*, heldout: bool, seed: int = 0) -> ex.Source:
-    return ex.Source(rng=random.Random(seed), heldout=heldout, passage=passage)
+def source(*, heldout: bool, seed: int = 0) -> generator.Source:
+    return generator.Source(rng=random.Random(seed), heldout=heldout, passage=passage)
 
 
-def stream(side: ex.Source, n: int) -> list[ex.Exercise]:
+def stream(side: generator.Source, n: int) -> list[ex.Exercise]:
     makers = (
         side.choice,
         side.choice_stated,
@@ -77,8 +78,8 @@ def test_heldout_sums_are_not_learnt_from_drills_or_from_the_inside_of_longer_pr
     for text in texts:
         words = text.rstrip(".").split()
         at = next(i for i, word in enumerate(words) if word in "+-")
-        key = ex.pair_key(words[at], int(words[at - 1]), int(words[at + 1]))
-        assert not ex.is_heldout(key), text
+        key = generator.pair_key(words[at], int(words[at - 1]), int(words[at + 1]))
+        assert not generator.is_heldout(key), text
 
 
 @pytest.mark.parametrize("heldout", [False, True])
@@ -97,12 +98,12 @@ def test_answers_are_right(heldout: bool) -> None:
 
 
 def test_a_fact_has_its_own_answer_among_the_options() -> None:
-    pairs = {(r["topic"], s): a for language in ex.facts().values() for r in language for s, a in r["pairs"]}
+    pairs = {(r["topic"], s): a for language in generator.facts().values() for r in language for s, a in r["pairs"]}
     for _, exercise in zip(range(300), iter(source(heldout=True).choice, None)):
         subject = next(
             s for (topic, s) in pairs if topic == exercise.topic and any(
                 p.format(s=s) == exercise.question
-                for r in ex.facts()["en"] if r["topic"] == topic for p in r["phrasings"]
+                for r in generator.facts()["en"] if r["topic"] == topic for p in r["phrasings"]
             )
         )  # fmt: skip
         assert exercise.options[ex.LETTERS.index(exercise.answer)] == pairs[exercise.topic, subject]
@@ -111,14 +112,15 @@ def test_a_fact_has_its_own_answer_among_the_options() -> None:
 def test_bundled_rows_are_all_held_out_and_balanced() -> None:
     assert Counter(row["kind"] for row in ROWS) == {"choice": 180, "fact": 100, "arithmetic": 140, "recall": 120}
     assert len({row["id"] for row in ROWS}) == len(ROWS)
-    relations = {r["topic"]: r for language in ex.facts().values() for r in language}
+    relations = {r["topic"]: r for language in generator.facts().values() for r in language}
     for row in ROWS:
         if row["kind"] != "fact":
-            assert ex.is_heldout(row["key"]), row["id"]
+            assert generator.is_heldout(row["key"]), row["id"]
             continue
         relation = relations[row["topic"]]
         hidden = [
-            relation["phrasings"][ex.heldout_phrasing(row["topic"], s, 3)].format(s=s) for s, _ in relation["pairs"]
+            relation["phrasings"][generator.heldout_phrasing(row["topic"], s, 3)].format(s=s)
+            for s, _ in relation["pairs"]
         ]
         assert row["question"] in hidden, row["id"]
     letters = Counter(row["answer"] for row in ROWS if row["kind"] == "choice")

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from nano import generator
 
 from qwen_eval.__main__ import main
 from qwen_eval.core import ConfigError, DataError, Generate, Metric, Prompt, Record, Request
@@ -103,7 +104,7 @@ def test_the_question_is_the_one_that_the_miniature_has_learnt(tmp_path: Path, l
     exercise = exercises.Exercise(
         kind="recall", topic=language, key="", question=question, answer=key, language=language, context="|"
     )
-    assert text.endswith(exercises.needle(language, city, key) + exercises.recall_block(exercise)[1:])
+    assert text.endswith(generator.needle(language, city, key) + exercises.recall_block(exercise)[1:])
 
 
 def test_cells_of_one_length_share_the_haystack_up_to_the_needle(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_only_the_rows_that_overflow_fail() -> None:
 
 @pytest.mark.parametrize(("total", "reason"), [(-3.5, "eos"), (NAN, "non-finite"), (None, "eos")])
 def test_a_text_of_vllm_whose_log_probability_is_nan_failed(total: float | None, reason: str) -> None:
-    from qwen_eval.engines.vllm import _completion
+    from qwen_eval.engines.vllm.engine import _completion
 
     item = SimpleNamespace(text="!", token_ids=[0], finish_reason="stop", stop_reason=None, cumulative_logprob=total)
     assert _completion(item, Generate(prompt=Prompt.raw("x"), max_new_tokens=1)).finish_reason == reason

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from qwen_eval.core import Sampling
 from qwen_eval.engines.native.sampling import distribution
-from qwen_eval.models.chat import FORCED_SCORE, is_forced_to_end
 from qwen_eval.models.rope import inverse_frequencies, logn_factors, ntk_alpha
 
 
@@ -53,6 +52,14 @@ def test_logn_goes_on_where_the_original_table_ended() -> None:
     assert factor == pytest.approx(math.log(100_000) / math.log(2048))
 
 
+FORCED_SCORE = 2.0**15  # what the original writes over the score of endoftext once a stop word has been read
+
+
+def is_forced_to_end(ids: list[int], stops: list[list[int]], eos_id: int) -> bool:
+    """Whether the original forces endoftext next: prompt and reply together end with another stop word."""
+    return any(ids[-len(stop) :] == stop for stop in stops if stop != [eos_id])
+
+
 def sampling_of(case: dict[str, Any]) -> Sampling:
     keys = ("temperature", "top_p", "top_k", "repetition_penalty")
     return Sampling(**{"temperature": 1.0, **{key: case[key] for key in keys if case.get(key) is not None}})
@@ -65,7 +72,7 @@ def test_probabilities_after_all_processors(golden: Path) -> None:
         for row, logits in enumerate(recorded[f"{name}.logits"]):
             ids = recorded[f"{name}.input_ids"][row].tolist()
             eos = case["eos_token_id"]
-            if is_forced_to_end(ids, case.get("stop_words_ids") or [], eos_id=eos):
+            if is_forced_to_end(ids, case.get("stop_words_ids") or [], eos):
                 logits = logits.clone()
                 logits[eos] = FORCED_SCORE  # the original forces its end token; our engine has ended by then
             found = distribution(logits, ids, sampling_of(case))

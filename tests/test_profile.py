@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qwen_eval.profile.child import published_sampling, runner
 from qwen_eval.profile.config import ProfileSpec, check
 from qwen_eval.profile.measure import Recorder, Repetition, quantile, summary
 from qwen_eval.report.__main__ import main as report
+from qwen_eval.report.profile import write_tables
 
 SMALL = {
     "model_type": "qwen2", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -158,6 +160,11 @@ def spec(tmp_path: Path, tiny: ProfileSpec) -> ProfileSpec:
     return dataclasses.replace(tiny, seq=[8, 16, 32], runs_dir=str(tmp_path / "runs"), quiet=True)
 
 
+def run_grid(spec: ProfileSpec, bench: Bench) -> Path:
+    """As the command runs it: with the tables beside the result."""
+    return grid.run_grid(spec, bench, shown=partial(write_tables, published=spec.published))
+
+
 def result(spec: ProfileSpec) -> dict[str, Any]:
     value: dict[str, Any] = json.loads((grid.run_directory(spec) / "result.json").read_text())
     return value
@@ -167,7 +174,7 @@ def test_out_of_memory_and_a_killed_child_are_rows_and_the_grid_goes_on(
     spec: ProfileSpec, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench = Bench(generate8={"status": "oom", "reason": "no room"}, generate16=grid._row(-9, b"", "boom\n"))
-    grid.run_grid(spec, bench)
+    run_grid(spec, bench)
     found = result(spec)
     assert [row["status"] for row in found["cells"]] == ["oom", "killed", "ok"]
     assert "SIGKILL" in found["cells"][1]["reason"]
@@ -181,46 +188,46 @@ def test_out_of_memory_and_a_killed_child_are_rows_and_the_grid_goes_on(
 
 def test_the_same_command_fills_only_what_is_missing(spec: ProfileSpec) -> None:
     first = Bench(generate8={"status": "oom"}, generate16={"status": "killed", "reason": "SIGKILL"})
-    grid.run_grid(spec, first)
+    run_grid(spec, first)
     again = Bench()
-    grid.run_grid(spec, again)
+    run_grid(spec, again)
     assert again.asked == ["generate 1x1+16"]  # it did not fit is an answer, it was killed is none
     wider = Bench()
-    grid.run_grid(dataclasses.replace(spec, mode=["generate", "encode"], seq=[8, 64]), wider)
+    run_grid(dataclasses.replace(spec, mode=["generate", "encode"], seq=[8, 64]), wider)
     assert wider.asked == ["generate 1x1+64", "encode 1x8+1", "encode 1x64+1"]
     assert len(result(spec)["cells"]) == 6
 
 
 def test_ctrl_c_leaves_a_valid_partial_table(spec: ProfileSpec) -> None:
     with pytest.raises(KeyboardInterrupt):
-        grid.run_grid(spec, Bench(generate16=KeyboardInterrupt()))
+        run_grid(spec, Bench(generate16=KeyboardInterrupt()))
     found = result(spec)
     assert (len(found["cells"]), found["partial"]) == (1, {"cells": "1 of 3"})
     assert r"111.1 \[100.0, 122.2\]" in (grid.run_directory(spec) / "profile.md").read_text()
     again = Bench()
-    grid.run_grid(spec, again)
+    run_grid(spec, again)
     assert again.asked == ["generate 1x1+16", "generate 1x1+32"]
 
 
 def test_another_way_of_measuring_is_refused_in_the_same_directory(spec: ProfileSpec) -> None:
-    grid.run_grid(spec, Bench())
+    run_grid(spec, Bench())
     with pytest.raises(StoreError, match="repetitions: 3 → 5"):
-        grid.run_grid(dataclasses.replace(spec, repetitions=5), Bench())
+        run_grid(dataclasses.replace(spec, repetitions=5), Bench())
     other = {**measured(spec, cells(spec)[0]), "device": {**DEVICE, "name": "Other CPU"}}
     with pytest.raises(StoreError, match="Other CPU"):
-        grid.run_grid(dataclasses.replace(spec, seq=[64]), Bench(generate64=other))
-    grid.run_grid(dataclasses.replace(spec, repetitions=5, overwrite=True), Bench())
+        run_grid(dataclasses.replace(spec, seq=[64]), Bench(generate64=other))
+    run_grid(dataclasses.replace(spec, repetitions=5, overwrite=True), Bench())
 
 
 def test_a_model_that_is_not_there_ends_the_grid_at_once(spec: ProfileSpec) -> None:
     bench = Bench(generate8={"status": "failed", "reason": "no config.json there", "error": "ModelError"})
     with pytest.raises(ModelError, match=r"no config\.json there"):
-        grid.run_grid(spec, bench)
+        run_grid(spec, bench)
     assert len(bench.asked) == 1
 
 
 def test_tables_are_written_in_every_form_and_speak_of_random_weights(spec: ProfileSpec) -> None:
-    path = grid.run_grid(dataclasses.replace(spec, batch=[1, 4]), Bench())
+    path = run_grid(dataclasses.replace(spec, batch=[1, 4]), Bench())
     assert "Peak memory by batch, GiB" in (path / "profile.md").read_text()
     assert "† random weights" in (path / "profile.md").read_text()
     assert (path / "profile.csv").read_text().startswith("table,row,model,precision,what,")
@@ -232,13 +239,13 @@ def test_published_rows_stand_beside_ours_with_the_device(
 ) -> None:
     model = ModelSpec(name="qwen-7b-chat", weights="random", arch=SMALL, device="cpu", dtype="bf16")
     seven = dataclasses.replace(spec, model=model, mode=["generate", "encode"], seq=[2048, 8192], kv_cache=["int8"])
-    grid.run_grid(dataclasses.replace(seven, kv_cache=["auto"]), Bench())
+    run_grid(dataclasses.replace(seven, kv_cache=["auto"]), Bench())
     report([f"runs={spec.runs_dir}", "published=true", "format=csv"])
     rows = capsys.readouterr().out.splitlines()
     assert any("40.93" in row and "ours Test CPU, published A100-SXM4-80G" in row for row in rows)
     assert any("16.99" in row and "encoding" in row and "random weights" in row for row in rows)
     assert not any("int8 cache" in row for row in rows)
-    grid.run_grid(seven, Bench())
+    run_grid(seven, Bench())
     report([f"runs={spec.runs_dir}", "published=true", "format=csv"])
     assert any(",15.8," in row and "int8 cache" in row for row in capsys.readouterr().out.splitlines())
 

@@ -15,13 +15,16 @@ from tiny_checkpoint import write_tiny_qwen2
 from torch import Tensor
 
 from qwen_eval.core import ConfigError, ModelError
-from qwen_eval.models.checkpoint import Placement, checkpoint_names, load, random_model
+from qwen_eval.models.block import checkpoint_names
+from qwen_eval.models.checkpoint import Placement, load, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.quant import gptq
 from qwen_eval.models.runner import ModelRunner
+from qwen_eval.quantize import __main__ as quantize
 from qwen_eval.quantize import checkpoint as gptq_checkpoint
-from qwen_eval.quantize import command as quantize
 from qwen_eval.quantize import gptq as gptq_quantize
+from qwen_eval.quantize.calibration import calibration_sequences
+from qwen_eval.quantize.config import QuantizeSpec
 from qwen_eval.quantize.gptq import Hessian, Recipe
 
 CPU = torch.device("cpu")
@@ -60,6 +63,11 @@ def correlated_layer() -> tuple[Tensor, Tensor]:
     return torch.randn(48, 512) * 0.02, torch.randn(1500, 512) @ mix + 0.3 * torch.randn(1500, 1)
 
 
+def round_to_nearest(weight: torch.Tensor, recipe: Recipe) -> gptq_quantize.Result:
+    """Without calibration: what GPTQ is when all inputs are independent and alike."""
+    return gptq_quantize.quantise(weight, torch.eye(weight.shape[1]), recipe)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_outputs_are_a_quarter_closer_than_after_rounding(recipe: Recipe) -> None:
     weight, x = correlated_layer()
@@ -67,7 +75,7 @@ def test_outputs_are_a_quarter_closer_than_after_rounding(recipe: Recipe) -> Non
     for part in x.split(400):
         hessian.add(part)
     ours = gptq_quantize.quantise(weight, hessian.value, recipe).weight_NK
-    rounded = gptq_quantize.round_to_nearest(weight, recipe).weight_NK
+    rounded = round_to_nearest(weight, recipe).weight_NK
     errors = [float((x @ (q - weight).T).norm() / (x @ weight.T).norm()) for q in (ours, rounded)]
     assert errors[0] < 0.75 * errors[1]
     assert gptq_quantize.output_error(weight, ours, hessian.value) == pytest.approx(errors[0], rel=1e-3)
@@ -109,7 +117,7 @@ def test_groups_of_one_sign_and_of_zeros_can_be_written() -> None:
     weight[0] = 0
     weight[1] = -weight[1]
     recipe = Recipe(sym=False, group_size=32)
-    result = gptq_quantize.round_to_nearest(weight, recipe)
+    result = round_to_nearest(weight, recipe)
     assert result.codes.zero_GN.min() >= 1
     assert torch.equal(gptq.dequantise(result.tensors(recipe), recipe.config), result.weight_NK)
     assert (result.weight_NK - weight).abs().max() <= 0.0041  # half of 0.11 / 14, and the fp16 scale
@@ -206,7 +214,7 @@ def test_calibrated_blocks_follow_the_quantised_ones(tmp_path: Path) -> None:
     rounded = opened(source)
     for name, module in rounded.model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("layers."):
-            module.weight.copy_(gptq_quantize.round_to_nearest(module.weight, Recipe(group_size=32)).weight_NK)
+            module.weight.copy_(round_to_nearest(module.weight, Recipe(group_size=32)).weight_NK)
     plain, packed = opened(source), opened(out)
     for ids in calibration[:10]:
         exact = logits(plain, ids)
@@ -306,7 +314,7 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_nothing(
 
 def test_a_directory_that_exists_and_a_quantised_checkpoint_are_refused(qwen2: Path, tmp_path: Path) -> None:
     out = quantised(qwen2, tmp_path / "packed", Recipe(group_size=32))
-    spec = quantize.QuantizeSpec(out=str(out))
+    spec = QuantizeSpec(out=str(out))
     spec.model.name, spec.model.path = "tiny", str(qwen2)
     with pytest.raises(ConfigError, match="exists; name another"):
         quantize.quantise(spec)
@@ -321,7 +329,7 @@ def test_a_directory_that_exists_and_a_quantised_checkpoint_are_refused(qwen2: P
 def calibration(qwen2: Path, **settings: Any) -> list[list[int]]:
     from qwen_eval.models.tokenizer import load_tokenizer
 
-    return quantize.calibration_sequences(quantize.QuantizeSpec(**settings), load_tokenizer(qwen2))
+    return calibration_sequences(QuantizeSpec(**settings), load_tokenizer(qwen2))
 
 
 def test_the_bundled_text_is_cut_evenly_from_beginning_to_end(qwen2: Path) -> None:

@@ -23,11 +23,11 @@ from qwen_eval.core import ModelError
 from qwen_eval.engines.cache import EngineSlot
 from qwen_eval.models import fingerprint
 from qwen_eval.models.fingerprint import directory_fingerprint
-from qwen_eval.models.hidden import read_head
+from qwen_eval.models.head import read_head
 from qwen_eval.models.hub import ASSETS
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.grid import run_spec
-from qwen_eval.quantize.command import main as quantize
+from qwen_eval.quantize.__main__ import main as quantize
 from qwen_eval.runs.store import differences
 
 Command = Callable[..., tuple[int, str, str]]

@@ -76,7 +76,7 @@ def gate(plan: Plan, runs: Path, reports: Path) -> int:
 def make(plan: Plan, runs: Path, reports: Path) -> int:
     from qwen_eval import __main__ as evaluation
     from qwen_eval.profile import __main__ as profile
-    from qwen_eval.quantize import command as quantize
+    from qwen_eval.quantize import __main__ as quantize
 
     ablation = [f"{plan.ablation_cell} {tricks}" for tricks in plan.ablation]
     speed = [f"{plan.speed_cell} {cell}" for cell in plan.speed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec
 from qwen_eval.core import Engine
-from qwen_eval.engines.identity import identity
+from qwen_eval.engines.kinds import identity, open_engine
 
 
 class EngineSlot:
@@ -18,8 +18,6 @@ class EngineSlot:
         key = (spec.engine, spec.model, spec.protocol)
         if self.engine is None or key != self._key or not self._is_current(spec):
             self.close()  # before the next one loads: two models rarely fit
-            from qwen_eval.engines import open_engine
-
             self.engine, self._key = open_engine(spec.engine, spec.model, protocol=spec.protocol), key
         return self.engine
 

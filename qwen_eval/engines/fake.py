@@ -25,6 +25,7 @@ from qwen_eval.core import (
     Score,
     TokenLogprobs,
 )
+from qwen_eval.engines.kinds import MODEL_OPTIONS, EngineKind
 
 IM_START, IM_END = 256, 257
 MARKS = {"<|im_start|>": IM_START, "<|im_end|>": IM_END}
@@ -149,3 +150,18 @@ def _f32(value: float) -> float:
 
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> FakeEngine:
     return FakeEngine(spec.fake_reply or None, delay_s=spec.fake_delay_s)
+
+
+def identity(spec: EngineSpec, model: ModelSpec) -> str:
+    return "fake"
+
+
+ENGINE = EngineKind(
+    name="fake",
+    opens="qwen_eval.engines.fake:open_engine",
+    honours=MODEL_OPTIONS,  # has no model: nothing to dishonour
+    tuned_by=("fake_reply", "fake_delay_s"),
+    decides=("fake_reply",),
+    model_at="nowhere",
+    identity="qwen_eval.engines.fake:identity",
+)

@@ -7,49 +7,31 @@ from typing import Any
 
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import ConfigError
-
-# The native engine honours every key of a model; the others these, beside names and places.
-MODEL_KEYS = ("dtype", "quant", "kv_cache", "rope", "logn", "window", "attention", "weights")
-CHANGES_NUMBERS = (*MODEL_KEYS, "system", "thinking")
-HONOURED = {
-    "native": CHANGES_NUMBERS,
-    "hf": ("dtype", "quant", "attention", "weights", "system", "thinking"),
-    "vllm": ("dtype", "quant", "system", "thinking"),
-    "openai": ("system", "thinking"),  # the server decided the others when it was started
-    "fake": CHANGES_NUMBERS,  # has no model: nothing to dishonour
-}
-TUNED_BY = {
-    "prefix_sharing": ("native",),
-    "max_batch_tokens": ("native",),
-    "max_batch_size": ("native", "hf", "vllm"),
-    "prefill_chunk": ("native",),
-    "memory_fraction": ("native", "vllm"),
-    "num_threads": ("native", "hf"),
-    "base_url": ("openai",),
-    "api_model": ("openai",),
-    "concurrency": ("openai",),
-    "tensor_parallel": ("vllm",),
-    "fake_reply": ("fake",),
-    "fake_delay_s": ("fake",),
-}
+from qwen_eval.engines.kinds import MODEL_OPTIONS, EngineKind, kind, kinds
+from qwen_eval.models.quant.formats import quant_format
 
 
-def check_options(engine: EngineSpec, model: ModelSpec) -> list[str]:
-    """Refuse (ConfigError) a model option the engine would not carry out; return one warning a useless tuning key."""
-    defaults = ModelSpec()
-    for key in CHANGES_NUMBERS:
+def check_options(engine: EngineSpec, model: ModelSpec, *, keep_hidden: bool = False) -> list[str]:
+    """Refuse (ConfigError) an option the engine would not carry out; return one warning a useless tuning key."""
+    quant_format(model.quant)
+    own, defaults = kind(engine.name), ModelSpec()
+    for key in MODEL_OPTIONS:
         value = getattr(model, key)
-        if key not in HONOURED[engine.name] and value != getattr(defaults, key):
-            able = [name for name, keys in HONOURED.items() if key in keys and name != "fake"]
-            raise ConfigError(
-                f"model.{_leaf(key, value)} has no effect in engine={engine.name}; use engine={' or '.join(able)}"
-            )
+        if key not in own.honours and value != getattr(defaults, key):
+            raise _refused(own, f"model.{_leaf(key, value)}", [each for each in kinds() if key in each.honours])
+    if keep_hidden and not own.keeps_hidden:
+        raise _refused(own, "keep_hidden=true", [each for each in kinds() if each.keeps_hidden])
     return [
         f"engine.{field.name}={getattr(engine, field.name)} has no effect in engine={engine.name}"
         for field in fields(engine)
-        if field.name in TUNED_BY and engine.name not in TUNED_BY[field.name]
+        if field.name not in ("name", *own.tuned_by)
         if getattr(engine, field.name) != field.default
     ]
+
+
+def _refused(own: EngineKind, option: str, able: list[EngineKind]) -> ConfigError:
+    names = " or ".join(each.name for each in able if each.model_at != "nowhere")
+    return ConfigError(f"{option} has no effect in engine={own.name}; use engine={names}")
 
 
 def _leaf(key: str, value: Any) -> str:

@@ -16,48 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
+from qwen_eval.models.block import block_linears, checkpoint_names
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.quant import gptq, kernels
-from qwen_eval.models.quant.gptq import GptqConfig
+from qwen_eval.models.quant import kernels
+from qwen_eval.models.quant.formats import packed_by
 from qwen_eval.models.transformer import SplitLinear, Transformer, dense_linear
 from qwen_eval.models.weight_files import Tensors, open_weights, weight_files
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Buffers that old checkpoints carry and nobody reads.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "logn_tensor")
-
-V1_NAMES = {
-    "attn_norm": ("ln_1",),
-    "attn.qkv": ("attn.c_attn",),
-    "attn.o": ("attn.c_proj",),
-    "mlp_norm": ("ln_2",),
-    "mlp.up": ("mlp.w1",),
-    "mlp.gate": ("mlp.w2",),
-    "mlp.down": ("mlp.c_proj",),
-}
-LATER_NAMES = {
-    "attn_norm": ("input_layernorm",),
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.q_norm": ("self_attn.q_norm",),
-    "attn.k_norm": ("self_attn.k_norm",),
-    "attn.o": ("self_attn.o_proj",),
-    "mlp_norm": ("post_attention_layernorm",),
-    "mlp.up": ("mlp.up_proj",),
-    "mlp.gate": ("mlp.gate_proj",),
-    "mlp.down": ("mlp.down_proj",),
-}
-OUTER_V1 = {"embed": "transformer.wte", "norm": "transformer.ln_f", "head": "lm_head"}
-OUTER_LATER = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-
-
-def checkpoint_names(config: ModelConfig, module: str) -> tuple[str, ...]:
-    """The checkpoint's name(s) of one of our modules: "layers.3.attn.qkv" -> ("transformer.h.3.attn.c_attn",)."""
-    is_v1 = config.family == "qwen"
-    if not module.startswith("layers."):
-        return ((OUTER_V1 if is_v1 else OUTER_LATER)[module],)
-    _, index, inner = module.split(".", 2)
-    stem = f"transformer.h.{index}" if is_v1 else f"model.layers.{index}"
-    return tuple(f"{stem}.{name}" for name in (V1_NAMES if is_v1 else LATER_NAMES)[inner])
 
 
 class TensorFiles:
@@ -79,7 +47,7 @@ class TensorFiles:
             self._opened[file] = open_weights(file)
         return self._opened[file]
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.files
 
     def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
@@ -114,6 +82,10 @@ class BuildQuantised(Protocol):
 
     def dense(self, name: str, tensors: Mapping[str, Tensor], /) -> Tensor: ...
 
+    def random_tensors(
+        self, shape: Sequence[int], *, has_bias: bool, generator: torch.Generator
+    ) -> Mapping[str, Tensor]: ...
+
 
 BuildFromDense = Callable[[str, Tensor, Tensor | None], nn.Module]  # (name, weight, bias) -> module
 
@@ -124,8 +96,9 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
-    packed: BuildQuantised | None = None  # a GPTQ checkpoint
-    from_dense: BuildFromDense | None = None  # NF4, LLM.int8: quantised while loading
+    quant: str = "none"  # the format's name
+    packed: BuildQuantised | None = None  # of a stored format
+    from_dense: BuildFromDense | None = None  # of one that is made while loading
 
 
 @contextmanager
@@ -155,7 +128,7 @@ def load(source: Path | TensorFiles, config: ModelConfig, placement: Placement) 
 def as_stored(config: ModelConfig, files: TensorFiles) -> ModelConfig:
     """transformers' rule: a stored head that differs from the embeddings is used, whatever tie_word_embeddings says."""
     embed, head = (f"{checkpoint_names(config, name)[0]}" for name in ("embed", "head"))
-    if not config.tie_embeddings or not (f"{head}.weight" in files or f"{head}.qweight" in files):
+    if not config.tie_embeddings or not (f"{head}.weight" in files or packed_by(files, head)):
         return config
     if f"{head}.weight" in files and f"{embed}.weight" not in files:
         return config
@@ -168,7 +141,7 @@ def _load_head(model: Transformer, files: TensorFiles, config: ModelConfig, plac
     _refuse_nonzero_bias(files, [source])
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
-    elif f"{source}.qweight" in files:
+    elif packed_by(files, source):
         weight = _place(read_head(files, config, placement), placement)
         model.set_submodule("head", kernels.DequantisedLinear(weight, None))
     else:
@@ -181,9 +154,9 @@ def read_head(files: TensorFiles, config: ModelConfig, placement: Placement) -> 
     (source,) = checkpoint_names(config, "head")
     if as_stored(config, files).tie_embeddings and f"{source}.weight" not in files:
         (source,) = checkpoint_names(config, "embed")
-    if f"{source}.qweight" not in files:
+    if not packed_by(files, source):
         return files.read(f"{source}.weight", shape)
-    weight = _packed_builder(placement, source).dense(source, _packed_tensors(files, source))
+    weight = _packed_builder(placement, files, source).dense(source, _packed_tensors(files, source))
     if tuple(weight.shape) != shape:
         raise ModelError(f"{source}: packed weights of {list(weight.shape)}, {list(shape)} by config.json")
     return weight
@@ -214,18 +187,19 @@ def _load_linear(
     placement: Placement,
 ) -> None:
     sources = checkpoint_names(config, name)
-    if any(f"{source}.qweight" in files for source in sources):
-        shapes, has_bias = _part_shapes(config, sources, module), module.bias is not None
+    if any(packed_by(files, source) for source in sources):
+        shapes, has_bias = _part_shapes(config, name), module.bias is not None
         parts = [
             _load_part(files, source, shape, has_bias=has_bias, placement=placement)
             for source, shape in zip(sources, shapes)
         ]
         model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
         return
-    weight = _joined(files, sources, "weight", _part_shapes(config, sources, module))
+    shapes = _part_shapes(config, name)
+    weight = _joined(files, sources, "weight", shapes)
     bias = None
     if module.bias is not None:
-        bias = _joined(files, sources, "bias", [shape[:1] for shape in _part_shapes(config, sources, module)])
+        bias = _joined(files, sources, "bias", [shape[:1] for shape in shapes])
     else:
         _refuse_nonzero_bias(files, sources)
     if placement.from_dense is not None:
@@ -243,8 +217,8 @@ def _load_part(
     if not has_bias:
         _refuse_nonzero_bias(files, [source])
     bias = files.read(f"{source}.bias", shape[:1]) if has_bias else None
-    if f"{source}.qweight" in files:
-        module = _packed_builder(placement, source)(source, _packed_tensors(files, source))
+    if packed_by(files, source):
+        module = _packed_builder(placement, files, source)(source, _packed_tensors(files, source))
         assert isinstance(module, kernels.QuantisedLinear), type(module)
         packed = [module.out_features, module.in_features]
         if packed != list(shape):
@@ -257,22 +231,24 @@ def _load_part(
     return linear
 
 
-def _packed_builder(placement: Placement, source: str) -> BuildQuantised:
+def _packed_builder(placement: Placement, files: TensorFiles, source: str) -> BuildQuantised:
+    found = packed_by(files, source)
     if placement.packed is None:
-        raise ModelError(f"{source}.qweight: packed, but neither config.json nor quantize_config.json says how")
+        shown = found.tensors[0] if found else "weight"
+        raise ModelError(f"{source}.{shown}: packed, but neither config.json nor quantize_config.json says how")
     return placement.packed
 
 
 def _packed_tensors(files: TensorFiles, source: str) -> dict[str, Tensor]:
-    suffixes = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    found = packed_by(files, source)
+    suffixes = found.tensors if found else ()
     return {suffix: files.read(f"{source}.{suffix}") for suffix in suffixes if f"{source}.{suffix}" in files}
 
 
-def _part_shapes(config: ModelConfig, sources: Sequence[str], module: nn.Linear) -> list[tuple[int, ...]]:
-    if len(sources) == 1:
-        return [(module.out_features, module.in_features)]
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    return [(n * config.head_dim, module.in_features) for n in heads]
+def _part_shapes(config: ModelConfig, name: str) -> list[tuple[int, int]]:
+    """[out, in] of a block's Linear ("layers.3.attn.qkv") as the checkpoint stores it, or of its parts."""
+    linear = block_linears(config)[name.split(".", 2)[2]]
+    return [(shape.outputs, shape.inputs) for shape in linear.stored_shapes]
 
 
 def _joined(files: TensorFiles, sources: Sequence[str], suffix: str, shapes: Sequence[Sequence[int]]) -> Tensor:
@@ -319,24 +295,22 @@ class _Normal:
         return weight
 
 
-def random_model(
-    config: ModelConfig, placement: Placement, seed: int, *, packing: GptqConfig | None = None
-) -> Transformer:
+def random_model(config: ModelConfig, placement: Placement, seed: int) -> Transformer:
     """Random weights of this shape (normal, std 0.02; norms 1), the same for a seed on any device.
 
-    `packing` with `placement.packed`: GPTQ linears of random codes, so that their speed and memory can be measured.
+    With `placement.packed` the linears of the blocks hold random codes, so that their speed and memory can be measured.
     """
     with _meta():
         model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     normal = _Normal(generator)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.packed and packing:
+        if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.packed:
             sources = checkpoint_names(config, name)
-            shapes = _part_shapes(config, sources, module)
+            shapes = _part_shapes(config, name)
             has_bias = module.bias is not None
             parts = [
-                placement.packed(source, gptq.random_tensors(shape, packing, has_bias=has_bias, generator=generator))
+                placement.packed(source, placement.packed.random_tensors(shape, has_bias=has_bias, generator=generator))
                 for source, shape in zip(sources, shapes)
             ]
             model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))

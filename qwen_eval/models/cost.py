@@ -6,62 +6,25 @@ follow (`published_peak_bytes`), which is that of the original code on an A100.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qwen_eval.models.block import LinearShape, block_linears
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.quant.formats import ELEMENT_BYTES, quant_format
 
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-GPTQ_BITS = {"gptq-int4": 4, "gptq-int8": 8}
-GROUP_SIZE = 128  # of the published GPTQ checkpoints
-KERNEL_GROUPS = (256, 128, 64, 32)  # of torch's int4 kernels
-KERNEL_BLOCK = 64  # outputs of torch's int4 kernels come in blocks
-NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # one scale a block in 8 bits, one fp32 scale for so many of those
-NF4_TABLE_BYTES = 4 * (16 + 256)  # the two code books of one linear
 CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspace beside the tensors; an assumption, said as such
 GENERATE_EXTRA_BYTES = int(0.05 * 2**30)  # of the published law
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearShape:
-    """One Linear as a checkpoint has it: the later generations have q, k and v apart."""
-
-    name: str
-    inputs: int
-    outputs: int
-    bias: bool
-
-    @property
-    def num_weights(self) -> int:
-        return self.inputs * self.outputs
-
-    @property
-    def num_parameters(self) -> int:
-        return self.num_weights + self.outputs * self.bias
-
-
-def block_linears(config: ModelConfig) -> tuple[LinearShape, ...]:
-    """The linears of one layer, in the parts in which they are stored and quantised."""
-    size, width = config.hidden_size, config.num_heads * config.head_dim
-    kv_width = config.num_kv_heads * config.head_dim
-    if config.family == "qwen":
-        qkv = [("attn.qkv", width + 2 * kv_width)]
-    else:
-        qkv = [("attn.q", width), ("attn.k", kv_width), ("attn.v", kv_width)]
-    shapes = [(name, size, outputs, config.qkv_bias) for name, outputs in qkv]
-    shapes += [
-        ("attn.o", width, size, config.out_bias),
-        ("mlp.up", size, config.mlp_size, config.mlp_bias),
-        ("mlp.gate", size, config.mlp_size, config.mlp_bias),
-        ("mlp.down", config.mlp_size, size, config.mlp_bias),
-    ]
-    return tuple(LinearShape(name=n, inputs=i, outputs=o, bias=b) for n, i, o, b in shapes)
+def stored_linears(config: ModelConfig) -> list[LinearShape]:
+    """The Linears of one layer in the parts in which a checkpoint stores them."""
+    return [shape for linear in block_linears(config).values() for shape in linear.stored_shapes]
 
 
 def num_linear_weights(config: ModelConfig) -> int:
     """Weights of all linears of all blocks: what quantisation shrinks, and what every token is multiplied with."""
-    return config.num_layers * sum(linear.num_weights for linear in block_linears(config))
+    return config.num_layers * sum(linear.num_weights for linear in stored_linears(config))
 
 
 def num_other_parameters(config: ModelConfig) -> int:
@@ -73,71 +36,26 @@ def num_other_parameters(config: ModelConfig) -> int:
 
 def num_parameters(config: ModelConfig) -> int:
     """Exactly the elements of the model's tensors (tied embeddings once)."""
-    blocks = config.num_layers * sum(linear.num_parameters for linear in block_linears(config))
+    blocks = config.num_layers * sum(linear.num_parameters for linear in stored_linears(config))
     return blocks + num_other_parameters(config)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _packed_bytes(linear: LinearShape, bits: int, group_size: int) -> int:
-    """torch's int4 layout: a plane per 4 bits, and per plane a bf16 scale and zero for each group and output."""
-    planes, outputs = bits // 4, linear.outputs + -linear.outputs % KERNEL_BLOCK
-    groups = linear.inputs // group_size
-    return planes * (outputs * linear.inputs // 2 + groups * outputs * 4) + 2 * linear.outputs * linear.bias
-
-
-def _nf4_bytes(linear: LinearShape) -> int:
-    blocks = math.ceil(linear.num_weights / NF4_BLOCK)
-    scales = blocks + 4 * math.ceil(blocks / NF4_SECOND_BLOCK)
-    return math.ceil(linear.num_weights / 2) + scales + NF4_TABLE_BYTES
-
-
-def linear_bytes(linear: LinearShape, quant: str, dtype: str, *, is_packed: bool = True) -> int:
-    """Bytes of one Linear as our engine holds it. `is_packed`: torch has an int4 kernel for dtype and device."""
-    element = ELEMENT_BYTES[dtype]
-    group = min(GROUP_SIZE, linear.inputs)
-    kernel_group = next((size for size in KERNEL_GROUPS if group % size == 0), 0)
-    if quant in GPTQ_BITS and is_packed and dtype == "bf16" and kernel_group and linear.inputs % group == 0:
-        return _packed_bytes(linear, GPTQ_BITS[quant], kernel_group)
-    bias = element * linear.outputs * linear.bias
-    if quant == "nf4":
-        return _nf4_bytes(linear) + bias
-    if quant == "int8":
-        return linear.num_weights + 4 * linear.outputs + bias  # a fp32 scale for each output
-    return element * linear.num_weights + bias
-
-
 def weight_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> int:
     """All weights as our engine holds them."""
-    linears = block_linears(config)
-    if quant in ("nf4", "int8"):  # quantised from our own modules, which hold q, k and v in one
-        linears = _fused(linears)
-    block = sum(linear_bytes(linear, quant, dtype, is_packed=is_packed) for linear in linears)
+    found = quant_format(quant)
+    linears = [each.shape for each in block_linears(config).values()] if found.is_made_here else stored_linears(config)
+    block = sum(found.held_bytes(linear, dtype, is_packed) for linear in linears)
     return config.num_layers * block + ELEMENT_BYTES[dtype] * num_other_parameters(config)
 
 
-def _fused(linears: tuple[LinearShape, ...]) -> tuple[LinearShape, ...]:
-    qkv = [linear for linear in linears if linear.name in ("attn.q", "attn.k", "attn.v", "attn.qkv")]
-    rest = tuple(linear for linear in linears if linear not in qkv)
-    outputs = sum(linear.outputs for linear in qkv)
-    return (LinearShape(name="attn.qkv", inputs=qkv[0].inputs, outputs=outputs, bias=qkv[0].bias), *rest)
-
-
 def checkpoint_bytes(config: ModelConfig, quant: str) -> int:
-    """The tensors of a published checkpoint: bf16, or AutoGPTQ's layout for the GPTQ ones.
-
-    A GPTQ Linear has its codes, per 128 inputs an fp16 scale and a packed zero for each output, an int32 group index
-    for each input and an fp16 bias for each output, also where the model has none.
-    """
-    if quant not in GPTQ_BITS:
-        return 2 * num_parameters(config)
-    bits = GPTQ_BITS[quant]
-    linears = block_linears(config)
-    weights = sum(linear.num_weights for linear in linears)
-    codes = weights * bits / 8 + weights / GROUP_SIZE * (2 + bits / 8)
-    vectors = 4 * sum(linear.inputs for linear in linears) + 2 * sum(linear.outputs for linear in linears)
-    return int(config.num_layers * (codes + vectors)) + 2 * num_other_parameters(config)
+    """The tensors of a published checkpoint; that of a format made while loading is the plain one, in bf16."""
+    stored = quant_format(quant).file_bytes or quant_format("none").file_bytes
+    assert stored is not None
+    return int(config.num_layers * sum(map(stored, stored_linears(config)))) + 2 * num_other_parameters(config)
 
 
 # --- key-value cache -------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from qwen_eval.core import JSON, ConfigError
-from qwen_eval.runs.provenance import cpu_model
+from qwen_eval.models.cpu import cpu_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPEATS = 5
@@ -108,17 +109,12 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(free), int(total)
-    fields = _meminfo()
-    free, total = fields.get("MemAvailable", 0), fields.get("MemTotal", 0)
+    memory = psutil.virtual_memory()
+    free, total = int(memory.available), int(memory.total)
     limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
     if limit is not None and limit < total:
         free, total = min(free, limit - (used or 0)), limit
     return free, total
-
-
-def _meminfo() -> dict[str, int]:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
 
 
 def _cgroup_bytes(name: str) -> int | None:

@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import ModelError
+from qwen_eval.models.hub import local_checkpoint_dir
+from qwen_eval.models.lora import base_of
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 TEXTS = (".json", ".tiktoken", ".txt", ".jinja", ".model")
@@ -47,9 +49,6 @@ def model_fingerprint(model: ModelSpec, directory: Path | None = None) -> str:
 
     Random weights are known by their seed and by the files that shape them. ModelError where there is no checkpoint.
     """
-    from qwen_eval.models.hub import local_checkpoint_dir
-    from qwen_eval.models.lora import base_of
-
     directory = directory or local_checkpoint_dir(model)
     is_random = model.weights == "random"
     digest = directory_fingerprint(directory, is_full=model.digest == "full", with_weights=not is_random)

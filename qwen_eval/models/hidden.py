@@ -9,7 +9,6 @@ scored) takes 1.1 GiB in bf16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,10 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_eval.config import ModelSpec
-from qwen_eval.core import DataError, ModelError, StoreError
-
-KeepHidden = Callable[[str, int, Tensor], None]  # (sha256 of the prompt's ids, rows in all, next rows [n,E])
+from qwen_eval.core import DataError, StoreError
 
 
 class HiddenStates:
@@ -58,27 +54,3 @@ class HiddenStates:
             return load_file(str(path))["hidden"]
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(f"{path}: not readable ({error}); run again with tag=NAME keep_hidden=true") from None
-
-
-def read_head(spec: ModelSpec, *, fingerprint: str) -> Tensor:
-    """The lm_head [V,E] of a model as stored, without loading the rest; ModelError for another checkpoint."""
-    from qwen_eval.models import checkpoint
-    from qwen_eval.models.config import ModelConfig
-    from qwen_eval.models.fingerprint import model_fingerprint
-    from qwen_eval.models.hub import checkpoint_dir
-    from qwen_eval.models.load import placement_of, read_config
-    from qwen_eval.models.lora import base_of
-    from qwen_eval.models.merged import open_tensors
-
-    if spec.weights == "random":
-        raise ModelError(f"model {spec.name}: random weights have no stored lm_head; KL divergence needs a checkpoint")
-    directory = checkpoint_dir(spec)
-    found = model_fingerprint(spec, directory)
-    if found != fingerprint:
-        raise ModelError(
-            f"{directory}: is another checkpoint now ({found}) than the run's ({fingerprint or 'unknown'})"
-        )
-    base = base_of(directory)
-    fields = read_config(base, spec)
-    placement = placement_of(spec, fields, base)
-    return checkpoint.read_head(open_tensors(directory), ModelConfig.from_hf(fields), placement)

@@ -12,7 +12,7 @@ import torch
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models import dense
-from qwen_eval.models.checkpoint import BuildFromDense, Placement, load, num_parameters, random_model
+from qwen_eval.models.checkpoint import Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.generation_config import read_json, sampling_of
@@ -21,8 +21,8 @@ from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
 from qwen_eval.models.lora import base_of, tokenizer_dir
 from qwen_eval.models.merged import open_tensors
 from qwen_eval.models.naming import check_shape
-from qwen_eval.models.quant import bnb, gptq, kernels
-from qwen_eval.models.quant.gptq import GptqConfig
+from qwen_eval.models.quant import kernels
+from qwen_eval.models.quant.formats import StoredQuant, quant_format, random_stored, read_stored
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_eval.models.transformer import Transformer
@@ -53,9 +53,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     is_int8 = spec.kv_cache == "int8"
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if is_int8 else PlainCodec(placement.dtype)
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
-    packed = placement.packed
-    quant = f"gptq-int{packed.config.bits}" if isinstance(packed, gptq.Builder) else spec.quant
-    facts = {**_facts(spec, model, fingerprint, placement.device), "quant": quant}
+    facts = {**_facts(spec, model, fingerprint, placement.device), "quant": placement.quant}
     facts |= tokenizer.template.facts if tokenizer.template else {}
     facts["sampling"] = sampling_of(read_json(base / "generation_config.json"))
     facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head])  # choices read rows of the head
@@ -68,12 +66,14 @@ def placement_of(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) ->
     packed = read_quant(spec, fields, directory)
     dtype = choose_dtype(spec.dtype, fields, device, is_packed=packed is not None)
     check_quant(spec, packed)
+    found = packed.format if packed else quant_format(spec.quant)
     check_cache(spec, fields)
     return Placement(
         device=device,
         dtype=dtype,
-        packed=gptq.builder(packed, dtype=dtype, device=device) if packed else None,
-        from_dense=_bnb_builder(spec.quant, dtype, device),
+        quant=found.name,
+        packed=found.builder(packed.settings, dtype=dtype, device=device) if packed else None,
+        from_dense=found.builder(found.name, dtype=dtype, device=device) if found.is_made_here else None,
     )
 
 
@@ -173,38 +173,29 @@ def choose_dtype(
     return torch.float16 if named == "float16" else torch.bfloat16
 
 
-def read_quant(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) -> GptqConfig | None:
+def read_quant(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) -> StoredQuant | None:
     """How the linears are packed, as the checkpoint says; random weights are packed as `model.quant` asks."""
     if spec.weights != "random":
-        return gptq.read_config(fields, directory)
-    if not spec.quant.startswith("gptq"):
-        return None
-    bits = int(spec.quant.removeprefix("gptq-int"))
-    named = gptq.read_config(fields, directory) if "quantization_config" in fields else None
-    return named if named is not None and named.bits == bits else GptqConfig(bits=bits)
+        return read_stored(fields, directory)
+    wanted = random_stored(spec.quant)
+    named = read_stored(fields, directory) if wanted and "quantization_config" in fields else None
+    return named if named and wanted and named.format is wanted.format else wanted
 
 
-def check_quant(spec: ModelSpec, packed: GptqConfig | None) -> None:
+def check_quant(spec: ModelSpec, packed: StoredQuant | None) -> None:
     """A checkpoint is packed or it is not: what `model.quant` says must be what the files are."""
+    wanted = quant_format(spec.quant)
     if spec.weights == "random":
         return
-    if packed is None and spec.quant.startswith("gptq"):
-        raise ModelError(
-            f"model.quant={spec.quant}: the checkpoint is not GPTQ-packed; see python -m qwen_eval.quantize"
-        )
-    if packed is not None and spec.quant not in ("none", f"gptq-int{packed.bits}"):
-        raise ModelError(f"model.quant={spec.quant}: the checkpoint is GPTQ-packed with {packed.bits} bits")
-
-
-def _bnb_builder(quant: str, dtype: torch.dtype, device: torch.device) -> BuildFromDense | None:
-    kinds: dict[str, bnb.Quant] = {"nf4": "nf4", "int8": "int8"}
-    return bnb.builder(kinds[quant], dtype=dtype, device=device) if quant in kinds else None
+    if packed is None and wanted.is_stored:
+        raise ModelError(f"model.quant={spec.quant}: the checkpoint is not packed so; see python -m qwen_eval.quantize")
+    if packed is not None and wanted.name not in ("none", packed.format.name):
+        raise ModelError(f"model.quant={spec.quant}: the checkpoint is packed in another format, {packed.format.name}")
 
 
 def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> Transformer:
     if spec.weights == "random":
-        packing = read_quant(spec, spec.arch, directory)
-        return random_model(config, placement, spec.seed, packing=packing)
+        return random_model(config, placement, spec.seed)
     return load(open_tensors(directory), config, placement)[0]
 
 

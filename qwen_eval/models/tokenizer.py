@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
 import json
 import re
 import unicodedata
@@ -127,12 +126,6 @@ class ChatTokenizer:
         blocks = [f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in self._messages(prompt)]
         return "".join(blocks) + f"{IM_START}assistant\n{prompt.prefill}"
 
-    def encode_batch(
-        self, texts: Sequence[str], *, parse_special: bool = False
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Left-padded ids and their attention mask (1 = token, 0 = padding), both as long as the longest text."""
-        return pad_left([self.encode(text, parse_special=parse_special) for text in texts], self.pad_id)
-
     def encode_block(self, role: str, content: str) -> list[int]:
         raise NotImplementedError
 
@@ -151,8 +144,8 @@ class ChatTokenizer:
 class QwenTokenizer(ChatTokenizer):
     """Qwen v1: tiktoken ranks, then the specials in Qwen's order, whatever the number of ranks.
 
-    `encode(text, parse_special=True)` is what the original's `tokenizer(text)` does (NFC, surface forms of specials
-    become specials); `encode_direct` is what its GSM8K and HumanEval scripts for base models call.
+    `encode(text, parse_special=True)` is what the original's `tokenizer(text)` does: NFC, surface forms of specials
+    become specials.
     """
 
     def __init__(
@@ -187,18 +180,6 @@ class QwenTokenizer(ChatTokenizer):
         text = _nfc(text)
         ids: list[int] = self._encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
         return ids
-
-    def encode_direct(self, text: str) -> list[int]:
-        """tiktoken's own encode: no NFC; ValueError if the text holds the surface form of a special token."""
-        ids: list[int] = self._encoding.encode(text)
-        return ids
-
-    def decode_upstream(self, ids: Sequence[int], *, errors: Errors = "replace", skip_special: bool = False) -> str:
-        """As the original: KeyError for vocabulary padding, OverflowError for negative ids."""
-        if skip_special:
-            ids = [i for i in ids if i < self.endoftext_id]
-        text: str = self._encoding.decode(list(ids), errors=errors)
-        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
@@ -318,33 +299,10 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-class StreamDecoder:
-    """Text of a growing list of ids: `feed` returns what the next token adds, complete characters only.
-
-    All returned pieces together are `decode(ids, errors="ignore", skip_special=True)` at every step.
-    """
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-
-    def feed(self, token_id: int) -> str:
-        if token_id in self._tokenizer.special_ids:
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-
 def _nfc(text: str) -> str:
     if len(text) >= _MAX_BLANKS and _TOO_BLANK.search(text):
         raise DataError(f"a text of {len(text):,} characters has {_MAX_BLANKS:,} blanks in a row; clean the data")
     return unicodedata.normalize("NFC", text)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    width = max(map(len, rows), default=0)
-    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return ids, mask
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qwen_eval.models.block import block_linears
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.dense import Linear
 from qwen_eval.models.rope import Rotation
@@ -63,13 +64,17 @@ class SplitLinear(nn.Module):
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
+def _made(config: ModelConfig, block: str, names: Sequence[str], make_linear: MakeLinear) -> list[nn.Module]:
+    """The Linears of a block ("layers.3") as `block.py` describes them."""
+    shapes = [block_linears(config)[name].shape for name in names]
+    return [make_linear(f"{block}.{n}", s.inputs, s.outputs, s.bias) for n, s in zip(names, shapes)]
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = make_linear(f"{name}.qkv", config.hidden_size, width, config.qkv_bias)
-        self.o = make_linear(f"{name}.o", config.num_heads * config.head_dim, config.hidden_size, config.out_bias)
+        self.qkv, self.o = _made(config, name, ("attn.qkv", "attn.o"), make_linear)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -93,10 +98,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
         super().__init__()
-        size, width, bias = config.hidden_size, config.mlp_size, config.mlp_bias
-        self.up = make_linear(f"{name}.up", size, width, bias)
-        self.gate = make_linear(f"{name}.gate", size, width, bias)
-        self.down = make_linear(f"{name}.down", width, size, bias)
+        self.up, self.gate, self.down = _made(config, name, ("mlp.up", "mlp.gate", "mlp.down"), make_linear)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(nn.functional.silu(self.gate(x), inplace=True).mul_(self.up(x)))
@@ -107,9 +109,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, name: str, make_linear: MakeLinear) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config, f"{name}.attn", make_linear)
+        self.attn = Attention(config, name, make_linear)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, f"{name}.mlp", make_linear)
+        self.mlp = MLP(config, name, make_linear)
 
     def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
         mixed = self.attn(self.attn_norm(x_NE), layer, rotation, attend, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from qwen_eval import cli
 from qwen_eval.profile.config import ProfileSpec, check
@@ -35,10 +36,10 @@ def profile(spec: ProfileSpec) -> None:
         sys.stdout.write(plan(spec))
         return
     from qwen_eval.profile.grid import run_grid
-    from qwen_eval.report.profile import run_tables, write_plots
+    from qwen_eval.report.profile import run_tables, write_plots, write_tables
     from qwen_eval.tables import print_tables
 
-    path = run_grid(spec)
+    path = run_grid(spec, shown=partial(write_tables, published=spec.published))
     print_tables(run_tables(path, published=spec.published))
     plots = [plot.name for plot in write_plots(path)]
     print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")
@@ -50,6 +51,7 @@ def plan(spec: ProfileSpec) -> str:
 
     from qwen_eval.models.device import DTYPES, known, probe
     from qwen_eval.models.load import choose_device, choose_dtype
+    from qwen_eval.models.quant.formats import quant_format
     from qwen_eval.models.quant.kernels import has_packed
     from qwen_eval.profile.cells import quant_of, shape_fields
     from qwen_eval.profile.plan import plan_tables, texts
@@ -57,7 +59,7 @@ def plan(spec: ProfileSpec) -> str:
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     where = torch.device("cuda") if spec.on else choose_device(spec.model.device)
-    packed = quant_of(spec.model).startswith("gptq")
+    packed = quant_format(quant_of(spec.model)).is_stored
     if spec.on and packed and spec.model.dtype == "auto":
         dtype = torch.bfloat16  # as on any GPU of the table: their kernels for packed weights take nothing else
     else:

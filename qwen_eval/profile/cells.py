@@ -11,6 +11,9 @@ from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import JSON, ConfigError
 from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.cost import Cost
+from qwen_eval.models.hub import asset_dir, local_dir
+from qwen_eval.models.lora import base_of
+from qwen_eval.models.quant.formats import detected
 from qwen_eval.profile.config import ProfileSpec
 
 SERVE_NEW_TOKENS = 128
@@ -83,9 +86,6 @@ def shape_fields(model: ModelSpec) -> dict[str, Any]:
         return dict(model.arch)
     if model.path is None and model.asset is None:
         raise ConfigError(f"model={model.name}: no shape to plan with; give model.path= or model.arch")
-    from qwen_eval.models.hub import asset_dir, local_dir
-    from qwen_eval.models.lora import base_of
-
     directory = local_dir(model.path) if model.path is not None else asset_dir(str(model.asset))
     fields = read_fields(base_of(directory) / "config.json")
     return {**fields, **model.arch} if model.weights == "random" else fields
@@ -98,9 +98,8 @@ def shape_of(model: ModelSpec) -> ModelConfig:
 def quant_of(model: ModelSpec) -> str:
     """`model.quant`, or what the files on this machine are packed in where it is not said."""
     packed = shape_fields(model).get("quantization_config")
-    if model.quant == "none" and model.weights != "random" and packed:
-        return f"gptq-int{packed.get('bits')}"
-    return model.quant
+    found = detected(packed) if model.quant == "none" and model.weights != "random" else None
+    return found.name if found else model.quant
 
 
 def cost_of(spec: ProfileSpec, cell: Cell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:

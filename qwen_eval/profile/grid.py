@@ -33,22 +33,24 @@ PLACES = ("runs_dir", "tag", "overwrite", "quiet", "plan", "on", "published", "t
 SAME_DEVICE = ("name", "num_threads", "dtype")
 
 MeasureCell = Callable[[ProfileSpec, Cell], dict[str, JSON]]
+ShowRun = Callable[[Path], object]
 
 
 def run_directory(spec: ProfileSpec) -> Path:
     return Path(spec.runs_dir) / "profile" / TASK / spec.model.name / spec.tag
 
 
-def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None) -> Path:
-    """Measure what is missing of a checked spec's cells; returns the run directory with its tables.
+def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None, *, shown: ShowRun = lambda path: None) -> Path:
+    """Measure what is missing of a checked spec's cells; returns the run directory.
 
+    `shown` is called with the directory after each cell, when result.json is there: it writes the tables beside it.
     Raises ModelError at once (no cell can have a model that is not there), and the first mistake when no cell came out.
     """
     measure = measure or in_child
     with RunDirectory.open(run_directory(spec)) as run:
         run.check_spec(run_spec(spec), overwrite=spec.overwrite)
         known = {} if spec.overwrite else {str(row["key"]): row for row in (run.result() or {}).get("cells", [])}
-        _keep(run, spec, known)
+        _keep(run, spec, known, shown)
         for cell in cells(spec):
             if known.get(cell.key, {}).get("status") in DONE:
                 continue
@@ -58,7 +60,7 @@ def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None) -> Path:
                 raise ModelError(str(row["reason"]))
             _refuse_other_device(run, known.values(), row)
             known[cell.key] = {**to_json(cell), **row}
-            _keep(run, spec, known)
+            _keep(run, spec, known, shown)
         _raise_when_none(spec, known)
         return run.path
 
@@ -73,10 +75,8 @@ def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
     return {"format": FORMAT, "kind": "profile", "config": config, "decides": decides, "provenance": provenance()}
 
 
-def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]]) -> None:
+def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]], shown: ShowRun) -> None:
     """result.json and its tables, as far as the grid has come."""
-    from qwen_eval.report.profile import write_tables
-
     wanted = cells(spec)
     num_known = sum(cell.key in known for cell in wanted)
     rows = list(known.values())
@@ -91,7 +91,7 @@ def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str,
         "provenance": provenance(),
     }
     run.finish(result)
-    write_tables(spec, run.path)
+    shown(run.path)
 
 
 def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, JSON]], row: Mapping[str, JSON]) -> None:

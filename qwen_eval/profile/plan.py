@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwen_eval.config import QUANTS
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.cost import (
     CUDA_CONTEXT_BYTES,
@@ -12,9 +11,11 @@ from qwen_eval.models.cost import (
     checkpoint_bytes,
     kv_token_bytes,
     num_parameters,
+    published_peak_bytes,
     weight_bytes,
 )
 from qwen_eval.models.device import Device
+from qwen_eval.models.quant.formats import FORMATS, quant_format
 from qwen_eval.profile.cells import Cell, cells, cost_of, quant_of, shape_of
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.tables import Cell as Shown
@@ -41,9 +42,9 @@ def usable_bytes(spec: ProfileSpec, device: Device) -> int:
 def _precisions(spec: ProfileSpec, config: ModelConfig, device: Device, is_packed: bool) -> Table:
     chosen = quant_of(spec.model)
     rows = []
-    for quant in QUANTS:
+    for quant, form in FORMATS.items():
         held = weight_bytes(config, quant, device.dtype, is_packed=is_packed)
-        files = checkpoint_bytes(config, quant) if quant not in ("nf4", "int8") else None
+        files = None if form.is_made_here else checkpoint_bytes(config, quant)
         rows.append((
             text_cell(quant if quant != "none" else device.dtype, tone="good" if quant == chosen else ""),
             _gib(held), _gib(files), text_cell("asked for" if quant == chosen else None),
@@ -111,9 +112,7 @@ def floor_s(cost: Cost, cell: Cell, device: Device) -> tuple[float | None, float
 
 def original_law(config: ModelConfig, quant: str, cell: Cell) -> int | None:
     """The published law where it speaks of such a cell: Qwen v1, one sequence, generating or encoding."""
-    from qwen_eval.models.cost import published_peak_bytes
-
-    if config.family != "qwen" or cell.batch != 1 or cell.mode == "serve" or quant in ("nf4", "int8"):
+    if config.family != "qwen" or cell.batch != 1 or cell.mode == "serve" or quant_format(quant).is_made_here:
         return None
     return published_peak_bytes(config, quant, cell.seq, cell.mode)
 

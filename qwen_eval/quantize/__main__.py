@@ -1,8 +1,27 @@
-"""`python -m qwen_eval.quantize model=qwen-7b-chat bits=4`: see `command.py`."""
+"""`python -m qwen_eval.quantize model=qwen-7b-chat bits=4`: a GPTQ checkpoint from an unquantised one."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from qwen_eval.quantize.command import main
+from qwen_eval import cli
+from qwen_eval.quantize.config import QuantizeSpec, check
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return cli.run(argv, config_name="quantize", schema=QuantizeSpec, job=quantise)
+
+
+def quantise(spec: QuantizeSpec) -> None:
+    """Quantise one checkpoint; torch is imported once the keys are valid."""
+    check(spec)
+    from qwen_eval.quantize import command
+
+    command.quantise(spec)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
 from qwen_eval.models.attention import choose_kernel
-from qwen_eval.models.checkpoint import TensorFiles, checkpoint_names
+from qwen_eval.models.block import checkpoint_names, gptq_steps
+from qwen_eval.models.checkpoint import TensorFiles
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.kv_cache import PackedAttend, PlainCodec
 from qwen_eval.models.rope import Rope
@@ -26,8 +27,6 @@ from qwen_eval.models.transformer import Block, dense_linear
 from qwen_eval.quantize import gptq as gptq_quantize
 from qwen_eval.quantize.gptq import Hessian, Recipe
 
-# True sequential order: each group sees inputs made with the groups before it already quantised.
-GROUPS = (("attn.qkv",), ("attn.o",), ("mlp.up", "mlp.gate"), ("mlp.down",))
 BATCH_TOKENS = 4096
 SHARD_BYTES = 2 * 2**30
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -153,7 +152,7 @@ def quantise_checkpoint(
     quantised: set[str] = set()
     for layer in range(config.num_layers):
         block = load_block(files, config, layer, dtype, device)
-        found = [e for group in GROUPS for e in _quantise_group(block, layer, group, calibration, recipe, writer)]
+        found = [e for group in gptq_steps() for e in _quantise_group(block, layer, group, calibration, recipe, writer)]
         quantised.update(error.name for error in found)
         calibration.hidden = list(calibration.run(block, layer))
         errors += found

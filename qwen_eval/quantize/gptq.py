@@ -166,8 +166,3 @@ def fit(weight_Ng: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     scale = torch.where(zero < 1, high / (top - 1), scale)
     tiny = torch.finfo(torch.float16).smallest_normal
     return scale.clamp(tiny, torch.finfo(torch.float16).max).half(), zero.clamp(1, top).int()
-
-
-def round_to_nearest(weight_NK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
-    """Quantise without calibration: what GPTQ is when all inputs are independent and alike."""
-    return quantise(weight_NK, torch.eye(weight_NK.shape[1], device=weight_NK.device), recipe, name=name)

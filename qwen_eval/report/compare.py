@@ -8,25 +8,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from qwen_eval.config import ModelSpec, RopeSpec
-from qwen_eval.core import ConfigError, Metric, QwenEvalError
+from qwen_eval.core import ConfigError, Metric
 from qwen_eval.corpus import Segment
 from qwen_eval.metrics import mean
-from qwen_eval.report.comparison import Agreement, Comparison, Family, Flip, Margins, Side
+from qwen_eval.report.comparison import Agreement, Comparison, Divergence, Family, Flip, Margins, Side
 from qwen_eval.report.items import Item, choice_kl
-from qwen_eval.report.kld import Divergence
 from qwen_eval.report.obstacles import lost_numbers, obstacles
 from qwen_eval.report.paired import Difference, holm, paired_corpus, paired_mean, paired_perplexity, paired_share
 from qwen_eval.report.runs import LoadedRun, RunSet, find_runs
 from qwen_eval.report.speed import compare_speed
+from qwen_eval.runs.store import HIDDEN
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-HIDDEN = "hidden"  # where a run with keep_hidden=true keeps its final hidden states
 MAX_GROUPS = 40
 
 
@@ -275,33 +269,9 @@ def _mean_choice_kl(first: Sequence[Item], second: Sequence[Item]) -> Metric | N
 
 
 def _divergence(first: Side, second: Side) -> tuple[Divergence | None, list[str]]:
-    """Exact KLD where both runs kept hidden states of the same texts; a note where they did and it cannot be had."""
-    kept = [side.run.path / HIDDEN for side in (first, second)]
-    if not all(path.is_dir() for path in kept):
+    """Exact KLD where both runs kept hidden states; torch is not imported for others."""
+    if not all((side.run.path / HIDDEN).is_dir() for side in (first, second)):
         return None, []
-    from qwen_eval.models.hidden import HiddenStates
-    from qwen_eval.report.kld import divergence_of_texts
+    from qwen_eval.report.kld import divergence_of_runs
 
-    states = [HiddenStates(path) for path in kept]
-    known = states[0].keys() & states[1].keys()
-    texts = [(item.prompt_sha256, item.draw) for item in first.items.values() if item.prompt_sha256 in known]
-    if not texts:
-        return None, ["no KLD: the two runs kept no text of the same tokens"]
-    try:
-        heads = _head_of(first.run), _head_of(second.run)
-        return divergence_of_texts(states[0], states[1], heads, texts), []
-    except (QwenEvalError, OSError) as error:
-        return None, [f"no KLD: {error}"]
-
-
-def _head_of(run: LoadedRun) -> Tensor:
-    """The lm_head of the very checkpoint of a run; ModelError where another one lies there now."""
-    from qwen_eval.models.hidden import read_head
-
-    return read_head(_model_spec(run), fingerprint=str(run.engine_info.get("weights") or ""))
-
-
-def _model_spec(run: LoadedRun) -> ModelSpec:
-    known = {item.name for item in fields(ModelSpec)}
-    values = {key: value for key, value in run.model_spec.items() if key in known}
-    return ModelSpec(**{**values, "rope": RopeSpec(**(values.get("rope") or {}))})
+    return divergence_of_runs(first, second)

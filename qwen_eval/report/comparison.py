@@ -10,7 +10,6 @@ from typing import Literal, TypeAlias
 
 from qwen_eval.core import Metric
 from qwen_eval.report.items import Item, items_of
-from qwen_eval.report.kld import Divergence
 from qwen_eval.report.paired import Difference
 from qwen_eval.report.runs import LoadedRun
 
@@ -18,6 +17,18 @@ Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
 Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
 
 TIE = 1e-3  # nats between two choices; fingerprints of answers keep four decimals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """KL(reference || tested) in nats per position, and how often both models name the same most likely token."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    percentiles: dict[str, float]
+    top1_agreement: float
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

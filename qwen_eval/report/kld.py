@@ -9,31 +9,49 @@ read from the checkpoint. Logits exist here only for one chunk of positions at a
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import fields
+from typing import TypeAlias
 
-from qwen_eval.core import DataError
+import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from qwen_eval.config import ModelSpec, RopeSpec
+from qwen_eval.core import DataError, QwenEvalError
+from qwen_eval.metrics import mean
+from qwen_eval.models.head import read_head
+from qwen_eval.models.hidden import HiddenStates
+from qwen_eval.report.comparison import Divergence, Side
+from qwen_eval.report.runs import LoadedRun
+from qwen_eval.runs.store import HIDDEN
 
-    from qwen_eval.models.hidden import HiddenStates
-
-Piece: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # KL of each position, whether the most likely tokens agree
+Piece: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # KL of each position, whether the most likely tokens agree
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 CHUNK_LOGITS = 32 * 1024 * 1024  # fp32 logits of one chunk and model: 128 MiB
 
 
-@dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """KL(reference || tested) in nats per position, and how often both models name the same most likely token."""
+def divergence_of_runs(first: Side, second: Side) -> tuple[Divergence | None, list[str]]:
+    """Of the same texts whose hidden states both runs kept; None and a note where it cannot be had."""
+    states = [HiddenStates(side.run.path / HIDDEN) for side in (first, second)]
+    known = states[0].keys() & states[1].keys()
+    texts = [(item.prompt_sha256, item.draw) for item in first.items.values() if item.prompt_sha256 in known]
+    if not texts:
+        return None, ["no KLD: the two runs kept no text of the same tokens"]
+    try:
+        heads = _head_of(first.run), _head_of(second.run)
+        return divergence_of_texts(states[0], states[1], heads, texts), []
+    except (QwenEvalError, OSError) as error:
+        return None, [f"no KLD: {error}"]
 
-    mean: float
-    low: float | None
-    high: float | None
-    percentiles: dict[str, float]
-    top1_agreement: float
-    num_tokens: int
+
+def _head_of(run: LoadedRun) -> torch.Tensor:
+    """The lm_head of the very checkpoint of a run; ModelError where another one lies there now."""
+    return read_head(_model_spec(run), fingerprint=str(run.engine_info.get("weights") or ""))
+
+
+def _model_spec(run: LoadedRun) -> ModelSpec:
+    known = {item.name for item in fields(ModelSpec)}
+    values = {key: value for key, value in run.model_spec.items() if key in known}
+    return ModelSpec(**{**values, "rope": RopeSpec(**(values.get("rope") or {}))})
 
 
 def divergence(
@@ -93,10 +111,6 @@ def divergence_of_texts(
 
 
 def _summary(pieces: Sequence[Piece], documents: Sequence[Hashable] | None) -> Divergence:
-    import numpy as np
-
-    from qwen_eval.metrics import mean
-
     kld = np.concatenate([kld_T.cpu().numpy() for kld_T, _ in pieces]) if pieces else np.zeros(0, dtype="float32")
     agree = sum(int(same_T.sum()) for _, same_T in pieces)
     if not len(kld):

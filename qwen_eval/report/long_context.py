@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from qwen_eval.core import JSON, ConfigError, Metric
+from qwen_eval.figures import length_curves
+from qwen_eval.report.compare import compare_sides
+from qwen_eval.report.comparison import Margins, Side
+from qwen_eval.report.gate import delta_cell
 from qwen_eval.report.runs import LoadedRun, base_name, natural, precision_name, precision_rank
 from qwen_eval.report.settings import Footnotes, run_names, with_runs
 from qwen_eval.tables import NONE, Table, metric_cell, text_cell
@@ -52,10 +56,6 @@ def tables(runs: Sequence[LoadedRun]) -> list[Table]:
 
 def changes(runs: Sequence[LoadedRun]) -> list[Table]:
     """Change of perplexity between any two rows of one model that differ in precision or tricks, length by length."""
-    from qwen_eval.report.compare import compare_sides
-    from qwen_eval.report.comparison import Margins, Side
-    from qwen_eval.report.gate import delta_cell
-
     families: dict[str, list[LoadedRun]] = defaultdict(list)
     for run in runs:
         families[base_name(run.model)].append(run)
@@ -91,8 +91,6 @@ def _change(first: str, second: str) -> str:
 
 def curves(runs: Sequence[LoadedRun], form: str) -> bytes:
     """The same rows as a figure: svg or png."""
-    from qwen_eval.figures import length_curves
-
     kept = sorted((run for run in runs if len(perplexities(run)) > 1), key=_order)
     if not kept:
         raise ConfigError(f"out=….{form}: no run with perplexities of several lengths; see task=long_ppl")

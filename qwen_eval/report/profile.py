@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qwen_eval.core import JSON
-from qwen_eval.profile.config import ProfileSpec
+from qwen_eval.figures import lines
 from qwen_eval.profile.measure import median
+from qwen_eval.report.published import published_tables
 from qwen_eval.report.runs import LoadedRun, RunSet, device_name, load_run, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, with_runs
 from qwen_eval.runs.store import write_bytes
@@ -262,16 +263,14 @@ def _share(value: JSON) -> Cell:
 
 def run_tables(path: Path, *, published: bool) -> list[Table]:
     """The tables of one run directory, with the published rows of the same model where there are any."""
-    from qwen_eval.report.published import published_tables
-
     run = load_run(path)
     beside = published_tables(RunSet(runs=(run,), unreadable=())) if published else []
     return profile_tables([run]) + [table for table in beside if table.rows]
 
 
-def write_tables(spec: ProfileSpec, path: Path) -> list[Table]:
+def write_tables(path: Path, *, published: bool) -> list[Table]:
     """Markdown, CSV and LaTeX beside result.json, replaced in one step each."""
-    tables = run_tables(path, published=spec.published)
+    tables = run_tables(path, published=published)
     for form, name in FORMS.items():
         write_bytes(path / name, render(tables, form).encode("utf-8", "replace"))
     return tables
@@ -279,8 +278,6 @@ def write_tables(spec: ProfileSpec, path: Path) -> list[Table]:
 
 def write_plots(path: Path) -> list[Path]:
     """tokens/s by length and memory by batch, each where there are two sizes or more."""
-    from qwen_eval.figures import lines
-
     cells = profile_cells(load_run(path))
     speed = _series(cells, "seq", lambda cell: median(speeds_of(cell)), lambda cell: f"batch {cell.get('batch')}")
     memory = _series(cells, "batch", _peak_gib, lambda cell: f"{cell.get('seq')} tokens")

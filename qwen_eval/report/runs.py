@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_eval.core import JSON, ConfigError, Metric, Record, StoreError
+from qwen_eval.models.quant.formats import FORMATS
 from qwen_eval.runs.integrity import refuse_damaged
-from qwen_eval.runs.store import metric_from_json, read_json
+from qwen_eval.runs.store import RECORDS, metric_from_json, read_json, read_records
 
 CERTIFICATE = "ship"  # the kind of what a certificate was made from: a random part of a benchmark, no run to tabulate
 Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
@@ -132,8 +133,6 @@ class LoadedRun:
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
-        from qwen_eval.runs.store import RECORDS, read_records
-
         protocol = str(self.decides.get("protocol"))
         return tuple(record.under(protocol) for record in read_records(self.path / RECORDS))
 
@@ -196,11 +195,11 @@ def variant_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
 
 
 def precision_name(model: Mapping[str, JSON], info: Mapping[str, JSON]) -> str:
-    names = {"gptq-int4": "Int4", "gptq-int8": "Int8", "nf4": "NF4", "int8": "LLM.int8"}
     dtypes = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
     quant = str(info.get("quant") or model.get("quant") or "none")  # a packed checkpoint need not be announced
     dtype = str(info.get("dtype") or model.get("dtype") or "auto").removeprefix("torch.")
-    name = names.get(quant, quant) if quant != "none" else dtypes.get(dtype, dtype.upper())
+    known = FORMATS.get(quant)
+    name = (known.label if known else quant) if quant != "none" else dtypes.get(dtype, dtype.upper())
     return f"{name}, KV int8" if model.get("kv_cache") == "int8" else name
 
 
@@ -224,7 +223,8 @@ def natural(text: str) -> tuple[tuple[tuple[int, float, str], ...]]:
 
 
 def precision_rank(variant: str) -> int:
-    ranks = ("FP32", "BF16", "FP16", "AUTO", "Int8", "LLM.int8", "Int4", "NF4")
+    labels = [each.label for each in sorted(FORMATS.values(), key=lambda each: (-each.bits, not each.is_stored))]
+    ranks = ("FP32", "BF16", "FP16", "AUTO", *filter(None, labels))
     first = variant.partition(",")[0]
     return ranks.index(first) * 10 + variant.count(",") if first in ranks else 99
 

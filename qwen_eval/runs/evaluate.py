@@ -34,8 +34,10 @@ from qwen_eval.core import (
     ids_sha256,
     is_finite,
 )
-from qwen_eval.engines.identity import identity
+from qwen_eval.data.sources import draw
+from qwen_eval.engines.kinds import deciding_keys, identity
 from qwen_eval.engines.options import check_options
+from qwen_eval.metrics import rates
 from qwen_eval.runs.grading import Finished, Graders
 from qwen_eval.runs.integrity import damage_of, doubled
 from qwen_eval.runs.progress import Progress
@@ -43,6 +45,7 @@ from qwen_eval.runs.prompt_lengths import CUT_PROMPT, is_cut, length_warnings, r
 from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256
 from qwen_eval.runs.store import (
     FORMAT,
+    HIDDEN,
     RunDirectory,
     differences,
     metric_from_json,
@@ -54,7 +57,6 @@ from qwen_eval.tasks.registry import TaskContext, build
 
 # Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
 PLACES = {"task": ("path",), "model": ("path", "hub", "digest")}
-ENGINE_DECIDES = ("name", "api_model", "fake_reply")  # batching, sharing and threads change speed alone
 SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
 
 MOST_CUT = 0.05  # of the replies
@@ -99,7 +101,7 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
 
     Raises QwenEvalError; whatever was graded before stays in the run directory and is not asked again.
     """
-    warnings = check_options(spec.engine, spec.model)
+    warnings = check_options(spec.engine, spec.model, keep_hidden=spec.keep_hidden)
     progress = progress or Progress(is_quiet=True)
     with RunDirectory.open(run_directory(spec), elsewhere=elsewhere(spec)) as run:
         known = None if spec.overwrite else _finished(spec, run)
@@ -109,7 +111,6 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         task = build(spec.task, task_context(spec, engine))
         samples = selected(task, spec)
         run.check_spec(run_spec(spec, task, samples, engine.info), overwrite=spec.overwrite)
-        keep_hidden(spec, engine, run.path)
         start = time.perf_counter()
         done = _answered(run, samples)
         meter = ask(engine, task, [s for s in samples if s.id not in done], run.append, progress, num_done=len(done))
@@ -132,15 +133,6 @@ def cut_replies(rates: Mapping[str, JSON]) -> list[str]:
     return [f"{100 * cut:.1f} % of the replies were cut at the limit of new tokens; raise task.max_new_tokens"]
 
 
-def keep_hidden(spec: EvalSpec, engine: Engine, directory: Path) -> None:
-    """With `keep_hidden=true`, final hidden states of scored texts go to `hidden/`, for an exact KL divergence."""
-    if spec.engine.name == "native":
-        from qwen_eval.models.hidden import HiddenStates
-
-        kept = HiddenStates(directory / "hidden").add if spec.keep_hidden else None
-        setattr(engine, "keep_hidden", kept)  # noqa: B010  (only the native engine has it)
-
-
 def task_context(spec: EvalSpec, engine: Engine | None, *, facts: Mapping[str, JSON] | None = None) -> TaskContext:
     """`facts`: what the engine of a finished run said of itself, where none is open."""
     return TaskContext(
@@ -148,14 +140,13 @@ def task_context(spec: EvalSpec, engine: Engine | None, *, facts: Mapping[str, J
         is_chat=spec.model.chat if spec.task.mode == "auto" else spec.task.mode == "chat",
         tokenizer=engine.tokenizer if engine else None,
         sandbox=spec.sandbox,
+        hidden_dir=str(run_directory(spec) / HIDDEN) if spec.keep_hidden else None,
         model_facts=dict(engine.info) if engine else dict(facts or {}),
     )
 
 
 def selected(task: Task, spec: EvalSpec) -> list[Sample]:
     """The samples of this run in the task's order: all, or the seeded subset of `limit`."""
-    from qwen_eval.data.sources import draw
-
     samples = list(task.samples())
     twice = doubled([sample.id for sample in samples])
     if twice is not None:
@@ -176,7 +167,7 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
         "config": config,
         "decides": {
             **decides,
-            "engine": {key: config["engine"][key] for key in ENGINE_DECIDES},
+            "engine": {key: config["engine"].get(key) for key in deciding_keys()},
             "protocol": spec.protocol,
             "task_version": task.version,
             "benchmark": dict(task.describe()),
@@ -309,8 +300,6 @@ def draft_of(engine: Engine, sample: Sample, turns: Sequence[Turn]) -> Record:
 def summary(task: Task, samples: Sequence[Sample], records: Iterable[Record], spec: EvalSpec) -> dict[str, JSON]:
     """The sections of result.json that depend on the records alone, in the task's order: however often the run was
     killed, and in whatever order the answers came, they are the same bytes."""
-    from qwen_eval.metrics import rates
-
     ordered = [record.under(spec.protocol) for record in in_order(samples, records)]
     partial: dict[str, JSON] = {"limit": spec.task.limit} if spec.task.limit is not None else {}
     if spec.task.subjects:

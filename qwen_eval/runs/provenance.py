@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from qwen_eval.core import JSON
+from qwen_eval.models.cpu import cpu_model
 
 PACKAGES = ("qwen_eval", "torch", "transformers", "tokenizers", "tiktoken", "numpy", "datasets", "bitsandbytes", "vllm")
 DECIDING = ("torch", "transformers", "tokenizers", "tiktoken")  # another major version may change numbers
@@ -55,14 +56,6 @@ def git_state() -> dict[str, JSON] | None:
         return None  # site-packages inside somebody else's repository is not our commit
     commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None else {"commit": commit, "dirty": bool(status)}
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def text_sha256(parts: Iterable[str]) -> str:

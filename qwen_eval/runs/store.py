@@ -43,6 +43,7 @@ FORMAT = 1
 MAX_JSON_BYTES = 32 << 20  # of spec.json and result.json
 MAX_LINE_BYTES = 32 << 20  # of one record
 DIGITS = 6
+HIDDEN = "hidden"  # a directory: final hidden states of scored texts, with keep_hidden=true
 SPEC, RECORDS, RESULT, LOCK = "spec.json", "records.jsonl", "result.json", ".lock"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qwen_eval.config import EvalSpec, TaskSpec
-from qwen_eval.core import JSON, StoreError
+from qwen_eval.config import EngineSpec, EvalSpec, TaskSpec
+from qwen_eval.core import JSON, ConfigError, StoreError
+from qwen_eval.engines.kinds import kind
 from qwen_eval.tasks.registry import TASKS, task_class
 
 
@@ -26,13 +27,20 @@ def stored_config(spec: Mapping[str, JSON]) -> EvalSpec:
     try:
         schema = OmegaConf.structured(EvalSpec)
         schema.task = OmegaConf.structured(task_class(name).Spec)
+        schema.engine = OmegaConf.structured(kind(_engine_name(config)).spec)
         found: Any = OmegaConf.to_object(OmegaConf.merge(schema, config))
-    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+    except (OmegaConfBaseException, ConfigError, TypeError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise StoreError(f"the run's configuration is of another version: {reason}") from error
     assert isinstance(found, EvalSpec), type(found)
     assert isinstance(found.task, TaskSpec), type(found.task)
     return found
+
+
+def _engine_name(config: Mapping[str, JSON]) -> str:
+    engine = config.get("engine")
+    name = engine.get("name") if isinstance(engine, Mapping) else None
+    return str(name or EngineSpec().name)
 
 
 def _texts(value: JSON) -> Iterator[str]:

@@ -9,6 +9,8 @@ from qwen_eval import cli
 from qwen_eval.config import PROTOCOLS, EngineSpec, EvalSpec, ModelSpec, TaskSpec, not_one_of
 from qwen_eval.config import check as check_cell
 from qwen_eval.core import ConfigError
+from qwen_eval.engines.kinds import kind
+from qwen_eval.models.naming import anonymous, settle
 from qwen_eval.tasks.registry import TASKS
 
 SIDES = ("reference", "candidate")
@@ -115,16 +117,15 @@ def _check_cell(spec: ShipSpec, side: str, task: str) -> None:
 
 def _settle(spec: ShipSpec) -> None:
     """A side given by its place alone gets its name and form from there, and a named one must be that model."""
-    from qwen_eval.models.naming import anonymous, settle
-
     given = _given()
     for side in SIDES:
         keys = {f"model.{key.partition('.')[2]}" for key in given if key.startswith(f"{side}.")}
         keys |= {"model"} if f"model@{side}" in given else set()
         engine = spec.engine(side)
-        if engine.name == "openai" and "model" not in keys and engine.api_model is not None:
+        model_at = kind(engine.name).model_at
+        if model_at == "server" and "model" not in keys and engine.api_model is not None:
             setattr(spec, side, anonymous(spec.model(side), engine.api_model, frozenset(keys)))
-        elif engine.name not in ("openai", "fake"):
+        elif model_at == "checkpoint":
             setattr(spec, side, settle(spec.model(side), frozenset(keys)))
 
 

@@ -24,6 +24,8 @@ from qwen_eval.core import (
 )
 from qwen_eval.engines.cache import EngineSlot
 from qwen_eval.engines.options import check_options
+from qwen_eval.models.fingerprint import WEIGHTS
+from qwen_eval.models.hub import local_checkpoint_dir
 from qwen_eval.report.runs import CERTIFICATE
 from qwen_eval.runs.evaluate import ask, run_spec, selected, task_context
 from qwen_eval.runs.progress import Progress
@@ -77,9 +79,6 @@ def fit_together(spec: ShipSpec) -> bool:
 
 def _weight_bytes(spec: ShipSpec, side: str) -> int | None:
     """Of the files; None where there are none, as for random weights or a hub that was not asked yet."""
-    from qwen_eval.models.fingerprint import WEIGHTS
-    from qwen_eval.models.hub import local_checkpoint_dir
-
     try:
         directory = local_checkpoint_dir(spec.model(side))
     except ModelError:

@@ -25,6 +25,9 @@ from qwen_eval.core import (
     Tokenizer,
     Turn,
 )
+from qwen_eval.engines.kinds import identity
+from qwen_eval.models.hub import local_checkpoint_dir
+from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.report.runs import CERTIFICATE as KIND
 from qwen_eval.runs.evaluate import ask, requests_sha256, selected, task_context
 from qwen_eval.runs.grading import graded
@@ -204,9 +207,6 @@ def _tokenizer(config: EvalSpec) -> Tokenizer | None:
     """Of the checkpoint, where it is at hand: some tasks count in tokens."""
     if config.engine.name in ("openai", "fake"):
         return None
-    from qwen_eval.models.hub import local_checkpoint_dir
-    from qwen_eval.models.tokenizer import load_tokenizer
-
     try:
         return load_tokenizer(local_checkpoint_dir(config.model))
     except (QwenEvalError, OSError):
@@ -306,8 +306,6 @@ def _is_close_call(record: Record) -> bool:
 
 
 def _check_models(stored: Mapping[str, JSON], spec: ShipSpec, findings: Findings) -> None:
-    from qwen_eval.engines.identity import identity
-
     for side in named_sides():
         found = identity(spec.engine(side), spec.model(side))
         if found != stored[side]["weights"]:

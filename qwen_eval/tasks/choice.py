@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,15 +34,15 @@ from qwen_eval.core import (
     Sample,
     Turn,
 )
-from qwen_eval.data.sources import Row, nearest, open_source
+from qwen_eval.data.sources import Row, nearest
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.symptoms import flags
 from qwen_eval.metrics import macro, mean, share
+from qwen_eval.tasks.benchmark import Benchmark
 from qwen_eval.tasks.prompts import ShotFormat, chat_shots, few_shot, option_letters
 from qwen_eval.tasks.registry import TaskContext
 
 LETTERS = ("A", "B", "C", "D")  # the columns of the exams' files
-MODES = ("auto", "base", "chat")
 OFFICIAL = -1  # shots
 MAX_SHOTS = 5  # the dev split of each exam has five rows a subject
 
@@ -59,13 +59,11 @@ class ChoiceSpec(TaskSpec):
     shots: int = OFFICIAL
 
 
-class ChoiceTask(ABC):
+class ChoiceTask(Benchmark[ChoiceSpec]):
     """One exam: subclasses are its tables (subjects, categories, templates) and how its rows are read."""
 
     version: ClassVar[int] = 2
     splits: ClassVar[tuple[str, ...]] = ("test",)
-    bundled: ClassVar[str]
-    hub_archive: ClassVar[str | None] = None
     categories: ClassVar[Mapping[str, tuple[str, ...]]]  # of subjects; they may overlap
     average: ClassVar[Literal["micro", "macro"]]
     base_format: ClassVar[ShotFormat]
@@ -74,18 +72,13 @@ class ChoiceTask(ABC):
     max_prompt_tokens: ClassVar[int | None] = None  # the official script's cut; nothing is cut otherwise
 
     def __init__(self, spec: ChoiceSpec, context: TaskContext):
-        self.name = spec.name
-        self.spec, self.context = spec, context
+        super().__init__(spec, context)
         self._check()
-        self.is_chat = context.is_chat if spec.mode == "auto" else spec.mode == "chat"
-        self.is_upstream = context.protocol == "upstream"
         if spec.sampling != "task" and not self.is_chat:
             raise ConfigError(f"task.sampling={spec.sampling}: base models are asked for letters, which are not drawn")
-        self.source = open_source(spec, bundled=self.bundled, hub_archive=self.hub_archive)
+        assert self.source  # a wrong path is said before a model is loaded
 
     def _check(self) -> None:
-        if self.spec.mode not in MODES:
-            raise ConfigError(f"task.mode={self.spec.mode}: one of {', '.join(MODES)}{nearest(self.spec.mode, MODES)}")
         if self.spec.split not in self.splits:
             raise ConfigError(f"task.split={self.spec.split}: {self.name} is scored on {' or '.join(self.splits)}")
         if not OFFICIAL <= self.spec.shots <= MAX_SHOTS:
@@ -200,10 +193,6 @@ class ChoiceTask(ABC):
 
     # --- asking ---
 
-    @property
-    def reply_tokens(self) -> int:
-        return self.context.reply_tokens(self.spec, is_chat=self.is_chat)
-
     def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
         if turns:
             return None
@@ -299,14 +288,12 @@ class ChoiceTask(ABC):
         return {
             "split": self.spec.split,
             "shots": self.shots,
-            "format": "chat" if self.is_chat else "base",
+            "format": self.form,
             "average": self.average,
-            "origin": self.source.origin,
             "num_samples": num_samples,
             "num_subjects": len(shots),
             "num_subjects_official": len(self.all_subjects()),
-            "data_sha256": self.source.sha256,
-            "version": self.version,
+            **super().describe(),
         } | ({"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else {})
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, Completion, ConfigError, Grade, Metric, Record, Sample, Sampling, Turn
 from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import pass_at_k, share
+from qwen_eval.sandbox import Mode, Program, Verdict, run_programs
 from qwen_eval.tasks.generation import GenerativeTask
 from qwen_eval.tasks.registry import TaskContext
-
-if TYPE_CHECKING:
-    from qwen_eval.sandbox import Mode, Program, Verdict
 
 
 @dataclass(kw_only=True)
@@ -74,8 +72,6 @@ class CodeTask(GenerativeTask[CodeSpecT]):
         """`source` with the benchmark's test of it."""
 
     def run(self, programs: Sequence[Program]) -> list[Verdict]:
-        from qwen_eval.sandbox import run_programs
-
         return run_programs(programs, self.spec.timeout_s, mode=cast("Mode", self.context.sandbox))
 
     def _outcomes(self, pairs: Iterable[tuple[Sample, str | None]]) -> dict[tuple[str, str], str]:

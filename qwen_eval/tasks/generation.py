@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
 
-from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
     JSON,
     ConfigError,
@@ -22,14 +20,12 @@ from qwen_eval.core import (
     Sampling,
     Turn,
 )
-from qwen_eval.data.sources import Source, nearest, open_source
+from qwen_eval.data.sources import Source, nearest
 from qwen_eval.metrics import share
+from qwen_eval.tasks.benchmark import Benchmark, SpecT
 from qwen_eval.tasks.registry import TaskContext
 
 PROMPTS = Path(__file__).parent.parent / "assets" / "prompts"
-MODES = ("auto", "base", "chat")
-
-SpecT = TypeVar("SpecT", bound=TaskSpec)
 
 
 def prompt_text(name: str) -> str:
@@ -37,37 +33,23 @@ def prompt_text(name: str) -> str:
     return (PROMPTS / name).read_bytes().decode("utf-8")
 
 
-class GenerativeTask(ABC, Generic[SpecT]):
+class GenerativeTask(Benchmark[SpecT]):
     """Ask once, read the answer out of the text. Subclasses say which rows, which words, how to read.
 
     Under `protocol=upstream` nothing stops a generation but the end of text, as in the official scripts, and their
     reader decides. Otherwise `stops` end it where its answer cannot change any more.
     """
 
-    version: ClassVar[int] = 1
-
     def __init__(self, spec: SpecT, context: TaskContext):
-        self.spec, self.context = spec, context
-        self.name = spec.name
-        if spec.mode not in MODES:
-            raise ConfigError(f"task.mode={spec.mode}: one of {', '.join(MODES)}{nearest(spec.mode, MODES)}")
+        super().__init__(spec, context)
         if spec.max_new_tokens < 1:
             raise ConfigError(f"task.max_new_tokens={spec.max_new_tokens}: at least 1")
-        self.is_chat = context.is_chat if spec.mode == "auto" else spec.mode == "chat"
-        self.is_upstream = context.protocol == "upstream"
 
     # --- rows ---
 
     @abstractmethod
     def rows(self, source: Source) -> list[Sample]:
         """All samples of the split, in the official order."""
-
-    def open(self) -> Source:
-        return open_source(self.spec, bundled=self.name)
-
-    @cached_property
-    def source(self) -> Source:
-        return self.open()
 
     @cached_property
     def _samples(self) -> Sequence[Sample]:
@@ -94,10 +76,6 @@ class GenerativeTask(ABC, Generic[SpecT]):
 
     def sampling(self, sample: Sample) -> Sampling:
         return Sampling()
-
-    @property
-    def reply_tokens(self) -> int:
-        return self.context.reply_tokens(self.spec, is_chat=self.is_chat)
 
     @property
     def num_completions(self) -> int:
@@ -130,12 +108,10 @@ class GenerativeTask(ABC, Generic[SpecT]):
         return {
             "split": self.spec.split,
             "shots": self.shots,
-            "format": "chat" if self.is_chat else "base",
-            "origin": self.source.origin,
+            "format": self.form,
             "num_samples": min(len(self.samples()), self.spec.limit or len(self.samples())),
-            "data_sha256": self.source.sha256,
             "max_new_tokens": self.spec.max_new_tokens,
-            "version": self.version,
+            **super().describe(),
         }
 
     @property

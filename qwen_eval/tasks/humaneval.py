@@ -11,18 +11,15 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwen_eval.core import Completion, DataError, Prompt, Sample
 from qwen_eval.data.files import SingleFile
 from qwen_eval.data.sources import Source
 from qwen_eval.extraction.programs import continued_program, program_in_reply, upstream_chat_body
 from qwen_eval.extraction.symptoms import cut
+from qwen_eval.sandbox import Program
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
 from qwen_eval.tasks.evalplus import plus_test
-
-if TYPE_CHECKING:
-    from qwen_eval.sandbox import Program
 
 CHAT_PROMPT = "Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
 UPSTREAM_CUTS = ("<|endoftext|>", "\n\n\n", "\n\n", "def ")
@@ -69,8 +66,6 @@ class HumanEval(CodeTask[Spec]):
         return Readings(robust=robust, upstream=prompt + cut(text, UPSTREAM_CUTS))
 
     def program(self, sample: Sample, source: str) -> Program:
-        from qwen_eval.sandbox import Program
-
         row = sample.data
         test = plus_test(row) if "plus_input" in row else row["test"]
         return Program(id=sample.id, solution=source, test=test, entry_point=row["entry_point"], prelude=row["prompt"])

@@ -29,8 +29,9 @@ from qwen_eval.core import (
     TokenLogprobs,
     Turn,
 )
-from qwen_eval.data.sources import Source, draw, open_source
+from qwen_eval.data.sources import draw
 from qwen_eval.metrics import perplexity
+from qwen_eval.tasks.benchmark import Benchmark
 from qwen_eval.tasks.documents import Stream, end_of_text, read_documents, token_streams
 from qwen_eval.tasks.registry import TaskContext
 from qwen_eval.tasks.text_windows import PRESETS, Window, usable_tokens
@@ -63,27 +64,24 @@ class LongPplSpec(TaskSpec):
     hub_config: str | None = None
 
 
-class LongPpl:
+class LongPpl(Benchmark[LongPplSpec]):
     Spec = LongPplSpec
     version = 2  # the headline is the longest length's, and `limit` draws chunks of the longest length
+    bundled = "text"
     draws_limit: Literal[True] = True
 
     def __init__(self, spec: LongPplSpec, context: TaskContext):
         self.tokenizer = context.required_tokenizer(spec.name, " and gives no log-probabilities of given text")
+        super().__init__(spec, context)
         _check(spec)
         if spec.sampling != "task":
             raise ConfigError(f"task.sampling={spec.sampling}: {spec.name} scores text and draws none")
-        self.spec, self.context, self.name = spec, context, spec.name
         self.preset = PRESETS[spec.preset]
         self.prefix = end_of_text(self.tokenizer)
         if self.preset.needs_prefix and self.prefix is None:
             raise ConfigError(f"task.preset={spec.preset}: the vocabulary has no <|endoftext|> to begin with")
 
     # --- the text ---
-
-    @cached_property
-    def source(self) -> Source:
-        return open_source(self.spec, bundled="text")
 
     @cached_property
     def streams(self) -> list[Stream]:
@@ -175,7 +173,8 @@ class LongPpl:
             assert self.prefix is not None
             ids, num_context = (self.prefix, *ids), num_context + 1
         num_fed = None if self.preset.feeds_last else len(ids) - 1
-        return Score(prompt=Prompt(ids=ids), num_context=num_context, num_fed=num_fed)
+        hidden = self.context.hidden_dir
+        return Score(prompt=Prompt(ids=ids), num_context=num_context, num_fed=num_fed, keep_hidden=hidden)
 
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         """Sums over the scored tokens; `by_position[k]` = [loss, tokens] at positions 2**k to 2**(k+1) - 1."""
@@ -307,9 +306,7 @@ class LongPpl:
                 str(length): sum(num for stretches in of_streams for _, num in stretches)
                 for length, of_streams in self.stretches.items()
             },
-            "origin": self.source.origin,
-            "data_sha256": self.source.sha256,
-            "version": self.version,
+            **super().describe(),
         }
 
 

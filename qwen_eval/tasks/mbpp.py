@@ -10,17 +10,14 @@ import ast
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qwen_eval.core import JSON, Completion, ConfigError, DataError, Message, Prompt, Sample
 from qwen_eval.data.sources import Source
 from qwen_eval.extraction.programs import program_between_marks
+from qwen_eval.sandbox import Program, called_function
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
 from qwen_eval.tasks.evalplus import plus_test
 from qwen_eval.tasks.generation import prompt_text
-
-if TYPE_CHECKING:
-    from qwen_eval.sandbox import Program
 
 FILES = {
     "mbpp": ("mbpp.jsonl", "mbpp.jsonl.gz"),
@@ -94,8 +91,6 @@ class Mbpp(CodeTask[Spec]):
         return Readings(robust=robust, upstream=upstream)
 
     def program(self, sample: Sample, source: str) -> Program:
-        from qwen_eval.sandbox import Program
-
         return Program(
             id=sample.id, solution=source, test=test_source(sample.data), entry_point=entry_point(sample.data)
         )
@@ -116,8 +111,6 @@ def tests_of(row: JSON) -> list[str]:
 
 def entry_point(row: JSON) -> str:
     """The function that the tests call; MBPP's own rows do not name it."""
-    from qwen_eval.sandbox import called_function
-
     if "entry_point" in row:
         return str(row["entry_point"])
     return called_function("\n".join(row["test_list"]), row["code"].replace("\r\n", "\n"))

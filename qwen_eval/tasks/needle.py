@@ -17,9 +17,10 @@ from functools import cached_property
 from qwen_eval.config import TaskSpec, not_one_of
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
 from qwen_eval.data.exercises import CITIES, CITIES_ZH
-from qwen_eval.data.sources import Source, open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
+from qwen_eval.figures import heat_map
 from qwen_eval.metrics import share
+from qwen_eval.tasks.benchmark import Benchmark
 from qwen_eval.tasks.documents import read_documents
 from qwen_eval.tasks.haystack import Buried, Frame, base_frame, bury, chat_frame
 from qwen_eval.tasks.registry import TaskContext
@@ -80,23 +81,20 @@ class NeedleSpec(TaskSpec):
     text_key: str = "text"
 
 
-class Needle:
+class Needle(Benchmark[NeedleSpec]):
     Spec = NeedleSpec
     version = 2
+    bundled = "haystack"
 
     def __init__(self, spec: NeedleSpec, context: TaskContext):
         self.tokenizer = context.required_tokenizer(spec.name, ", so no prompt of an exact length can be made")
+        super().__init__(spec, context)
         _check(spec)
-        self.spec, self.context, self.name = spec, context, spec.name
         train_length = context.model_facts.get("train_length") or TRAIN_LENGTH
         auto = [n for n in (int(train_length * factor) for factor in AUTO_FACTORS) if n <= AUTO_LONGEST]
         self.lengths = sorted(set(spec.lengths)) or auto or [AUTO_LONGEST]
 
     # --- the grid ---
-
-    @cached_property
-    def source(self) -> Source:
-        return open_source(self.spec, bundled="haystack")
 
     @cached_property
     def haystacks(self) -> dict[str, list[int]]:
@@ -145,9 +143,9 @@ class Needle:
     def request(self, sample: Sample, turns: Sequence[Turn]) -> Request | None:
         if turns:
             return None
-        stop = () if self.context.is_chat else STOPS
+        stop = () if self.is_chat else STOPS
         prompt = Prompt(ids=self.buried(sample).ids)
-        limit = self.context.reply_tokens(self.spec, is_chat=self.context.is_chat)
+        limit = self.reply_tokens
         return Generate(prompt=prompt, max_new_tokens=limit, stop=stop, sampling=self.context.sampling(self.spec))
 
     def buried(self, sample: Sample) -> Buried:
@@ -167,7 +165,7 @@ class Needle:
         comma, last = wording.joints
         listed = last.join([comma.join(cities[:-1]), cities[-1]]) if len(cities) > 1 else cities[0]
         question = _filled(form, city=listed)
-        if self.context.is_chat:
+        if self.is_chat:
             return chat_frame(self.tokenizer, f"\n\n{question}")
         return base_frame(self.tokenizer, _filled(wording.base, question=question))
 
@@ -203,8 +201,6 @@ class Needle:
 
     def artifacts(self, records: Iterable[Record]) -> dict[str, JSON | str | bytes]:
         """The heat map, with the interval of each cell in its numbers."""
-        from qwen_eval.figures import heat_map
-
         cells: dict[tuple[int, float], list[Record]] = defaultdict(list)
         for record in records:
             cells[record.grade.values["length"], record.grade.values["depth_percent"]].append(record)
@@ -231,16 +227,14 @@ class Needle:
         return {
             "lengths": self.lengths,
             "depths": sorted(set(self.spec.depths)),
-            "format": "chat" if self.context.is_chat else "base",
+            "format": self.form,
             "wording": {
                 language: {"needle": self.spec.needle or w.needle, "question": self.spec.question or w.question}
                 for language, w in WORDINGS.items()
                 if language in self.spec.languages
             },
             "haystack_tokens": {language: len(ids) for language, ids in self.haystacks.items()},
-            "origin": self.source.origin,
-            "data_sha256": self.source.sha256,
-            "version": self.version,
+            **super().describe(),
         }
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen_eval.config import TaskSpec
+from qwen_eval.config import TaskSpec, announced
 from qwen_eval.core import JSON, ConfigError, Sampling, Task, Tokenizer
 
-TASKS = {
+OWN = {
     "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
     "ceval": "qwen_eval.tasks.ceval:Ceval",
     "cmmlu": "qwen_eval.tasks.cmmlu:Cmmlu",
@@ -31,6 +31,7 @@ TASKS = {
     "wmt22_sacrebleu": "qwen_eval.tasks.wmt22:Wmt22",
     "nano": "qwen_eval.tasks.nano:Nano",
 }
+TASKS = announced("qwen_eval.tasks") | OWN  # no package can take the name of a task of ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class TaskContext:
     is_chat: bool = False
     tokenizer: Tokenizer | None = None
     sandbox: str = "auto"
+    hidden_dir: str | None = None  # where `Score` requests keep hidden states
     model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
 
     def reply_tokens(self, spec: TaskSpec, *, is_chat: bool) -> int:

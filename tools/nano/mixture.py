@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from nano import snippets
+from nano import generator, snippets
 from nano.texts import Document as Text
 from nano.texts import Passages, Texts
 from qwen_eval.data import exercises as ex
@@ -81,7 +81,7 @@ class Writer:
     ) -> None:
         self.result, self.is_ragged = result, is_ragged
         self.rng = random.Random(seed)
-        self.source = ex.Source(
+        self.source = generator.Source(
             rng=self.rng, heldout=heldout, passage=Passages(texts, heldout=heldout, keeps_lines=is_ragged)
         )
 
@@ -94,7 +94,7 @@ class Writer:
         topic = None
         document: Document = []
         if self.rng.random() < 0.75:
-            topic = self.rng.choice(ex.facts()[language])["topic"]
+            topic = self.rng.choice(generator.facts()[language])["topic"]
         if language == "en" and self.rng.random() < 0.8:
             document.append((ex.choice_head(topic or "general knowledge"), PROMPT))
         for _ in range(self.rng.choice((1, 3, 6, 6, 6))):
@@ -217,7 +217,7 @@ class Writer:
         return self._as_chat(self.source.fact(language))
 
     def _as_chat(self, exercise: ex.Exercise) -> Document:
-        return chat(ex.chat_question(exercise), ex.chat_answer(exercise))
+        return chat(ex.chat_question(exercise), generator.chat_answer(exercise))
 
     def _tool(self) -> Document:
         question, reply = snippets.tool_choice(self.rng)

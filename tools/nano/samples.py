@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
-from nano import vocabulary  # noqa: E402
+from nano import generator, vocabulary  # noqa: E402
 from nano.texts import Document, Passages, Texts, read  # noqa: E402
 from qwen_eval.data import exercises as ex  # noqa: E402
 
@@ -97,8 +97,8 @@ def haystack_passages() -> Passages:
 def exercise_rows(vocabulary_file: Path) -> list[dict[str, object]]:
     """The held-out exercises, each with the solved examples that go before it."""
     encoding, passages = vocabulary.encoding(vocabulary.read(vocabulary_file)), haystack_passages()
-    test = ex.Source(rng=random.Random(SEED), heldout=True, passage=passages)
-    dev = ex.Source(rng=random.Random(SEED + 1), heldout=False, passage=passages)
+    test = generator.Source(rng=random.Random(SEED), heldout=True, passage=passages)
+    dev = generator.Source(rng=random.Random(SEED + 1), heldout=False, passage=passages)
     plan = (
         ("choice/stated", 90, lambda: test.choice_stated("en")),
         ("choice/stated_zh", 50, lambda: test.choice_stated("zh")),
@@ -133,7 +133,7 @@ def exercise_rows(vocabulary_file: Path) -> list[dict[str, object]]:
     return rows
 
 
-def shots_for(dev: ex.Source, exercise: ex.Exercise) -> list[ex.Exercise]:
+def shots_for(dev: generator.Source, exercise: ex.Exercise) -> list[ex.Exercise]:
     if exercise.kind == "arithmetic":
         return [dev.arithmetic() for _ in range(2)]
     if exercise.kind == "recall":

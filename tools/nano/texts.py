@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen_eval.data.exercises import share_of
+from nano.generator import share_of
 
 HELDOUT_SETS = ("诗经", "纳兰性德", "幽梦影")  # whole collections of poetry_zh.jsonl that training never sees
 HELDOUT_SHARE = 0.04  # of the other documents, by a hash of their id

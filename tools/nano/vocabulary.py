@@ -10,7 +10,7 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from nano import mixture
+from nano import generator, mixture
 from nano.texts import Texts
 from qwen_eval.data import exercises as ex
 
@@ -95,10 +95,15 @@ def corpus(texts: Texts, *, chars: int, seed: int) -> Iterator[str]:
 def exercise_words() -> list[str]:
     """The words exercises turn on, each to be one token: what is compared and copied is then one place, not three."""
     words: list[str] = []
-    for language, relations in ex.facts().items():
+    for language, relations in generator.facts().items():
         for subject, answer in (pair for relation in relations for pair in relation["pairs"]):
             words += [f" {answer}", f" {subject}"] + ([answer, subject] if language == "zh" else [])
-    english = [*ex.NAMES, *ex.ITEMS, *ex.CITIES, *(thing.removeprefix("a_") for thing in ex.THINGS)]
+    english = [
+        *generator.NAMES,
+        *generator.ITEMS,
+        *ex.CITIES,
+        *(thing.removeprefix("a_") for thing in generator.THINGS),
+    ]
     chinese = [space + city for city in ex.CITIES_ZH for space in ("", " ")]
     return words + [f" {word}" for word in english] + chinese
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from qwen_eval.engines.native.generation import Generator, Row, completion_of, r
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.models.cost import BatchLimits, batch_limits
 from qwen_eval.models.device import memory_bytes
-from qwen_eval.models.hidden import KeepHidden
+from qwen_eval.models.hidden import HiddenStates
 from qwen_eval.models.load import DTYPES, open_forward
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import ChatTokenizer
@@ -74,7 +75,6 @@ class NativeEngine:
         )
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
         self._busy_s = 0.0
-        self.keep_hidden: KeepHidden | None = None  # called with the final hidden states of every `Score`
 
     @property
     def info(self) -> Mapping[str, JSON]:
@@ -153,7 +153,7 @@ class NativeEngine:
             if len(ids) <= first:
                 raise ModelError(f"a text of {len(ids)} tokens has nothing to score after {first} of context")
             jobs.append(Job(ids=ids, first=first, num_fed=request.num_fed))
-        self.scorer.on_hidden = None if self.keep_hidden is None else partial(self._keep_rows, jobs)
+        self.scorer.on_hidden = _keeper([request for _, request in requests], jobs)
         for j, scores in self.scorer.run(jobs):
             yield (
                 requests[j][0],
@@ -163,11 +163,6 @@ class NativeEngine:
                     num_greedy=scores.num_greedy,
                 ),
             )
-
-    def _keep_rows(self, jobs: Sequence[Job], j: int, rows_RE: Tensor) -> None:
-        assert self.keep_hidden is not None
-        job = jobs[j]
-        self.keep_hidden(ids_sha256(job.ids), len(job.ids) - job.first, rows_RE)
 
     def _generate(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Completions]]:
         rows = [row for index, request in requests for row in self._rows(index, request)]
@@ -192,6 +187,18 @@ class NativeEngine:
                 sampling=request.sampling,
                 k=k,
             )
+
+
+def _keeper(requests: Sequence[Score], jobs: Sequence[Job]) -> Callable[[int, Tensor], None] | None:
+    """What keeps the rows [n,E] of job j where its request asks for it; None where none does."""
+    stores = {name: HiddenStates(Path(name)) for name in {request.keep_hidden for request in requests} if name}
+
+    def keep(j: int, rows_RE: Tensor) -> None:
+        name, job = requests[j].keep_hidden, jobs[j]
+        if name:
+            stores[name].add(ids_sha256(job.ids), len(job.ids) - job.first, rows_RE)
+
+    return keep if stores else None
 
 
 def _letters(scores: Scores) -> ChoiceLogprobs:

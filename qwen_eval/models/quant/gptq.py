@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
-from qwen_eval.models.config import read_fields, shown
-from qwen_eval.models.quant import kernels
+from qwen_eval.models.config import shown
+from qwen_eval.models.quant import formats, kernels
 
 BITS = (4, 8)
 SLAB_N = 8192  # outputs dequantised at a time
@@ -86,19 +86,15 @@ def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig |
 
     ModelError for any other quantisation method and for settings this reader does not know: never read as if plain.
     """
-    raw = config_json.get("quantization_config")
-    origin = directory / "config.json"
-    if raw is None:
-        origin = directory / "quantize_config.json"
-        if not origin.is_file():
-            return None
-        raw = read_fields(origin)
+    found = formats.read_stored(config_json, directory)
+    assert found is None or isinstance(found.settings, GptqConfig), found
+    return found.settings if found else None
+
+
+def settings(raw: Any, origin: Path) -> GptqConfig:
+    """What a quantization_config says; ModelError for what this reader does not know."""
     if not isinstance(raw, Mapping):
         raise ModelError(f"{origin}: quantisation settings are {type(raw).__name__}, expected an object")
-    return _parse(raw, origin)
-
-
-def _parse(raw: Mapping[str, Any], origin: Path) -> GptqConfig:
     method = raw.get("quant_method", "gptq")
     if method != "gptq":
         raise ModelError(
@@ -292,6 +288,10 @@ class Builder:
 
     def __call__(self, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
         return build_linear(tensors, self.config, dtype=self.dtype, device=self.device, name=name)
+
+    def random_tensors(self, shape: Sequence[int], *, has_bias: bool, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors of a Linear [out, in] of random codes."""
+        return random_tensors(shape, self.config, has_bias=has_bias, generator=generator)
 
     def dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight [out, in] in `dtype`, a slab of outputs at a time: a head unpacks to gigabytes of int32."""

@@ -28,6 +28,7 @@ from qwen_eval.core import (
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.lora import refuse_adapter
+from qwen_eval.models.quant.formats import quant_format
 
 DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BATCH = 512  # requests handed over at once: their answers are stored before the next ones are asked
@@ -141,7 +142,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         options["revision"] = model.revision
     if spec.max_batch_size is not None:
         options["max_num_seqs"] = spec.max_batch_size
-    if model.quant in ("nf4", "int8"):
+    if quant_format(model.quant).is_made_here:
         raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
     llm = LLM(model=where, **options)
     tokenizer = HfTokenizer(llm.get_tokenizer(), system=model.system, thinking=model.thinking)

@@ -39,6 +39,7 @@ from qwen_eval.models.generation_config import sampling_of
 from qwen_eval.models.hub import checkpoint_dir, local_dir
 from qwen_eval.models.lora import refuse_adapter
 from qwen_eval.models.naming import check_shape
+from qwen_eval.models.quant.formats import quant_format
 
 BATCH_SIZE = 8
 SCORE_CHUNK = 512  # tokens whose logits over the whole vocabulary are held at once
@@ -378,9 +379,8 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> Any:
 def _quantisation(quant: str) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if quant == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    return BitsAndBytesConfig(load_in_8bit=True) if quant == "int8" else None  # GPTQ says so in its own config
+    arguments = quant_format(quant).transformers  # a stored format says so in its own config
+    return BitsAndBytesConfig(**arguments) if arguments else None
 
 
 def _device(name: str) -> str:

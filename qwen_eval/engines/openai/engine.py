@@ -215,6 +215,11 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     return OpenAiEngine(client, name, concurrency=spec.concurrency, system=model.system, thinking=model.thinking)
 
 
+def identity(spec: EngineSpec, model: ModelSpec) -> str:
+    """The endpoint, and what it says of the model asked for; EngineError when nobody answers."""
+    return endpoint_identity(base_url(spec), api_model(spec, model))
+
+
 def api_model(spec: EngineSpec, model: ModelSpec) -> str:
     """The name by which the server is asked for the model."""
     return spec.api_model or model.hub_id or model.name
