@@ -178,9 +178,7 @@ def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path, command:
     assert done.returncode == 0, done.stderr
     results = sorted((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))
     assert [str(path.parent.relative_to(tmp_path / "runs" / "eval")) for path in results] == [
-        f"toy/{model}/default,protocol={protocol}"
-        for model in ("toy", "toy-chat")
-        for protocol in ("robust", "upstream")
+        f"toy/{model}/protocol={protocol}" for model in ("toy", "toy-chat") for protocol in ("robust", "upstream")
     ]
 
 

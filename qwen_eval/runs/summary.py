@@ -14,8 +14,9 @@ MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.
 
 
 def show(spec: EvalSpec, outcome: Outcome) -> None:
-    """Print metrics with their 95 % intervals, what was noticed, and where the run lies."""
-    print_tables([metrics_table(spec, outcome)])
+    """Print metrics with their 95 % intervals, what was noticed, and where the run lies; quietly only the last."""
+    if not spec.quiet:
+        print_tables([metrics_table(spec, outcome)])
     print(plain_text(footer(spec, outcome)))
 
 
