@@ -37,7 +37,7 @@ PER_CENT = re.compile(r"(\d+(?:\.\d+)?)%")
 BROKEN_PIPE = 141  # as shells say of a program whose reader has left
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 LISTS_IN_TEXT = ("model.window",)  # text to Hydra, but "2048,4096" in it is one value and no sweep
-TEXTS = ("model.system", "task.template")  # a sentence: no comma, quote or bracket in it is grammar
+TEXTS = ("model.system", "task.template", "reply")  # a sentence: no comma, quote or bracket in it is grammar
 DEFAULT_TAG = EvalSpec.tag
 ENGINE_GROUPS = ("model", "engine", "protocol")
 

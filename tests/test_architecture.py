@@ -37,7 +37,17 @@ ALLOWED: dict[str, str] = {
     "report": "core config terminal tables figures metrics models tasks runs profile",
     "ship": "core config terminal tables models engines tasks runs report",
 }
-ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config")
+ENTRY_POINTS = (
+    "qwen_eval",
+    "__main__",
+    "api",
+    "cli",
+    "demo",
+    "ship.command",
+    "ship.config",
+    "runs.preview_command",
+    "report.list_command",
+)
 # The lazy imports elsewhere, and why: modules that import torch, for commands that mostly do without.
 DOORS = {
     ("report.compare", "report.kld"): "only runs that kept hidden states are compared by them",

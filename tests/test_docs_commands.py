@@ -22,6 +22,7 @@ from qwen_eval.profile import config as profile_config
 from qwen_eval.quantize import __main__ as quantize
 from qwen_eval.report import __main__ as report
 from qwen_eval.report import config as report_config
+from qwen_eval.runs import preview_command
 from qwen_eval.ship import command as ship
 from qwen_eval.ship import config as ship_config
 
@@ -38,6 +39,7 @@ NEEDS = {"git": "a repository", "test": "a step summary"}
 Main = Callable[[Sequence[str]], int]
 MAINS: dict[str, tuple[Main, str, type, Callable[[Any], object]]] = {
     "qwen_eval": (evaluation.main, "config", config.EvalSpec, config.check),
+    "qwen_eval.preview": (preview_command.main, "preview", preview_command.PreviewSpec, config.check),
     "qwen_eval.profile": (profile.main, "profile", profile_config.ProfileSpec, profile_config.check),
     "qwen_eval.quantize": (quantize.main, "quantize", quantize.QuantizeSpec, quantize.check),
     "qwen_eval.report": (report.main, "report", report_config.ReportSpec, report.check),

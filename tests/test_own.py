@@ -16,6 +16,7 @@ from readers import graded
 import qwen_eval
 from qwen_eval.__main__ import main
 from qwen_eval.core import Choose, DataError, Generate
+from qwen_eval.runs import preview_command
 from qwen_eval.tasks.own import matches, right_letter
 from qwen_eval.tasks.registry import FROM_FILES, TASKS, TaskContext, build
 from qwen_eval.tasks.rows import CsvSpec, JsonlSpec
@@ -24,9 +25,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 FILE = re.compile(r"`([\w./-]+)`:\n\n```\w+\n(.*?)```", re.DOTALL)
 ASSETS = Path(qwen_eval.__file__).parent / "assets"
 COMMAND = re.compile(r"^```\n(python .*?)\n```", re.MULTILINE | re.DOTALL)
-MAINS = {
-    "qwen_eval": main,
-}
+MAINS = {"qwen_eval": main, "qwen_eval.preview": preview_command.main}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +44,7 @@ def write_files(page: str) -> None:
 
 
 def commands(page: str) -> list[str]:
-    return [found for found in COMMAND.findall((DOCS / page).read_text())]
+    return list(COMMAND.findall((DOCS / page).read_text()))
 
 
 def run(command: str) -> int:
@@ -97,7 +96,8 @@ def test_rows_of_a_csv_are_asked_with_their_own_options() -> None:
     )
     task = build(CsvSpec(path="rows.csv"), TaskContext())
     first, second = [task.request(sample, ()) for sample in task.samples()]
-    assert isinstance(first, Choose) and isinstance(second, Choose)
+    assert isinstance(first, Choose)
+    assert isinstance(second, Choose)
     assert first.prompt.text == "Question: One?\nA. x\nB. y\nAnswer:"
     assert (first.choices, second.choices) == ((" A", " B"), (" A", " B", " C"))
     assert "Two {A}?" in str(second.prompt.text)  # a brace in a cell is text
@@ -178,7 +178,8 @@ def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.C
     Path("two.py").write_text(head + body.format("One") + body.format("Two"))
     assert main([*arguments, "engine=fake"]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1, err
+    assert said in err
+    assert err.count("\n") == 1
 
 
 def test_a_changed_file_does_not_continue_the_run_of_the_old_one(capsys: pytest.CaptureFixture[str]) -> None:

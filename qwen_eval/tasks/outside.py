@@ -1,4 +1,4 @@
-"""Tasks of a Python file that belongs to no package: `task.file=my_task.py`. The file is code of the user: it is run."""
+"""Tasks of a Python file that belongs to no package: `task.file=my_task.py`. The file is code of the user."""
 
 from __future__ import annotations
 

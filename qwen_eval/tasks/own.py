@@ -96,7 +96,7 @@ class OwnTask(Benchmark[OwnSpec]):
         samples = [self.sample(number, question) for number, question in enumerate(self.questions())]
         if len(samples) <= self.spec.shots:
             raise DataError(
-                f"{self.name}: {len(samples)} questions, {self.spec.shots} of them are examples; none is left"
+                f"{self.name}: {len(samples)} questions and task.shots={self.spec.shots}: none is left to ask"
             )
         return samples
 

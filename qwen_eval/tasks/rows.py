@@ -1,4 +1,4 @@
-"""Benchmarks from data alone: `task=csv task.path=rows.csv` and `task=jsonl task.path=rows.jsonl`. See docs/own_task.md.
+"""Benchmarks from data alone: `task=csv task.path=rows.csv`, `task=jsonl task.path=rows.jsonl` (docs/own_task.md).
 
 Csv rows are questions with options; JSON lines are questions answered by a text.
 """
