@@ -66,8 +66,13 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
     Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C, 141 where the
     reader of a pipe has left (`| head`). In a grid (-m) a cell that fails does not take the others with it.
     """
+    return quiet_pipe(lambda: _run(argv, config_name, schema, job, usage))
+
+
+def quiet_pipe(command: Callable[[], int]) -> int:
+    """The exit code of a command, whose output may have lost its reader (`| head`): 141 then, and no traceback."""
     try:
-        code = _run(argv, config_name, schema, job, usage)
+        code = command()
         sys.stdout.flush()
         return code
     except BrokenPipeError:

@@ -34,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "quantize": "core config models",
     "runs": "core config terminal tables metrics data models engines tasks",
     "profile": "core config terminal tables models engines runs",
-    "report": "core config terminal tables figures metrics models tasks runs profile",
+    "report": "core config terminal tables figures metrics data models tasks runs profile",
     "ship": "core config terminal tables models engines tasks runs report",
 }
 ENTRY_POINTS = (
