@@ -9,7 +9,7 @@ from functools import partial
 from qwen_eval import cli
 from qwen_eval.config import EvalSpec, check
 from qwen_eval.core import ConfigError
-from qwen_eval.engines.cache import EngineSlot
+from qwen_eval.engines.cache import EngineCache
 from qwen_eval.tasks.registry import FROM_FILES
 
 USAGE = """
@@ -29,15 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from qwen_eval import demo
 
         return demo.main()
-    slot = EngineSlot()
+    engine_cache = EngineCache()
     try:
-        job = partial(run_cell, slot=slot)
+        job = partial(run_cell, engine_cache=engine_cache)
         return cli.run(argv, config_name="config", schema=EvalSpec, job=job, usage=USAGE)
     finally:
-        slot.close()
+        engine_cache.close()
 
 
-def run_cell(spec: EvalSpec, slot: EngineSlot) -> None:
+def run_cell(spec: EvalSpec, engine_cache: EngineCache) -> None:
     """Evaluate one cell and print its table."""
     spec.tag = cli.cell_tag(spec.tag)
     if spec.task.file is not None and spec.task.name not in FROM_FILES:
@@ -47,7 +47,7 @@ def run_cell(spec: EvalSpec, slot: EngineSlot) -> None:
     from qwen_eval.runs.progress import Progress
     from qwen_eval.runs.summary import show
 
-    show(spec, evaluate(spec, slot.open, progress=Progress(is_quiet=spec.quiet)))
+    show(spec, evaluate(spec, engine_cache.open, progress=Progress(is_quiet=spec.quiet)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The door: Hydra composes `conf/`, plain dataclasses go in, every mistake of the user comes out as one line.
+"""The command line: Hydra composes `conf/` into plain dataclasses; every mistake of the user is reported in one line.
 
-No module behind this one sees Hydra or OmegaConf, and torch is not imported before the configuration is valid.
+Other modules do not use Hydra or OmegaConf. Torch is not imported before the configuration is valid.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_eval import __version__
 from qwen_eval.config import MISSING, EngineSpec, EvalSpec, ModelSpec, check_values, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.engines.kinds import ENGINES
@@ -61,10 +60,10 @@ def groups_text() -> str:
 
 
 def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage: str = "") -> int:
-    """Compose `conf/<config_name>.yaml` with the overrides in `argv` and call `job` with each cell, a `schema` object.
+    """Compose `conf/<config_name>.yaml` with the overrides in `argv`; call `job` with the `schema` object of each cell.
 
     Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C, 141 where the
-    reader of a pipe has left (`| head`). In a grid (-m) a cell that fails does not take the others with it.
+    reader of a pipe has left (`| head`). In a grid (-m) the other cells still run when one fails.
     """
     return quiet_pipe(lambda: _run(argv, config_name, schema, job, usage))
 
@@ -86,7 +85,8 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
         print(usage.strip(), groups_text(), sep="\n\n")  # Hydra takes two seconds to list what a directory lists
         return 0
     if "--version" in argv:
-        print(f"qwen_eval {__version__}")
+        package = sys.modules[__package__]  # it imports this module: an import here would be a circle
+        print(f"qwen_eval {package.__version__}")
         return 0
     try:
         argv = with_task_file(argv)
@@ -94,7 +94,7 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
         arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))
         _hydra(arguments, config_name, lambda config: _cell(config, job, schema, failures))
     except KeyboardInterrupt:
-        print("interrupted; what was graded is kept, the same command goes on", file=sys.stderr)
+        print("interrupted; graded samples are kept, the same command resumes the run", file=sys.stderr)
         return 130
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
@@ -106,18 +106,11 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
 
 
 def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.core.hydra_config import HydraConfig
 
     try:
         refuse_doubled(sys.argv[1:])
-        refuse_unknown_keys(config)
-        try:
-            spec: Any = OmegaConf.to_object(config)
-        except OmegaConfBaseException as error:
-            raise ConfigError(explain(error, schema)) from error
-        _settle_model(spec)
-        job(spec)
+        job(_settings(config, schema, HydraConfig.get()))
     except QwenEvalError as error:
         failures.append(_tell(f"{cell_name()}{error}"))
 
@@ -128,22 +121,63 @@ def cell_name() -> str:
     return f"{' '.join(swept)}: " if swept else ""
 
 
-def _settle_model(spec: Any) -> None:
-    """A checkpoint given by its place alone gets its name and form from there, and a named one must be that model."""
-    from hydra.core.hydra_config import HydraConfig
+def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
+    """The settings of the command with these overrides, a `schema` object, for calls from Python.
 
+    Raises a QwenEvalError for every mistake that the command reports; prints nothing.
+    """
+    import hydra
+    from omegaconf import OmegaConf, open_dict
+
+    overrides = with_task_file(overrides)
+    _register(config_name, schema, [conf_dir()])
+    arguments = bracket_lists(overrides, list_keys(schema, tasks=TASKS))
+    refuse_doubled(arguments)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            config = hydra.compose(config_name, overrides=arguments, return_hydra_config=True)
+    except Exception as error:
+        raise ConfigError(explain(error, schema)) from error
+    known = config.hydra
+    OmegaConf.set_readonly(config, False)
+    with open_dict(config):
+        del config["hydra"]
+    return _settings(config, schema, known)
+
+
+def _settings(config: Any, schema: type, hydra_config: Any) -> Any:
+    """A composed configuration as a `schema` object; ConfigError for an unknown key or an invalid value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    refuse_unknown_keys(config)
+    try:
+        spec: Any = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, schema)) from error
+    _settle_model(spec, hydra_config.overrides.task, hydra_config.runtime.choices.get("model"))
+    return spec
+
+
+def _settle_model(spec: Any, overrides: Iterable[str], chosen: str | None) -> None:
+    """A checkpoint given by its path alone gets its name and chat form from its files; a named one must match them."""
     model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
     model_at = engine_kind(engine.name).model_at if isinstance(engine, EngineSpec) else "checkpoint"
     if not isinstance(model, ModelSpec) or model_at == "nowhere":
         return
     check_values(spec)  # before anything is looked for, let alone fetched
     quant_format(model.quant)
-    given = {_key(override) for override in HydraConfig.get().overrides.task}
-    if HydraConfig.get().runtime.choices.get("model") != DEFAULT_MODEL:
+    given = {_key(override) for override in overrides}
+    if chosen != DEFAULT_MODEL:
         given.add("model")  # by an experiment
     if model_at == "checkpoint":
         spec.model = settle(model, frozenset(given))
-    elif engine is not None and "model" not in given and engine.api_model is not None:
+    elif engine is not None and not {"model", "model.hub_id"} & given:
+        if engine.api_model is None:
+            from qwen_eval.engines.api.servers import base_url, required_key
+            from qwen_eval.engines.endpoint import only_model
+
+            engine.api_model = only_model(base_url(engine), required_key(engine))
         spec.model = anonymous(model, engine.api_model, frozenset(given))
 
 
@@ -267,7 +301,7 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
     if name in TEXTS and value and value != "null" and value[0] not in "'\"":
-        return f"{key}={_quote_sentence(value)}"
+        return f"{key}={quoted(value)}"
     if not equals or not PLAIN_KEY.fullmatch(key):
         return argument
     is_plain = value and value != "null" and not value.startswith(("[", "{", "${", "choice(", "range("))
@@ -276,14 +310,14 @@ def _bracket(argument: str, keys: Collection[str]) -> str:
     return f"{key}={_quote(value)}"
 
 
-def _quote_sentence(value: str) -> str:
+def quoted(value: str) -> str:
     """In Hydra's quotes: backslashes are doubled only before a quote, where they would escape it."""
     escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def _quote(value: str) -> str:
-    """Quoted where Hydra's grammar would stumble over a letter of another alphabet, a space or "=": `数据/ceval`."""
+    """Quoted if Hydra's grammar does not accept a character: another alphabet, a space, "=": `数据/ceval`."""
     return f"'{value}'" if FOREIGN.search(value) and not SYNTAX.search(value) else value
 
 
@@ -299,7 +333,7 @@ def model_first(argv: Sequence[str]) -> list[str]:
 
 
 def cell_tag(tag: str) -> str:
-    """In a grid: what is swept beside task and model must show in the name of the run directory, else cells collide.
+    """In a grid: the tag with every swept key but task and model, so that each cell has its own run directory.
 
     `"dtype=bf16"`, or with a tag of the user `"mine+dtype=bf16"`: no comma, so that it can stand in `compare=`.
     """
@@ -324,7 +358,7 @@ def _swept() -> list[str]:
     return [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] in keys]
 
 
-# --- what Hydra lets pass ------------------------------------------------------------------------------------------
+# --- mistakes that Hydra accepts -------------------------------------------------------------------------------------
 
 
 def _key(override: str) -> str:
@@ -333,7 +367,7 @@ def _key(override: str) -> str:
 
 
 def refuse_doubled(argv: Sequence[str]) -> None:
-    """ConfigError for a key that is given twice: Hydra lets the last one win without a word."""
+    """ConfigError for a key that is given twice: Hydra would silently use the last one."""
     given: dict[str, str] = {}
     for argument in argv:
         if "=" not in argument or argument.startswith("-"):
@@ -347,7 +381,7 @@ def refuse_doubled(argv: Sequence[str]) -> None:
 def refuse_unknown_keys(config: Any) -> None:
     """ConfigError for a key that no schema has, however it was written: `+key=`, `++key=`, a yaml of an experiment.
 
-    And for a value from the environment: every setting is recorded, which would put it on record.
+    Also for a value from the environment: settings are recorded, and it may be a secret.
     """
     for key, value in _leaves(config, ""):
         if isinstance(value, str) and FROM_ENVIRONMENT.search(value):

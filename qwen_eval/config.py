@@ -1,7 +1,7 @@
-"""Schemas of the configuration: plain dataclasses that Hydra fills once, at the door (`cli.py`). No torch here.
+"""Schemas of the configuration: plain dataclasses that Hydra fills once, in `cli.py`. No torch here.
 
-A variant is a yaml diff in `conf/`; a key that is not here does not exist. Task schemas stand beside their tasks and
-derive from `TaskSpec`.
+A variant is a yaml file in `conf/`; only keys defined here exist. The schema of a task is in the task's file and
+derives from `TaskSpec`.
 """
 
 from __future__ import annotations
@@ -82,12 +82,21 @@ class EngineSpec:
     max_batch_tokens: int | None = None  # tokens of one scoring forward; None: from the cost model
     max_batch_size: int | None = None  # sequences of one batch or generation slots; None: from the cost model
     prefill_chunk: int = 1024  # tokens of one chunk of a long prefill
+    kernels: str = "auto"  # of CUDA: auto compiles and captures where it can | plain | triton
     memory_fraction: float = 0.85  # of the free memory that weights, cache and activations may take
     num_threads: int | None = None
-    base_url: str | None = None  # openai engine
-    api_model: str | None = None
+    server: str = "openai"  # openai engine: what kind of server answers, which decides how it is asked
+    base_url: str | None = None  # openai engine; null: the usual address of its server
+    api_model: str | None = None  # openai engine; null, without model=: the one that the server has
     concurrency: int = 16  # openai engine: requests in flight
-    tensor_parallel: int = 1  # vllm engine
+    timeout_s: float = 600.0  # openai engine: seconds of one try, from sending to the last byte
+    retries: int = 6  # openai engine: of one request after faults; a busy server is asked longer
+    retry_share: float = 1.0  # openai engine: all retries of a run, as a share of its requests
+    tokenizer: str | None = None  # openai engine: directory with the model's tokenizer, for token ids and counts
+    prices: str | None = None  # openai engine: YAML file of prices per million tokens
+    tensor_parallel: int = 1  # vllm engine: GPUs that share each layer
+    pipeline_parallel: int = 1  # vllm engine: groups of layers, each on its own GPUs
+    executor: str = "auto"  # vllm engine: who starts its processes, auto | mp | ray | uni
     fake_reply: str = ""  # fake engine: what it says to everything; "" is a hash of the prompt
     fake_delay_s: float = 0.0  # fake engine: seconds it takes for one request
 
@@ -132,7 +141,7 @@ class EvalSpec:
     quiet: bool = False
 
 
-# --- rules a type cannot say -----------------------------------------------------------------------------------------
+# --- rules that types do not express ---------------------------------------------------------------------------------
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
@@ -147,6 +156,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.data": ("auto", "bundled", "hub"),
     "task.mode": ("auto", "base", "chat"),
     "task.sampling": SAMPLING,
+    "engine.kernels": ("auto", "plain", "triton"),
+    "engine.executor": ("auto", "mp", "ray", "uni"),
+    "engine.server": ("openai", "vllm", "sglang", "llama-server", "dashscope"),
     "protocol": PROTOCOLS,
     "sandbox": ("auto", "bubblewrap", "namespaces", "unsafe"),
 }
@@ -159,7 +171,10 @@ AT_LEAST: dict[str, int] = {
     "engine.prefill_chunk": 1,
     "engine.num_threads": 1,
     "engine.concurrency": 1,
+    "engine.retries": 0,
+    "engine.retry_share": 0,
     "engine.tensor_parallel": 1,
+    "engine.pipeline_parallel": 1,
 }
 
 
@@ -202,6 +217,8 @@ def check(spec: EvalSpec) -> EvalSpec:
     check_limit(spec.task.limit)
     if not 0 < spec.engine.memory_fraction <= 1:
         raise ConfigError(f"engine.memory_fraction={spec.engine.memory_fraction}: must be in (0, 1]")
+    if not 0 < spec.engine.timeout_s < float("inf"):
+        raise ConfigError(f"engine.timeout_s={spec.engine.timeout_s}: must be a number of seconds above 0")
     for key, name in (("task.name", spec.task.name), ("model.name", spec.model.name), ("tag", spec.tag)):
         if not name or "/" in name or name.startswith("."):
             raise ConfigError(f"{key}={name}: must be a plain file name, it names a part of the run directory")

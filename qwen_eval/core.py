@@ -1,6 +1,6 @@
-"""The shared words of the project: prompts, requests, answers, samples, grades, records, metrics, engines and tasks.
+"""The shared types of the project: prompts, requests, answers, samples, grades, records, metrics, engines and tasks.
 
-Everything here is plain data: no torch, no Hydra, nothing of ours is imported. A request's type fixes the type of its
+Everything here is plain data: no torch, no Hydra, no import from this package. A request's type fixes the type of its
 answer: `Choose -> ChoiceLogprobs`, `Score -> TokenLogprobs`, `Generate -> Completions`.
 """
 
@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-JSON: TypeAlias = Any  # what json.dumps takes; mypy cannot say it shorter
+JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 Protocol_: TypeAlias = Literal["robust", "upstream"]
-FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite"]
+MetricKind: TypeAlias = Literal["share", "ppl", "mean", "count"]
+FinishReason: TypeAlias = Literal["stop", "eos", "length", "non-finite", "filtered"]
 
 
 class QwenEvalError(Exception):
-    """The user's mistake or the machine's state, said in one line: the value, the rule, the way out. Exit code 2."""
+    """A mistake of the user or a problem of the machine, in one line: the value, the rule, the way out. Exit code 2."""
 
 
 class ConfigError(QwenEvalError):
@@ -35,14 +36,14 @@ class ModelError(QwenEvalError):
 
 
 class EngineError(QwenEvalError):
-    """An engine that cannot be had, cannot do what was asked, or failed for good."""
+    """An engine that is not available, does not support a request, or failed permanently."""
 
 
 class StoreError(QwenEvalError):
-    """A run directory that cannot be written, or that holds another run."""
+    """A run directory that cannot be written, is damaged, or holds another run."""
 
 
-# --- what is asked -------------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,7 @@ class Generate:
 Request: TypeAlias = Choose | Score | Generate
 
 
-# --- what is answered ----------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,18 +181,25 @@ class ChoiceLogprobs:
     """Per choice: the sum of log-probabilities (full vocabulary, fp32) and its number of tokens.
 
     `logits`: for single-token choices the raw fp32 logits, else (). `logsumexp` is that of the whole row (single-token
-    choices), so `logprobs[i] == logits[i] - logsumexp`.
+    choices), so `logprobs[i] == logits[i] - logsumexp`. `bounded` are the indexes of choices that are at most this
+    likely: an API names only the likeliest tokens.
     """
 
     logprobs: tuple[float, ...]
     num_tokens: tuple[int, ...]
     logits: tuple[float, ...] = ()
     logsumexp: float | None = None
+    bounded: tuple[int, ...] = ()
 
     @property
     def best(self) -> int:
         """Index of the most likely choice; the earliest of equals, as in the original scripts."""
-        return max(range(len(self.logprobs)), key=lambda i: (self.logprobs[i], -i))
+        return max(range(len(self.logprobs)), key=lambda i: (self.logprobs[i], i not in self.bounded, -i))
+
+    @property
+    def is_decided(self) -> bool:
+        """False where the best one is known by a bound only, so that any of the bounded ones may be the best."""
+        return self.best not in self.bounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +215,8 @@ class TokenLogprobs:
 class Completion:
     """`text` is cut before the stop string; `token_ids` are all generated tokens, including what ended it.
 
-    `finish_reason` "non-finite": the logits held NaN or an infinity, so the sample failed.
+    `finish_reason` "non-finite": the logits held NaN or an infinity, so the sample failed. "filtered": an API held the
+    text back or refused to answer.
     """
 
     text: str
@@ -234,7 +243,7 @@ Answer: TypeAlias = ChoiceLogprobs | TokenLogprobs | Completions
 
 
 def is_finite(answer: Answer) -> bool:
-    """False where NaN or an infinity is among the numbers, or ended a text: such an answer says nothing."""
+    """False where NaN or an infinity is among the numbers, or ended a text: such an answer is not usable."""
     if isinstance(answer, Completions):
         return all(item.finish_reason != "non-finite" for item in answer.completions)
     if isinstance(answer, TokenLogprobs):
@@ -244,13 +253,13 @@ def is_finite(answer: Answer) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One thing asked and what came back."""
+    """A request and its answer."""
 
     request: Request
     answer: Answer
 
 
-# --- what is measured ----------------------------------------------------------------------------------------------
+# --- samples, grades, metrics ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,27 +272,27 @@ class Sample:
 
     id: str
     group: str = ""
-    data: Mapping[str, JSON] = field(default_factory=dict)
-    target: JSON = None
+    data: Mapping[str, Any] = field(default_factory=dict)  # its task has read it and knows its types
+    target: Any = None
     cluster: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """The score of one sample (1.0 / 0.0 for right / wrong) and how it was read.
+    """The score of one sample (1.0 / 0.0 for right / wrong) and the extracted answer.
 
-    `extracted` is the answer our extractor read and `score` the score with it, `extracted_upstream` and
-    `score_upstream` are those of the official script's: both are recorded whatever the protocol, which chooses when
-    metrics are made (`Record.under`). `values` holds further numbers that
+    `extracted` is our extraction and `score` the score with it; `extracted_upstream` and `score_upstream` are those of
+    the official script. Both are recorded under either protocol, which chooses when metrics are made (`Record.under`).
+    `values` holds further numbers that
     `summarise` needs (sums of log-probabilities, counts, Rouge-L ...). `flags`: "truncated", "empty", "looping",
-    "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt".
+    "no_answer", "overlong" (only its end was read), "grading_timeout", "cut_prompt", "filtered" (by an API).
     """
 
     score: float | None
     extracted: JSON = None
     extracted_upstream: JSON = None
     score_upstream: float | None = None
-    values: Mapping[str, JSON] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)  # its task knows their types
     flags: tuple[str, ...] = ()
 
 
@@ -320,7 +329,7 @@ class Metric:
 
     value: float
     n: int
-    kind: Literal["share", "ppl", "mean", "count"] = "share"
+    kind: MetricKind = "share"
     low: float | None = None
     high: float | None = None
     num_clusters: int | None = None
@@ -328,11 +337,11 @@ class Metric:
     unit: str = ""
 
 
-# --- who answers, who asks -----------------------------------------------------------------------------------------
+# --- engines and tasks -----------------------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
-    """What tasks may know of a tokenizer."""
+    """The methods of a tokenizer that tasks may use."""
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]: ...
 
@@ -387,7 +396,7 @@ class Engine(Protocol):
     """Answers requests. `info` is recorded with the result: kernel, dtypes really used, device, fallbacks."""
 
     @property
-    def info(self) -> Mapping[str, JSON]: ...
+    def info(self) -> Mapping[str, Any]: ...
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
@@ -399,6 +408,16 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class MayFail(Protocol):
+    """An engine whose requests can fail one by one: `run` then leaves them out."""
+
+    @property
+    def failures(self) -> Mapping[int, str]:
+        """Of the last `run`: index into its requests -> why there is no answer, in one line."""
+        ...
 
 
 @runtime_checkable
@@ -435,7 +454,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class HasNotes(Protocol):
-    """A task with something to say of its data: skipped documents, repeated text. Joins the result's warnings."""
+    """A task with remarks about its data (skipped documents, repeated text), added to the result's warnings."""
 
     @property
     def notes(self) -> Sequence[str]: ...
@@ -445,6 +464,6 @@ class HasNotes(Protocol):
 class HasArtifacts(Protocol):
     """A task that writes files beside result.json: plots, submissions."""
 
-    def artifacts(self, records: Iterable[Record]) -> Mapping[str, JSON | str | bytes]:
+    def artifacts(self, records: Iterable[Record]) -> Mapping[str, JSON | bytes]:
         """File name -> content: text, bytes, or an object for JSON."""
         ...

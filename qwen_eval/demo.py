@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_eval import cli
 from qwen_eval.config import EvalSpec, check
 from qwen_eval.core import Engine, Metric
-from qwen_eval.engines.cache import EngineSlot
+from qwen_eval.engines.cache import EngineCache
 
 if TYPE_CHECKING:
     from qwen_eval.tables import Table
@@ -22,7 +22,7 @@ SPEED_TOKENS = 128
 
 
 @dataclass(kw_only=True)
-class Cell:
+class SuiteCell:
     """One run of the suite; `show` maps metrics of its result to what stands beside them in the table."""
 
     name: str
@@ -33,7 +33,7 @@ class Cell:
 @dataclass(kw_only=True)
 class Suite:
     title: str
-    cells: list[Cell]
+    cells: list[SuiteCell]
     next: str
     overrides: list[str] = field(default_factory=list)
 
@@ -61,32 +61,32 @@ def main(runs: str = "runs/demo") -> int:
     start = time.perf_counter()
     suite = load_suite(cli.conf_dir() / "demo.yaml")
     lines: list[Line] = []
-    with contextlib.closing(EngineSlot()) as slot:
+    with contextlib.closing(EngineCache()) as engine_cache:
         for cell in suite.cells:
             print(f"{cell.name} ...", flush=True)
-            code = run_cell(suite, cell, runs, slot, lines)
+            code = run_cell(suite, cell, runs, engine_cache, lines)
             if code:
                 return code
-        show(suite, lines, runs, _facts(slot), time.perf_counter() - start)
+        show(suite, lines, runs, _facts(engine_cache), time.perf_counter() - start)
     return 0
 
 
-def run_cell(suite: Suite, cell: Cell, runs: str, slot: EngineSlot, lines: list[Line]) -> int:
+def run_cell(suite: Suite, cell: SuiteCell, runs: str, engine_cache: EngineCache, lines: list[Line]) -> int:
     """Evaluate one cell and append its rows."""
 
     def job(spec: EvalSpec) -> None:
         check(spec)
         from qwen_eval.runs.evaluate import evaluate
 
-        outcome = evaluate(spec, slot.open)
-        lines.extend(Line(cell=cell.name, what=what, metric=outcome.metrics[key]) for key, what in cell.show.items())
+        run = evaluate(spec, engine_cache.open)
+        lines.extend(Line(cell=cell.name, what=what, metric=run.metrics[key]) for key, what in cell.show.items())
 
     argv = [*suite.overrides, *cell.overrides, f"runs_dir={runs}", "overwrite=true"]
     return cli.run(argv, config_name="config", schema=EvalSpec, job=job)
 
 
-def _facts(slot: EngineSlot) -> Mapping[str, Any]:
-    engine = slot.engine
+def _facts(engine_cache: EngineCache) -> Mapping[str, Any]:
+    engine = engine_cache.engine
     return {} if engine is None else {**engine.info, "speed": measure_speed(engine)}
 
 

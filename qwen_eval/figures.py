@@ -95,6 +95,24 @@ def lines(series: Mapping[str, Mapping[int, float]], form: str, *, x: str, y: st
     return _saved(figure, form)
 
 
+def bars(series: Mapping[str, Mapping[str, float]], form: str, *, y: str) -> bytes:
+    """Bars side by side, one colour a name, one group a label; svg or png."""
+    from matplotlib.figure import Figure
+
+    labels = list(next(iter(series.values())))
+    figure = Figure(figsize=(2.0 + 0.3 * len(labels) * (1 + 0.4 * len(series)), 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        places = [k + (i - (len(series) - 1) / 2) * width for k in range(len(labels))]
+        axes.bar(places, [values[label] for label in labels], width=width, label=name)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(y)
+    axes.grid(visible=True, axis="y", alpha=0.3)
+    axes.legend()
+    return _saved(figure, form)
+
+
 def _saved(figure: Figure, form: str) -> bytes:
     """The same bytes each time: no date, fixed ids."""
     import matplotlib

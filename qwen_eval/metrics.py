@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # numpy takes a tenth of a second to import, and a mistake on
 
 ALPHA = 0.05
 FLAGS = ("truncated", "empty", "looping", "no_answer")
-RARE_FLAGS = ("overlong", "grading_timeout", "cut_prompt")  # a rate only where one was seen
+RARE_FLAGS = ("overlong", "grading_timeout", "cut_prompt", "filtered")  # a rate only where one was seen
 
 Clusters = Sequence[Hashable] | None
 Interval = tuple[float, float]

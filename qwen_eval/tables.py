@@ -26,7 +26,7 @@ NONE = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Footnote:
-    """What is unlike in a cell: `mark` stands behind its text, `text` below the table."""
+    """A footnote of a cell: `mark` follows its text, `text` is printed below the table."""
 
     mark: str
     text: str
@@ -34,9 +34,9 @@ class Footnote:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is shown, and what a machine reads: value, 95 % interval, number of items, p-value (shares as fractions).
+    """The text shown, and the numbers for machines: value, 95 % interval, items, p-value (shares as fractions).
 
-    `title` is told by a pointer over the cell. `tone`: "", "good", "bad", "weak".
+    `title` is the tooltip. `tone`: "", "good", "bad", "weak".
     """
 
     text: str
@@ -54,8 +54,8 @@ class Cell:
 class Table:
     """`columns` are headers; a row has as many cells. `notes` stand below it, then the footnotes of its cells.
 
-    A terminal too narrow for all columns leaves out those of `optional`, the first named first, and says so. If that
-    is not enough the other columns follow in further blocks, each beginning with the first `num_keys` columns.
+    In a terminal too narrow for all columns, those of `optional` are left out, in their order, with a note. If that
+    is not enough, the other columns follow in further blocks, each beginning with the first `num_keys` columns.
     """
 
     title: str

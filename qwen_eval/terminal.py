@@ -1,4 +1,4 @@
-"""Text and tables in a terminal: its width, characters it may be sent, wrapping that breaks no number, the layout."""
+"""Text and tables in a terminal: its width, safe characters, wrapping that breaks no number, the layout of tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PIECES = re.compile(r"[^/_,;:=\-]*[/_,;:=\-]+|[^/_,;:=\-]+")
 
 
 def plain_text(text: str) -> str:
-    """One line that a terminal, a browser or a spreadsheet shows and does not obey.
+    """One line of text that no terminal, browser or spreadsheet interprets as a command.
 
     Control characters, direction overrides, invisible characters and lone surrogates are written as `\\x1b`.
     """

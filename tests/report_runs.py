@@ -53,6 +53,9 @@ def documents(nll_per_token: Sequence[float], num_tokens: int = 200) -> list[Rec
     return [record(f"d{i}", scored(x * num_tokens, num_tokens), None, target=None) for i, x in enumerate(nll_per_token)]
 
 
+OTHER_VERSION = -1  # of runs with metrics that their records do not give: they are not computed again
+
+
 def current_version(task: str) -> int:
     return int(task_class(task).version) if task in TASKS else 1
 
@@ -85,7 +88,8 @@ def write_run(
             "protocol": protocol, "tag": tag, "runs_dir": "runs",
         },
         "decides": {
-            "task_version": version or current_version(task), "benchmark": facts, "num_samples": len(records),
+            "task_version": version or (OTHER_VERSION if metrics else current_version(task)),
+            "benchmark": facts, "num_samples": len(records),
             **(decides or {}),
         },
         "provenance": {"time": "2026-01-01", "argv": ["secret-place"], "git": None, "packages": {}},

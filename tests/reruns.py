@@ -21,8 +21,8 @@ from qwen_eval.metrics import perplexity, share
 from qwen_eval.report.compare import compare_runs
 from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.items import Item
-from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import Judgement, judge
+from qwen_eval.runs.run import Run
 from qwen_eval.runs.store import metric_to_json
 
 Array = NDArray[np.float64]
@@ -73,7 +73,7 @@ def side(values: Array, *, tokens: NDArray[np.int64] | None = None, documents: i
     }  # fmt: skip
     metric = share(list(values)) if tokens is None else perplexity(list(values), [int(t) for t in tokens])
     config = {"task": {"name": "t"}, "model": {"name": "m"}}
-    run = LoadedRun(path=Path("x"), spec={"config": config}, result={"metrics": {"m": metric_to_json(metric)}})
+    run = Run(path=Path("x"), spec={"config": config}, result={"metrics": {"m": metric_to_json(metric)}})
     return Side(run=run, given=items)
 
 
@@ -121,7 +121,7 @@ def document_rerun(rng: np.random.Generator, base: tuple[Array, NDArray[np.int64
 def speed_side(raw: Array) -> Side:
     spec = {"kind": "profile", "config": {"task": {"name": "decode"}, "model": {"name": "m"}}}
     result = {"cells": [{"name": "decode", "tok_per_s": raw.tolist()}], "device": {"name": "d"}}
-    return Side(run=LoadedRun(path=Path("x"), spec=spec, result=result))
+    return Side(run=Run(path=Path("x"), spec=spec, result=result))
 
 
 def speed_base(rng: np.random.Generator) -> Array:

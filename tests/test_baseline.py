@@ -19,7 +19,7 @@ from qwen_eval.report.baseline import accept, load_baseline, load_baselines
 from qwen_eval.report.comparison import Side
 from qwen_eval.report.gate import gate as run_gate
 from qwen_eval.report.items import Item, items_from_rows, items_to_rows
-from qwen_eval.report.runs import load_run
+from qwen_eval.runs.run import load_run
 from qwen_eval.tasks.mmlu import CATEGORIES
 
 NUM_MMLU = 14_042

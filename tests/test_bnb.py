@@ -42,7 +42,7 @@ def test_error_and_size_are_those_of_the_format(
     linear = bnb.build_linear(weight, bias, quant, dtype=dtype, device=device)
     y = linear(x.to(device, dtype))
     assert y.dtype == dtype
-    assert least < relative(y, F.linear(x, weight, bias)) < most, "less than the least means: not quantised at all"
+    assert least < relative(y, F.linear(x, weight, bias)) < most, "less than the least means: not quantized at all"
     report = kernels.report(torch.nn.Sequential(linear).modules())
     assert 0 < report.weight_bytes <= size * report.bf16_bytes
     assert report.fallback is None

@@ -15,11 +15,12 @@ import pytest
 from qwen_eval import __main__ as evaluation
 from qwen_eval import cli, config
 from qwen_eval.profile import config as profile_config
+from qwen_eval.profile import finetune
 from qwen_eval.report import __main__ as report
 from qwen_eval.report.commands import EVAL, PROFILE, command
 from qwen_eval.report.gate import gate
 from qwen_eval.report.published import Published, ledger
-from qwen_eval.runs.store import read_run
+from qwen_eval.runs.run import load_run
 
 CELL = "model=qwen-nano-chat model.dtype=fp32 task.data=bundled task.max_new_tokens=6 quiet=true"
 CUTS = {"vcsum": "task.max_prompt_tokens=300", "leval": "task.max_prompt_tokens=700", "wmt22": "task.shots=1"}
@@ -45,7 +46,7 @@ def test_a_killed_run_is_resumed_reported_and_gated(task: str, tmp_path: Path) -
 
     assert evaluation.main([*words, f"runs_dir={tmp_path / 'killed'}"]) == 0
     assert evaluation.main([*words, f"runs_dir={tmp_path / 'whole'}"]) == 0
-    resumed, whole = read_run(killed), read_run(tmp_path / "whole" / "eval" / task / "qwen-nano-chat" / "default")
+    resumed, whole = load_run(killed), load_run(tmp_path / "whole" / "eval" / task / "qwen-nano-chat" / "default")
     assert resumed.result["run"]["num_resumed"] >= 1
     assert resumed.result["metrics"] == whole.result["metrics"]
 
@@ -100,8 +101,11 @@ def test_every_command_of_the_ledger_is_one() -> None:
     for line in kinds.values():
         words = [word for word in shlex.split(line)[3:] if not word.startswith("model=")]
         if line.startswith(PROFILE):
-            name, schema, check = "profile", profile_config.ProfileSpec, profile_config.check
-            assert cli.run([*words, "model=qwen-nano"], config_name=name, schema=schema, job=check) == 0, line
+            plain = ("profile", profile_config.ProfileSpec, profile_config.check)
+            tuned = ("finetune", finetune.FinetuneSpec, finetune.check)
+            name, schema, check = tuned if "mode=finetune" in words else plain
+            argv = [*words, "model=qwen-nano"]
+            assert cli.run(argv, config_name=name, schema=schema, job=check) == 0, line  # type: ignore[arg-type]
         else:
             words = [word for word in words if not word.startswith("model.")]
             argv = [*words, "model=qwen-nano"]
@@ -113,10 +117,10 @@ def test_every_command_of_the_ledger_is_one() -> None:
     [
         ("bnb_table", [], {("mmlu", "qwen-7b-original", quant, tag) for quant, tag in (
             ("none", "precision-bf16"), ("int8", "precision-llm_int8"), ("nf4", "precision-nf4"))}),
-        ("quantisation_table", [], {(task, f"qwen-7b-chat{ending}", quant, "default")
+        ("quantization_table", [], {(task, f"qwen-7b-chat{ending}", quant, "default")
             for task in ("mmlu", "ceval", "gsm8k", "humaneval")
             for ending, quant in (("", "none"), ("-int8", "gptq-int8"), ("-int4", "gptq-int4"))}),
-        ("quantisation_table", ["model=qwen-14b-chat,qwen-14b-chat-int4", "task=mmlu"], {
+        ("quantization_table", ["model=qwen-14b-chat,qwen-14b-chat-int4", "task=mmlu"], {
             ("mmlu", "qwen-14b-chat", "none", "default"), ("mmlu", "qwen-14b-chat-int4", "gptq-int4", "default")}),
     ],
 )  # fmt: skip

@@ -222,14 +222,14 @@ def test_packed_weights_are_the_exact_ones_whatever_is_packed_and_marked(folder:
 def test_a_packed_head_is_read_for_divergences_too_and_named_among_the_kernels(folder: Path) -> None:
     pack(folder, stored_zero=7, head=True)
     assert torch.equal(stored_head(folder), load_file(folder / "exact" / SAFE)["lm_head.weight"])
-    assert open_forward(spec_of(folder)).facts["kernels"] == {"dequantised float32": 2 * 7 + 1}
+    assert open_forward(spec_of(folder)).facts["kernels"] == {"dequantized float32": 2 * 7 + 1}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"stored_zero": 8, "sym": False}, r"qzeros: every zero point is stored as 8, which contradicts sym=false"),
-        ({"stored_zero": 7, "new_rotation": 3}, "unknown quantisation setting new_rotation=3"),
+        ({"stored_zero": 7, "new_rotation": 3}, "unknown quantization setting new_rotation=3"),
         ({"stored_zero": 7, "pack_dtype": "int64"}, "pack_dtype='int64' is not supported"),
         ({"stored_zero": 7, "sym": "yes"}, "sym='yes' must be true or false"),
     ],

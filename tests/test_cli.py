@@ -271,7 +271,7 @@ def test_help_lists_the_choices(tmp_path: Path) -> None:
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "task=mmlu" in done.stdout
-    assert "engine: fake, hf, native, openai, vllm" in done.stdout
+    assert "engine: dashscope, fake, hf, llama-server, native, openai, sglang, vllm, vllm-server" in done.stdout
 
 
 @dataclass
@@ -333,4 +333,6 @@ def test_every_yaml_of_the_engines_composes(tmp_path: Path, command: Command) ->
     for path in (conf_dir() / "engine").glob("*.yaml"):
         done = command(f"engine={path.stem}", "task=toy", "model=toy", "--cfg", "job")
         assert done.returncode == 0, done.stderr
-        assert f"name: {path.stem}" in done.stdout
+        said = path.read_text().partition("engine_schema\n")[2].splitlines()  # a preset names its engine and its server
+        assert f"name: {path.stem}" in said or any(line.startswith("server: ") for line in said)
+        assert all(f"\n  {line}\n" in done.stdout for line in said)

@@ -88,7 +88,7 @@ def test_the_parameters_of_whole_models_are_those_of_their_tensors(name: str) ->
 
 
 def held_bytes(model: torch.nn.Module) -> int:
-    """Every parameter and buffer once; of bitsandbytes' linears also what hides in their quantisation state."""
+    """Every parameter and buffer once; of bitsandbytes' linears also what hides in their quantization state."""
     tensors = {
         id(tensor): tensor.nbytes
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""The kernel of an unquantised Linear: chosen by measurement, and the same product whatever is chosen."""
+"""The kernel of an unquantized Linear: chosen by measurement, and the same product whatever is chosen."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from qwen_eval import __main__ as evaluation
 from qwen_eval import cli, config
 from qwen_eval.profile import __main__ as profile
 from qwen_eval.profile import config as profile_config
+from qwen_eval.profile import finetune, tokens
 from qwen_eval.quantize import __main__ as quantize
 from qwen_eval.report import __main__ as report
 from qwen_eval.report import config as report_config
@@ -41,6 +42,8 @@ MAINS: dict[str, tuple[Main, str, type, Callable[[Any], object]]] = {
     "qwen_eval": (evaluation.main, "config", config.EvalSpec, config.check),
     "qwen_eval.preview": (preview_command.main, "preview", preview_command.PreviewSpec, config.check),
     "qwen_eval.profile": (profile.main, "profile", profile_config.ProfileSpec, profile_config.check),
+    "qwen_eval.profile mode=finetune": (profile.main, "finetune", finetune.FinetuneSpec, finetune.check),
+    "qwen_eval.tokens": (tokens.main, "tokens", tokens.TokensSpec, tokens.check),
     "qwen_eval.quantize": (quantize.main, "quantize", quantize.QuantizeSpec, quantize.check),
     "qwen_eval.report": (report.main, "report", report_config.ReportSpec, report.check),
     "qwen_eval.ship": (ship.main, "ship", ship_config.ShipSpec, ship_config.check),
@@ -65,6 +68,8 @@ def unique() -> list[str]:
 def is_runnable(command: str) -> bool:
     """Needs nothing but the package: no model but ours, or none at all (a report of other runs, a plan)."""
     if not command.startswith("python -m ") or PLACEHOLDER.search(command):
+        return False
+    if "engine.base_url=" in command:
         return False
     if "plan=true" in command:
         return True
@@ -108,7 +113,7 @@ def test_a_command_for_a_real_checkpoint_or_file_is_composed(command: str) -> No
     text = re.sub(r"\$\w+", "7", re.sub(r"^for .*?; do |; done$", "", command))
     module, *arguments = shlex.split(text)[2:]
     arguments = [word for word in arguments if not word.endswith(".path=DIR")]  # no checkpoint of that shape is here
-    _, name, schema, check = MAINS[module]
+    _, name, schema, check = MAINS[f"{module} mode=finetune" if "mode=finetune" in arguments else module]
     if module == "qwen_eval.ship":
         arguments = ship_config.arguments(arguments)
     assert cli.run(arguments, config_name=name, schema=schema, job=check) == 0

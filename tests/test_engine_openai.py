@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from qwen_eval.core import (
 )
 from qwen_eval.engines import open_engine
 
-pytest.importorskip("openai")
+pytest.importorskip("httpx2")
 
 
 class Server(ThreadingHTTPServer):
@@ -73,7 +74,11 @@ class Handler(BaseHTTPRequestHandler):
             if "messages" in body:
                 rows = [{"token": token, "logprob": value, "bytes": None} for token, value in tops.items()]
                 content = [{"token": "A", "logprob": -0.5, "bytes": None, "top_logprobs": rows}] if tops else None
-                choice |= {"message": {"role": "assistant", "content": said}, "logprobs": {"content": content}}
+                message: dict[str, Any] = {"role": "assistant", "content": said}
+                if "tools" in body and "weather" in text:
+                    function = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+                    message |= {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+                choice |= {"message": message, "logprobs": {"content": content}}
             else:
                 choice |= {"text": said, "logprobs": {"top_logprobs": [tops]} if tops else None}
             chosen.append(choice)
@@ -114,6 +119,14 @@ def test_texts_come_back_to_their_requests_with_many_in_flight(server: Server) -
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
 
+def test_calls_that_the_server_has_read_are_put_back_into_the_text(server: Server) -> None:
+    tool = json.dumps({"type": "function", "function": {"name": "get_weather", "parameters": {}}})
+    prompt = Prompt(messages=(Message(role="user", content="weather?"),), tools=(tool,))
+    ((_, answer),) = engine_at(server).run([Generate(prompt=prompt, max_new_tokens=4)])
+    assert isinstance(answer, Completions)
+    assert answer.text == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
 def test_raw_text_goes_to_the_completions_endpoint(server: Server) -> None:
     sampling = Sampling(temperature=0.7, top_p=0.9, top_k=20, seed=5)
     request = Generate(prompt=Prompt.raw("long text"), max_new_tokens=4, sampling=sampling, n=2)
@@ -132,9 +145,22 @@ def test_choices_are_read_from_the_likeliest_tokens(server: Server, prompt: Prom
     assert answer.logprobs == (-1.5, -0.5)
 
 
-def test_a_choice_the_server_does_not_name_is_never_guessed(server: Server) -> None:
-    with pytest.raises(EngineError, match="'C' is not among the 3 likeliest"):
-        list(engine_at(server).run([Choose(prompt=Prompt.raw("Q"), choices=("A", "C"))]))
+def test_a_choice_the_server_does_not_name_has_a_bound(server: Server) -> None:
+    ((_, answer),) = engine_at(server).run([Choose(prompt=Prompt.raw("Q"), choices=("C", "A"))])
+    assert isinstance(answer, ChoiceLogprobs)
+    assert answer.logprobs == (-3.0, -0.5)  # no likelier than the last token in the list
+    assert (answer.bounded, answer.best, answer.is_decided) == ((0,), 1, True)
+    assert not math.log(1 - sum(map(math.exp, (-0.5, -1.5, -3.0)))) < -3.0  # what the list leaves would be more
+
+
+def test_the_best_of_bounds_alone_is_not_decided(server: Server) -> None:
+    ((_, answer),) = engine_at(server).run([Choose(prompt=Prompt.raw("Q"), choices=("C", "Bx"))])
+    assert isinstance(answer, ChoiceLogprobs)
+    assert answer.logprobs == (-3.0, -1.5)  # "Bx" begins with "B"
+    assert not answer.is_decided
+
+
+def test_a_server_without_log_probabilities_says_what_to_do(server: Server) -> None:
     server.has_logprobs = False
     with pytest.raises(EngineError, match="gives no log-probabilities"):
         list(engine_at(server).run([Choose(prompt=Prompt.raw("Q"), choices=("A", "C"))]))
@@ -167,27 +193,34 @@ def test_a_busy_server_is_asked_again(server: Server) -> None:
     assert len(server.seen) == 3
 
 
-def test_a_refusal_is_one_line_and_ends_the_asking(server: Server) -> None:
-    server.errors = [400]
+def test_one_refused_request_does_not_take_the_others_with_it(server: Server) -> None:
+    server.errors = [200, 400]
+    engine = engine_at(server, concurrency=1)
+    requests = [Generate(prompt=Prompt.raw(f"{i}"), max_new_tokens=3) for i in range(5)]
+    assert sorted(dict(engine.run(requests))) == [0, 2, 3, 4]
+    assert engine.failures == {1: "status 400: status 400 and a second line"}
+
+
+def test_refusals_alone_are_one_line_and_end_the_asking(server: Server) -> None:
+    server.errors = [400] * 50
     requests = [Generate(prompt=Prompt.raw(f"{i}"), max_new_tokens=3) for i in range(50)]
     with pytest.raises(EngineError, match="status 400") as caught:
         list(engine_at(server, concurrency=1).run(requests))
     assert "\n" not in str(caught.value)
-    assert len(server.seen) < 10
+    assert len(server.seen) < 12
 
 
 def test_no_server_and_no_address_are_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(EngineError, match=r"pass engine\.base_url="):
         open_engine(EngineSpec(name="openai"), ModelSpec(name="m"))
-    monkeypatch.setattr("qwen_eval.engines.openai.engine.MAX_RETRIES", 0)
-    gone = open_engine(EngineSpec(name="openai", base_url="http://127.0.0.1:9/v1"), ModelSpec(name="m"))
+    gone = open_engine(EngineSpec(name="openai", base_url="http://127.0.0.1:9/v1", retries=0), ModelSpec(name="m"))
     with pytest.raises(EngineError, match="no server answers"):
         list(gone.run([Generate(prompt=Prompt.raw("x"), max_new_tokens=3)]))
 
 
-def test_scoring_over_an_api_is_refused(server: Server) -> None:
-    with pytest.raises(EngineError, match="cannot score text"):
+def test_scoring_where_no_text_is_echoed_is_refused(server: Server) -> None:
+    with pytest.raises(EngineError, match="gives no log-probabilities of a given text"):
         list(engine_at(server).run([Score(prompt=Prompt.raw("x"))]))
 
 

@@ -27,9 +27,9 @@ from qwen_eval.core import (
 )
 from qwen_eval.data.sources import draw
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import Outcome, evaluate, selected
+from qwen_eval.runs.evaluate import evaluate, selected
 from qwen_eval.runs.regrade import RegradeSpec, regrade
-from qwen_eval.runs.store import read_run
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.tasks.registry import TaskContext, build, task_class
 
 TOY = [sys.executable, str(Path(toy.__file__))]
@@ -57,16 +57,16 @@ def metrics_section(run: Path) -> bytes:
     return text[: text.index(b'"run": {')]
 
 
-def run_with(spec: EvalSpec, engine: FakeEngine) -> Outcome:
+def run_with(spec: EvalSpec, engine: FakeEngine) -> Run:
     return evaluate(spec, lambda _: engine)
 
 
 def test_every_sample_is_asked_its_turns_and_kept(tmp_path: Path) -> None:
     engine = FakeEngine()
     outcome = run_with(spec(tmp_path), engine)
-    assert outcome.n == 40
+    assert outcome.num_samples == 40
     assert len(engine.calls) == 40 + 8  # every fifth is asked twice
-    run = read_run(outcome.directory)
+    run = load_run(outcome.path)
     assert {len(record.answers) for record in run.records} == {1, 2}
     assert run.result["metrics"]["accuracy"]["value"] == outcome.metrics["accuracy"].value
     assert run.result["run"]["num_samples"] == 40
@@ -105,7 +105,7 @@ def test_a_run_with_non_finite_answers_is_not_finished_and_counts_them(tmp_path:
     run = tmp_path / "r"
     assert not (run / "result.json").exists()
     good = FakeEngine()
-    assert run_with(spec(tmp_path), good).n == 40
+    assert run_with(spec(tmp_path), good).num_samples == 40
     assert len({str(request.prompt) for request in good.calls}) >= 11  # the failed ones alone are asked again
     assert len(good.calls) < 40
 
@@ -148,7 +148,7 @@ def test_what_decides_the_numbers_cannot_change_within_a_run(
     with pytest.raises(StoreError) as caught:
         run_with(spec(tmp_path, **change), FakeEngine())
     assert named in str(caught.value)
-    assert len(read_run(tmp_path / "r").records) == 40
+    assert len(load_run(tmp_path / "r").records) == 40
 
 
 def test_what_only_costs_time_may_change(tmp_path: Path) -> None:
@@ -159,10 +159,10 @@ def test_what_only_costs_time_may_change(tmp_path: Path) -> None:
 
 def test_a_limit_draws_a_part_and_marks_it(tmp_path: Path) -> None:
     outcome = run_with(spec(tmp_path, limit=10), FakeEngine())
-    assert outcome.n == 10
+    assert outcome.num_samples == 10
     assert outcome.result["partial"] == {"limit": 10}
     more = run_with(spec(tmp_path, limit=20, run_dir=str(tmp_path / "more")), FakeEngine())
-    small, large = ({r.sample_id for r in read_run(o.directory).records} for o in (outcome, more))
+    small, large = ({r.sample_id for r in load_run(o.path).records} for o in (outcome, more))
     assert small < large
 
 
@@ -180,7 +180,7 @@ def test_an_option_without_effect_is_refused_or_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.kv_cache=int8 has no effect in engine=hf; use engine=native"):
         run_with(spec(tmp_path, engine=EngineSpec(name="hf"), model=ModelSpec(name="m", kv_cache="int8")), FakeEngine())
     outcome = run_with(spec(tmp_path, engine=EngineSpec(name="fake", concurrency=3)), FakeEngine())
-    assert outcome.warnings == ["engine.concurrency=3 has no effect in engine=fake"]
+    assert outcome.warnings == ("engine.concurrency=3 has no effect in engine=fake",)
 
 
 def test_sigkill_at_random_moments_changes_no_byte_of_the_metrics(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_sigkill_at_random_moments_changes_no_byte_of_the_metrics(tmp_path: Path
     assert num_kills >= 2
     last = subprocess.run(command[:-1], cwd=tmp_path, capture_output=True, timeout=60, text=True)
     assert last.returncode == 0, last.stderr
-    assert "from before" in last.stdout
+    assert " resumed" in last.stdout
     assert metrics_section(tmp_path / "killed") == metrics_section(tmp_path / "whole")
 
 
@@ -216,8 +216,8 @@ def test_ctrl_c_is_one_line_and_keeps_the_records(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.splitlines() == ["interrupted; what was graded is kept, the same command goes on"]
-    assert read_run(tmp_path / "r").records
+    assert said.splitlines() == ["interrupted; graded samples are kept, the same command resumes the run"]
+    assert load_run(tmp_path / "r").records
 
 
 # --- grading again ---------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_another_protocol_reads_no_answer_again(tmp_path: Path, monkeypatch: pyt
         protocol: run_with(spec(tmp_path, protocol=protocol, run_dir=str(tmp_path / protocol)), FakeEngine())
         for protocol in ("robust", "upstream")
     }
-    grades = [[record.grade for record in read_run(tmp_path / protocol).records] for protocol in outcomes]
+    grades = [[record.grade for record in load_run(tmp_path / protocol).stored_records] for protocol in outcomes]
     assert grades[0] == grades[1]
     assert outcomes["robust"].metrics["accuracy"].value < outcomes["upstream"].metrics["accuracy"].value == 1.0
     monkeypatch.setattr(toy.Toy, "grade", None)

@@ -79,9 +79,9 @@ def test_an_engine_is_run(checkout: Path) -> None:
     assert [len(record["answers"][0]["completions"][0]["text"]) for record in records] == [5, 5]
 
 
-def test_a_quantisation_format_is_run(checkout: Path) -> None:
-    module, row = blocks("A quantisation format")
-    (checkout / file_named("A quantisation format")).write_text(module)
+def test_a_quantization_format_is_run(checkout: Path) -> None:
+    module, row = blocks("A quantization format")
+    (checkout / file_named("A quantization format")).write_text(module)
     with (checkout / "qwen_eval" / "models" / "quant" / "formats.py").open("a") as file:
         file.write(row)
     result = evaluated(checkout, "model=qwen-nano", "model.quant=sign", "task=nano", "limit=2", "task.max_new_tokens=4")
@@ -90,6 +90,6 @@ def test_a_quantisation_format_is_run(checkout: Path) -> None:
 
 
 def test_each_takes_at_most_three_files() -> None:
-    for title in ("A task", "An engine", "A quantisation format"):
+    for title in ("A task", "An engine", "A quantization format"):
         steps = re.findall(r"^(\d)\. ", section(title), re.MULTILINE)
         assert steps == ["1", "2", "3"], title  # two files, then the command

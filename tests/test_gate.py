@@ -20,8 +20,8 @@ from qwen_eval.report.__main__ import main
 from qwen_eval.report.compare import adjusted, compare_paths
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.gate import gate as run_gate
-from qwen_eval.report.runs import LoadedRun
 from qwen_eval.report.verdict import judge
+from qwen_eval.runs.run import Run
 
 # `python tests/reruns.py 1000` is the long version; docs/statistics.md holds its figures.
 RERUNS, REGRESSIONS = 200, 60
@@ -232,7 +232,7 @@ def test_perplexity_is_told_by_length_too(tmp_path: Path) -> None:
 
 def test_a_window_counts_for_the_tokens_its_task_says(tmp_path: Path) -> None:
     rows = [record("w", scored(20.0, 10), None, values={"weight": 9})]
-    item = Side(run=LoadedRun(path=write_run(tmp_path, rows), spec={}, result={})).items["w"]
+    item = Side(run=Run(path=write_run(tmp_path, rows), spec={}, result={})).items["w"]
     assert (item.nll, item.num_tokens) == (pytest.approx(18.0), 9)
 
 

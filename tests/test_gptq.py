@@ -74,17 +74,17 @@ def made(
 def test_recorded_weights_are_read_bit_for_bit(golden: Path) -> None:
     for path in golden_layers(golden):
         tensors, config = read_layer(path)
-        assert torch.equal(gptq.dequantise(tensors, config), tensors["weight_fp32"]), path.stem
+        assert torch.equal(gptq.dequantize(tensors, config), tensors["weight_fp32"]), path.stem
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3)])
-def test_recorded_outputs_are_met_by_the_dequantised_linear(golden: Path, dtype: torch.dtype, tolerance: float) -> None:
+def test_recorded_outputs_are_met_by_the_dequantized_linear(golden: Path, dtype: torch.dtype, tolerance: float) -> None:
     for path in golden_layers(golden):
         tensors, config = read_layer(path)
         linear = gptq.build_linear(tensors, config, dtype=dtype, device="cpu", name=path.stem)
         y = linear(tensors["x"].to(dtype)).float()
         assert (y - tensors["y_fp32"]).abs().max() <= tolerance, path.stem
-        assert isinstance(linear, kernels.DequantisedLinear)
+        assert isinstance(linear, kernels.DequantizedLinear)
 
 
 @needs_packed
@@ -129,9 +129,9 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_dequantises_exactly_and_multiplies_in_bf16(layout: dict[str, Any]) -> None:
+def test_every_layout_dequantizes_exactly_and_multiplies_in_bf16(layout: dict[str, Any]) -> None:
     tensors, config, weight = made(**layout)
-    assert torch.equal(gptq.dequantise(tensors, config), weight)
+    assert torch.equal(gptq.dequantize(tensors, config), weight)
     linear = gptq.build_linear(tensors, config, dtype=torch.bfloat16, device="cpu")
     x = torch.randn(3, weight.shape[1]).bfloat16()
     assert relative(linear(x), F.linear(x.float(), weight, tensors["bias"].float())) < 6e-3
@@ -162,11 +162,11 @@ def test_packed_weights_are_small_and_say_so(bits: int, most: float) -> None:
     assert list(report.kernels) == [linear.kernel]
 
 
-def test_a_dequantised_fallback_is_said_with_its_memory() -> None:
+def test_a_dequantized_fallback_is_said_with_its_memory() -> None:
     tensors, config, _ = made()
     report = kernels.report([gptq.build_linear(tensors, config, dtype=torch.float32, device="cpu")])
     assert report.fallback is not None
-    assert "1 layers dequantised float32" in report.fallback
+    assert "1 layers dequantized float32" in report.fallback
     assert "2.00 of bf16" in report.fallback
 
 
@@ -175,7 +175,7 @@ def test_the_second_format_stores_the_zero_point_itself() -> None:
     words = gptq.unpack_rows(tensors["qzeros"].t(), config.bits)
     tensors["qzeros"] = gptq.pack_rows(words + 1, config.bits).t()
     second = gptq.GptqConfig(bits=4, group_size=64, desc_act=False, sym=False, checkpoint_format=gptq.V2)
-    assert torch.equal(gptq.dequantise(tensors, second), weight)
+    assert torch.equal(gptq.dequantize(tensors, second), weight)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -192,7 +192,7 @@ def test_words_are_filled_from_the_lowest_bits() -> None:
 def test_inputs_without_g_idx_are_grouped_in_order() -> None:
     tensors, config, weight = made()
     del tensors["g_idx"], tensors["bias"]
-    assert torch.equal(gptq.dequantise(tensors, config), weight)
+    assert torch.equal(gptq.dequantize(tensors, config), weight)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -274,3 +274,27 @@ def test_cuda_multiplies_like_the_exact_weight(layout: Mapping[str, Any]) -> Non
         x = torch.randn(rows, weight.shape[1]).bfloat16()
         exact = F.linear(x.float(), weight, tensors["bias"].float())
         assert relative(linear(x.cuda()).cpu(), exact) < 6e-3
+
+
+def secret_pack(q_NK: Tensor, tiles: int, order: Tensor) -> Tensor:
+    """A layout like tinygemm's on CUDA: tiles of 8 outputs, their codes in an order that only the packer knows."""
+    num, inputs = q_NK.shape
+    blocks = q_NK.view(num // 8, 8, inputs // (16 * tiles), 16 * tiles).transpose(1, 2).flatten(2)
+    nibbles = blocks[:, :, order].long().view(num // 8, inputs // (16 * tiles), 32, tiles // 2, 8)
+    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+def test_the_layout_of_packed_tiles_is_found_out(tiles: int) -> None:
+    draw = torch.Generator().manual_seed(tiles)
+    order = torch.randperm(8 * 16 * tiles, generator=draw)
+    learnt = kernels.learn_order(lambda q: secret_pack(q, tiles, order), 16 * tiles)
+    q_NK = torch.randint(0, 16, (40, 48 * tiles), generator=draw)
+    assert torch.equal(kernels.unpack_tiles(secret_pack(q_NK, tiles, order), learnt).t(), q_NK.to(torch.uint8))
+
+
+@pytest.mark.parametrize(("dense_s", "limit"), [(0.0, 8), (1.6e-3, 16), (64e-4, 64), (1.0, None)])
+def test_the_rows_of_the_packed_kernel_follow_the_measurement(dense_s: float, limit: int | None) -> None:
+    found = kernels.crossover(lambda is_dense, rows: dense_s if is_dense else rows * 1e-4)
+    assert found == limit

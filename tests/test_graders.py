@@ -28,9 +28,9 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import Outcome, draft_of, evaluate
+from qwen_eval.runs.evaluate import draft_of, evaluate
 from qwen_eval.runs.grading import BATCH_SAMPLES, Finished, Graders
-from qwen_eval.runs.store import read_run
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.sandbox import Program, Verdict
 from qwen_eval.tasks import humaneval
 from qwen_eval.tasks.math import Math
@@ -71,7 +71,7 @@ def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
     return request.param
 
 
-def run(directory: Path, engine: FakeEngine, task: TaskSpec | None = None) -> Outcome:
+def run(directory: Path, engine: FakeEngine, task: TaskSpec | None = None) -> Run:
     spec = EvalSpec(
         task=task or toy.ToySpec(name="toy", num=40),
         model=ModelSpec(name="m"),
@@ -120,9 +120,9 @@ def test_programs_are_run_in_batches_with_the_verdicts_of_each_alone(
         return written("    return None" if len(text) % 5 == 0 else text)
 
     outcome = run(tmp_path, FakeEngine(reply), humaneval.Spec(limit=100, timeout_s=20.0))
-    assert outcome.n == 100
+    assert outcome.num_samples == 100
     assert 7 <= len(Counted.batches) <= 20
-    records = read_run(tmp_path).records
+    records = load_run(tmp_path).records
     task = humaneval.HumanEval(humaneval.Spec(timeout_s=20.0), TaskContext())
     samples = {sample.id: sample for sample in task.samples()}
     assert {record.grade.score for record in records} == {0.0, 1.0}
@@ -140,7 +140,7 @@ def test_the_engine_does_not_wait_for_a_slow_program(solutions: dict[str | None,
     clocked = Clocked(reply)
     run(tmp_path, FakeEngine(clocked), humaneval.Spec(limit=100, timeout_s=4.0))
     assert clocked.span_s < 4.0  # the slow program alone takes as long
-    grades = [record.grade for record in read_run(tmp_path).records]
+    grades = [record.grade for record in load_run(tmp_path).records]
     assert [grade.extracted for grade in grades].count(["timed out"]) == 1
     assert sum(grade.score or 0.0 for grade in grades) == 99
 
@@ -161,15 +161,15 @@ def test_the_engine_does_not_wait_for_a_slow_grader_and_the_numbers_are_the_same
     monkeypatch.setitem(TASKS, "toy", "toy:Toy")
     within = run(tmp_path / "within", FakeEngine())
     assert (beside.metrics, beside.rates) == (within.metrics, within.rates)
-    assert read_run(tmp_path / "beside").records == read_run(tmp_path / "within").records  # in the same order
+    assert load_run(tmp_path / "beside").records == load_run(tmp_path / "within").records  # in the same order
 
 
 def test_what_was_answered_before_the_engine_failed_is_graded_and_kept(slow: type[Slow], tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="at request 20"):
         run(tmp_path, FakeEngine(fail_at=20))
-    assert len(read_run(tmp_path).records) == 16  # 4 of the 20 have a second question
+    assert len(load_run(tmp_path).records) == 16  # 4 of the 20 have a second question
     again = FakeEngine()
-    assert run(tmp_path, again).n == 40
+    assert run(tmp_path, again).num_samples == 40
     assert len(again.calls) == 48 - 16
 
 
@@ -196,18 +196,18 @@ def test_a_grader_that_fails_ends_the_run_which_is_resumed(
     monkeypatch.setattr(Slow, "bad", "toy/7")
     with pytest.raises(ZeroDivisionError, match="toy/7"):
         run(tmp_path, FakeEngine())
-    ids = {record.sample_id for record in read_run(tmp_path).records}
+    ids = {record.sample_id for record in load_run(tmp_path).records}
     assert "toy/7" not in ids
     assert {"toy/1", "toy/6"} <= ids
     monkeypatch.setattr(Slow, "bad", "")
-    assert run(tmp_path, FakeEngine()).n == 40
+    assert run(tmp_path, FakeEngine()).num_samples == 40
 
 
 def test_non_finite_answers_are_not_graded_and_the_others_are_kept(slow: type[Slow], tmp_path: Path) -> None:
     overflow = Completions(completions=(Completion(text="!", finish_reason="non-finite", num_tokens=1),))
     with pytest.raises(EngineError, match=r"^11 of 40 samples failed: non-finite"):
         run(tmp_path, FakeEngine(lambda request: overflow if "toy/3" in str(request.prompt) else None))
-    assert len(read_run(tmp_path).records) == 29
+    assert len(load_run(tmp_path).records) == 29
 
 
 def test_an_interrupt_in_the_engine_waits_for_the_batch_in_flight_alone(
@@ -221,9 +221,9 @@ def test_an_interrupt_in_the_engine_waits_for_the_batch_in_flight_alone(
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, FakeEngine(reply))
-    assert len(read_run(tmp_path).records) < 30  # that many were answered
+    assert len(load_run(tmp_path).records) < 30  # that many were answered
     monkeypatch.setattr(Slow, "seconds", 0.0)
-    assert run(tmp_path, FakeEngine()).n == 40
+    assert run(tmp_path, FakeEngine()).num_samples == 40
 
 
 SCRIPT = """
@@ -255,7 +255,7 @@ def test_a_run_that_is_killed_while_it_grades_is_resumed_to_the_same_numbers(
     start = time.perf_counter()
     assert process.wait(timeout=30) == -number
     assert time.perf_counter() - start < (BATCH_SAMPLES + 14) * 0.2  # all of the 40 would take longer
-    assert 1 <= len(read_run(tmp_path / "killed").records) < 40
+    assert 1 <= len(load_run(tmp_path / "killed").records) < 40
     subprocess.run([*command, "0", str(tmp_path / "killed")], check=True, timeout=60)
     results = [json.loads((tmp_path / name / "result.json").read_bytes()) for name in ("whole", "killed")]
     assert results[0]["metrics"] == results[1]["metrics"]

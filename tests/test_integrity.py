@@ -20,12 +20,12 @@ from qwen_eval.core import DataError, QwenEvalError, StoreError
 from qwen_eval.engines.fake import FakeEngine
 from qwen_eval.report.__main__ import main as report
 from qwen_eval.report.runs import find_runs
-from qwen_eval.runs.evaluate import Outcome, evaluate
+from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.runs.integrity import damage_of
 from qwen_eval.runs.regrade import RegradeSpec, regrade
 from qwen_eval.runs.regrade import main as regrade_command
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.seal import sealed
-from qwen_eval.runs.store import read_run
 
 Change = Callable[[Path], None]
 
@@ -40,7 +40,7 @@ def spec(tmp_path: Path, **changes: Any) -> EvalSpec:
     return check(EvalSpec(**{**parts, "run_dir": str(tmp_path / "r"), **changes}))
 
 
-def run(tmp_path: Path, engine: FakeEngine | None = None, **changes: Any) -> Outcome:
+def run(tmp_path: Path, engine: FakeEngine | None = None, **changes: Any) -> Run:
     return evaluate(spec(tmp_path, **changes), lambda _: engine or FakeEngine())
 
 
@@ -94,7 +94,7 @@ def test_damage_is_told_by_report_gate_and_regrade(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     change, said = (RECORDS | RESULT)[name]
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     assert damage_of(directory) is None
     assert report([f"accept={directory}", f"gate={tmp_path / 'base'}"]) == 0
     assert report([f"runs={directory}", f"gate={tmp_path / 'base'}"]) == 0
@@ -113,7 +113,7 @@ def test_damage_is_told_by_report_gate_and_regrade(
 
 
 def test_another_format_is_not_read_and_nothing_is_to_be_deleted(tmp_path: Path) -> None:
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     json_file("spec.json", lambda s: s.update(format=2))(directory)
     with pytest.raises(StoreError, match=r"spec\.json has format 2, this version reads 1"):
         regrade(RegradeSpec(run=str(directory)))
@@ -125,7 +125,7 @@ def test_another_format_is_not_read_and_nothing_is_to_be_deleted(tmp_path: Path)
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_run_with_other_records_is_not_recalled(tmp_path: Path, name: str) -> None:
     change, said = RECORDS[name]
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     change(directory)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     with pytest.raises(StoreError) as caught:
@@ -139,13 +139,13 @@ def test_a_run_with_other_records_is_not_recalled(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("name", RESULT)
 def test_a_damaged_result_is_made_again_from_the_records(tmp_path: Path, name: str) -> None:
     first = run(tmp_path)
-    RESULT[name][0](first.directory)
+    RESULT[name][0](first.path)
     engine = FakeEngine()
     again = run(tmp_path, engine)
     assert engine.calls == []
     assert again.metrics == first.metrics
     assert again.result["run"]["num_resumed"] == 20
-    assert damage_of(first.directory) is None
+    assert damage_of(first.path) is None
     assert run(tmp_path).was_finished
 
 
@@ -155,7 +155,7 @@ def test_a_run_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_untouched_run_is_intact_wherever_it_is_copied(tmp_path: Path) -> None:
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     copy = Path(shutil.copytree(directory, tmp_path / "copy"))
     json_file("result.json", lambda _: None)(copy)  # written again by another program, with the same content
     assert damage_of(copy) is None
@@ -203,7 +203,7 @@ def test_two_samples_of_one_id_are_an_error(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_unfinished_run_with_a_doubled_record_is_not_gone_on_with(tmp_path: Path) -> None:
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     (directory / "result.json").unlink()
     lines(directory, lambda rows: [*rows[:5], rows[0]])
     with pytest.raises(StoreError, match="twice or of another run"):
@@ -237,13 +237,13 @@ def wrong_types(directory: Path, name: str) -> None:
 def test_a_hostile_file_is_one_line_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path, str], None], name: str
 ) -> None:
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     harm(directory, name)
     start = time.perf_counter()
     with contextlib.suppress(QwenEvalError):
         damage_of(directory)
     with contextlib.suppress(QwenEvalError):
-        read_run(directory)
+        load_run(directory)
     assert regrade_command([f"run={directory}"]) == 2
     assert report([f"compare=[{directory},{directory}]"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
@@ -257,7 +257,7 @@ def test_a_hostile_file_is_one_line_at_once(
 @pytest.mark.parametrize("value", [[], {}, "x", -1, 10**400])
 @pytest.mark.parametrize("key", ["n", "value", "low", "num_clusters"])
 def test_a_sealed_result_of_other_types_is_damaged(tmp_path: Path, key: str, value: Any) -> None:
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     result = json.loads((directory / "result.json").read_text())
     row = result if key == "n" else result["metrics"]["accuracy"]
     row[key] = value
@@ -282,7 +282,7 @@ def test_a_record_of_other_types_is_named(tmp_path: Path, key: str, value: Any) 
     owner[key] = value
     (directory / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(StoreError, match=r"records\.jsonl, line 2: not (a record|JSON)"):
-        read_run(directory)
+        load_run(directory)
 
 
 def test_a_link_in_place_of_the_lock_empties_nothing(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_link_in_place_of_the_lock_empties_nothing(tmp_path: Path) -> None:
 
 def test_a_stored_configuration_reads_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", "hunter2")
-    directory = run(tmp_path).directory
+    directory = run(tmp_path).path
     (directory / "result.json").unlink()
     json_file("spec.json", lambda s: s["config"].update(tag="${oc.env:A_SECRET}"))(directory)
     (directory / "result.json").write_text('{"metrics": {}, "n": 20}')

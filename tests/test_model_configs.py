@@ -105,7 +105,7 @@ def test_a_hub_id_belongs_to_one_row(specs: dict[str, ModelSpec]) -> None:
         assert spec.modelscope_id in (None, (spec.hub_id or "").replace("Qwen/", "qwen/"))
 
 
-def test_chat_and_quantised_checkpoints_say_so(specs: dict[str, ModelSpec]) -> None:
+def test_chat_and_quantized_checkpoints_say_so(specs: dict[str, ModelSpec]) -> None:
     for name, spec in specs.items():
         is_qwen3_chat = name.startswith("qwen3") and not name.endswith("-base")
         assert spec.chat == ("chat" in name or "instruct" in name or is_qwen3_chat), name

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwen_eval.models.checkpoint import Placement, load
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.decode import RunningRow
 from qwen_eval.models.runner import ModelRunner
 
 GOLDEN = Path(os.environ.get("QWEN_EVAL_GOLDEN", Path(__file__).parent / "golden")) / "model"
@@ -38,12 +39,15 @@ def whole(forward: ModelRunner, ids: list[int]) -> Tensor:
 
 def teacher_forced(forward: ModelRunner, rows: list[list[int]], tokens: Tensor) -> Tensor:
     """Prefill `rows`, then feed tokens [B,n]; logits [B,n+1,V] of every step."""
-    slots = forward.slots(len(rows), max(map(len, rows)) + tokens.shape[1] + 1)
-    prefill = torch.tensor([len(r) for r in rows])
-    hidden = forward.packed(rows, prefill.tolist(), last_only=True, sink=(slots, range(len(rows))))
-    steps, none = [forward.model.logits(hidden)], torch.zeros(len(rows), dtype=torch.long)
+    room, lengths = max(map(len, rows)) + tokens.shape[1] + 1, [len(r) for r in rows]
+    slots = forward.slots(len(rows), room)
+    hidden = forward.packed(rows, lengths, last_only=True, sink=(slots, range(len(rows))))
+    decoding = forward.decoding(slots, prefill_lengths=lengths, num_positions=room)
+    steps = [forward.model.logits(hidden)]
     for i in range(tokens.shape[1]):
-        hidden = forward.step(tokens[:, i].long(), slots, prefill + i, none, prefill)
+        running = [RunningRow(prefill_tokens=length, own_tokens=length + i) for length in lengths]
+        decoding.arrange(running, tokens[:, i].tolist())
+        hidden, _ = decoding.step()
         steps.append(forward.model.logits(hidden))
     return torch.stack(steps, dim=1).float()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_eval.core import Choose, Generate, Prompt, Sampling, Score
 from qwen_eval.engines.native.engine import NativeEngine
@@ -18,6 +21,7 @@ from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.kv_cache import Int8Codec
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import QwenTokenizer
+from qwen_eval.models.transformer import Transformer
 
 CONFIG = ModelConfig(
     family="qwen",
@@ -36,7 +40,7 @@ CONFIG = ModelConfig(
     logn=True,
 )
 TOKENIZER = QwenTokenizer({bytes([i]): i for i in range(256)}, num_extra_tokens=4)
-TRICKS = {
+TRICKS: dict[str, Any] = {
     "plain": {"dynamic_ntk": False, "logn": False},
     "ntk": {"logn": False},
     "logn": {"dynamic_ntk": False},
@@ -46,7 +50,7 @@ TRICKS = {
 }
 
 
-def model_of(config: ModelConfig, seed: int = 0) -> nn.Module:
+def model_of(config: ModelConfig, seed: int = 0) -> Transformer:
     """Random weights wide enough that answers differ by more than rounding."""
     model = random_model(config, Placement(device=torch.device("cpu"), dtype=torch.float32), seed)
     with torch.no_grad():
@@ -85,7 +89,7 @@ def test_sharing_batching_and_order_change_no_choice(trick: str, batch: int) -> 
     order = random.Random(1).sample(range(len(questions)), len(questions))
     engine = engine_of(config, max_batch_tokens=batch)
     shuffled = answers(engine, [questions[i] for i in order])
-    assert engine.scorer.computed_tokens < 0.6 * engine.scorer.prompt_tokens
+    assert engine.scorer.counters.computed_tokens < 0.6 * engine.scorer.counters.prompt_tokens
     for i, ours in zip(order, shuffled):
         assert ours.best == plain[i].best
         assert torch.allclose(torch.tensor(ours.logprobs), torch.tensor(plain[i].logprobs), atol=2e-4)
@@ -195,9 +199,9 @@ def test_a_batch_size_bounds_scoring_too(monkeypatch: pytest.MonkeyPatch) -> Non
     sizes: list[int] = []
     run_batch = Scorer._run_batch
 
-    def counted(self: Scorer, jobs: object, chosen: list, *rest: object) -> object:
+    def counted(self: Scorer, chosen: list, *rest: object) -> object:
         sizes.append(len(chosen))
-        return run_batch(self, jobs, chosen, *rest)  # type: ignore[arg-type]
+        return run_batch(self, chosen, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Scorer, "_run_batch", counted)
     alone = answers(engine_of(max_batch_size=1, max_batch_tokens=4096), exam())
@@ -232,3 +236,16 @@ def test_the_eager_twin_agrees_with_the_fused_kernel() -> None:
     plain = answers(NativeEngine(forward, TOKENIZER), exam())
     for a, b in zip(plain, answers(engine_of(), exam())):
         assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+
+
+def test_a_finished_run_keeps_no_slots() -> None:
+    """Freed at once, without a garbage collection: a cycle would hold the cache of a whole batch through the next."""
+    engine, alive = engine_of(), []
+    slots = engine.forward.slots
+    engine.forward.slots = lambda *size: (made := slots(*size), alive.append(weakref.ref(made)))[0]  # type: ignore
+    gc.disable()
+    try:
+        answers(engine, generations(3))
+        assert [ref() for ref in alive] == [None]
+    finally:
+        gc.enable()

@@ -19,7 +19,7 @@ from qwen_eval.core import ModelError, StoreError
 from qwen_eval.models.load import open_forward
 from qwen_eval.profile import grid
 from qwen_eval.profile.__main__ import main
-from qwen_eval.profile.cells import Cell, cells
+from qwen_eval.profile.cells import GridCell, cells
 from qwen_eval.profile.child import published_sampling, runner
 from qwen_eval.profile.config import ProfileSpec, check
 from qwen_eval.profile.measure import Recorder, Repetition, quantile, summary
@@ -32,10 +32,10 @@ SMALL = {
 }  # fmt: skip
 
 
-def cell(mode: str = "generate", batch: int = 1, prompt: int = 1, new: int = 4) -> Cell:
+def cell(mode: str = "generate", batch: int = 1, prompt: int = 1, new: int = 4) -> GridCell:
     seq = new if mode == "generate" else prompt
     sizes = {"seq": seq, "batch": batch, "prompt_tokens": prompt, "new_tokens": new}
-    return Cell(mode=mode, kv_cache="auto", attention="auto", **sizes)
+    return GridCell(mode=mode, kv_cache="auto", attention="auto", **sizes)
 
 
 # --- the clock -------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_the_published_protocol_samples_as_the_checkpoint_says(tmp_path: Path) -
 DEVICE = {"kind": "cpu", "name": "Test CPU", "dtype": "fp32", "num_threads": 1, "bandwidth": 1e10, "flops": 1e11}
 
 
-def measured(spec: ProfileSpec, what: Cell) -> dict[str, Any]:
+def measured(spec: ProfileSpec, what: GridCell) -> dict[str, Any]:
     speed = 1000.0 / what.length
     return {
         "status": "ok", "tok_per_s": [speed, speed * 1.1, speed * 0.9], "ttft_s": [0.1],
@@ -147,7 +147,7 @@ class Bench:
     def __init__(self, **outcomes: Any) -> None:
         self.outcomes, self.asked = outcomes, list[str]()
 
-    def __call__(self, spec: ProfileSpec, what: Cell) -> dict[str, Any]:
+    def __call__(self, spec: ProfileSpec, what: GridCell) -> dict[str, Any]:
         self.asked.append(what.key)
         outcome = self.outcomes.get(f"{what.mode}{what.seq}")
         if isinstance(outcome, BaseException):

@@ -11,8 +11,8 @@ from test_choice_tasks import mmlu_folder
 from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec, check
 from qwen_eval.core import JSON, ids_sha256
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import Outcome, evaluate
-from qwen_eval.runs.store import read_run
+from qwen_eval.runs.evaluate import evaluate
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.tasks.mmlu import MmluSpec
 
 LONG = "word " * 900  # bytes are tokens here
@@ -28,7 +28,7 @@ class Reading(FakeEngine):
         return {**super().info, **self.facts}
 
 
-def run(tmp_path: Path, protocol: str, facts: Mapping[str, JSON]) -> tuple[Outcome, Reading]:
+def run(tmp_path: Path, protocol: str, facts: Mapping[str, JSON]) -> tuple[Run, Reading]:
     folder = mmlu_folder(tmp_path / "rows", f"{LONG}?,w,x,y,z,D\nShort?,w,x,y,z,D\n")
     task = MmluSpec(name="mmlu", path=str(folder), shots=0)
     parts = {"task": task, "model": ModelSpec(name="m"), "engine": EngineSpec(name="fake"), "protocol": protocol}
@@ -39,7 +39,7 @@ def run(tmp_path: Path, protocol: str, facts: Mapping[str, JSON]) -> tuple[Outco
 
 def test_under_upstream_the_end_that_was_read_is_recorded(tmp_path: Path) -> None:
     outcome, engine = run(tmp_path, "upstream", {})
-    long, short = sorted(read_run(outcome.directory).records, key=lambda record: record.sample_id)
+    long, short = sorted(load_run(outcome.path).records, key=lambda record: record.sample_id)
     prompt = next(call.prompt for call in engine.calls if LONG in (call.prompt.text or ""))
     ids = engine.render(prompt).ids
     assert (long.num_prompt_tokens, long.prompt_sha256) == ((2047,), (ids_sha256(ids[-2047:]),))
@@ -52,7 +52,7 @@ def test_under_upstream_the_end_that_was_read_is_recorded(tmp_path: Path) -> Non
 
 def test_under_robust_nothing_is_cut_and_what_is_too_long_is_counted(tmp_path: Path) -> None:
     outcome, _ = run(tmp_path, "robust", {"train_length": 2048})
-    long = min(read_run(outcome.directory).records, key=lambda record: record.sample_id)
+    long = min(load_run(outcome.path).records, key=lambda record: record.sample_id)
     assert long.num_prompt_tokens[0] > 3_000
     assert long.prompts[0].endswith("Answer:")
     assert "cut_prompt" not in outcome.rates

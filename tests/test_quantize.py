@@ -65,7 +65,7 @@ def correlated_layer() -> tuple[Tensor, Tensor]:
 
 def round_to_nearest(weight: torch.Tensor, recipe: Recipe) -> gptq_quantize.Result:
     """Without calibration: what GPTQ is when all inputs are independent and alike."""
-    return gptq_quantize.quantise(weight, torch.eye(weight.shape[1]), recipe)
+    return gptq_quantize.quantize(weight, torch.eye(weight.shape[1]), recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -74,7 +74,7 @@ def test_outputs_are_a_quarter_closer_than_after_rounding(recipe: Recipe) -> Non
     hessian = Hessian(512)
     for part in x.split(400):
         hessian.add(part)
-    ours = gptq_quantize.quantise(weight, hessian.value, recipe).weight_NK
+    ours = gptq_quantize.quantize(weight, hessian.value, recipe).weight_NK
     rounded = round_to_nearest(weight, recipe).weight_NK
     errors = [float((x @ (q - weight).T).norm() / (x @ weight.T).norm()) for q in (ours, rounded)]
     assert errors[0] < 0.75 * errors[1]
@@ -95,7 +95,7 @@ def nearest(weight: Tensor, recipe: Recipe) -> Tensor:
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(bits=8), Recipe(group_size=-1), Recipe(group_size=96)], ids=str)
 def test_with_independent_inputs_it_is_rounding_to_nearest(recipe: Recipe) -> None:
     weight, _ = correlated_layer()
-    got = gptq_quantize.quantise(weight, 3 * torch.eye(512), recipe).weight_NK
+    got = gptq_quantize.quantize(weight, 3 * torch.eye(512), recipe).weight_NK
     assert torch.equal(got, nearest(weight, recipe))
 
 
@@ -104,10 +104,10 @@ def test_what_is_written_is_what_was_fitted(recipe: Recipe) -> None:
     weight, x = correlated_layer()
     hessian = Hessian(512)
     hessian.add(x)
-    result = gptq_quantize.quantise(weight, hessian.value, recipe)
-    assert torch.equal(gptq.dequantise(result.tensors(recipe), recipe.config), result.weight_NK)
+    result = gptq_quantize.quantize(weight, hessian.value, recipe)
+    assert torch.equal(gptq.dequantize(result.tensors(recipe), recipe.config), result.weight_NK)
     upper, lower = result.rows(0, 16, recipe), result.rows(16, 32, recipe)
-    parts = [gptq.dequantise(part, recipe.config) for part in (upper, lower)]
+    parts = [gptq.dequantize(part, recipe.config) for part in (upper, lower)]
     assert torch.equal(torch.cat(parts), result.weight_NK)
 
 
@@ -119,7 +119,7 @@ def test_groups_of_one_sign_and_of_zeros_can_be_written() -> None:
     recipe = Recipe(sym=False, group_size=32)
     result = round_to_nearest(weight, recipe)
     assert result.codes.zero_GN.min() >= 1
-    assert torch.equal(gptq.dequantise(result.tensors(recipe), recipe.config), result.weight_NK)
+    assert torch.equal(gptq.dequantize(result.tensors(recipe), recipe.config), result.weight_NK)
     assert (result.weight_NK - weight).abs().max() <= 0.0041  # half of 0.11 / 14, and the fp16 scale
     assert not result.weight_NK[0].any()
 
@@ -129,7 +129,7 @@ def test_inputs_that_never_fire_and_too_little_text_do_not_break_it() -> None:
     x[:, 7] = 0
     hessian = Hessian(512)
     hessian.add(x[:20])  # rank 20 of 512: singular without damping
-    assert torch.isfinite(gptq_quantize.quantise(weight, hessian.value, Recipe()).weight_NK).all()
+    assert torch.isfinite(gptq_quantize.quantize(weight, hessian.value, Recipe()).weight_NK).all()
 
 
 # --- a checkpoint --------------------------------------------------------------------------------------------------
@@ -155,10 +155,10 @@ def sequences(count: int = 12, length: int = 40) -> list[list[int]]:
     return [torch.randint(0, 128, (length + i,), generator=generator).tolist() for i in range(count)]
 
 
-def quantised(source: Path, out: Path, recipe: Recipe, ids: Sequence[Sequence[int]] | None = None) -> Path:
+def quantized(source: Path, out: Path, recipe: Recipe, ids: Sequence[Sequence[int]] | None = None) -> Path:
     out.mkdir()
     fields = json.loads((source / "config.json").read_text())
-    gptq_checkpoint.quantise_checkpoint(
+    gptq_checkpoint.quantize_checkpoint(
         source, out, fields, ids or sequences(), recipe, dtype=torch.float32, device=CPU, progress=lambda *_: None
     )
     return out
@@ -177,9 +177,9 @@ def logits(forward: ModelRunner, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_v1_checkpoint_is_quantised_and_opens(bits: int, tmp_path: Path) -> None:
+def test_a_v1_checkpoint_is_quantized_and_opens(bits: int, tmp_path: Path) -> None:
     source = write_v1(tmp_path / "plain")
-    out = quantised(source, tmp_path / "packed", Recipe(bits=bits, group_size=32))
+    out = quantized(source, tmp_path / "packed", Recipe(bits=bits, group_size=32))
     ids = sequences(1)[0]
     plain, packed = logits(opened(source), ids), logits(opened(out), ids)
     error = float((plain - packed).norm() / plain.norm())
@@ -191,7 +191,7 @@ def test_the_files_are_those_of_a_published_checkpoint(tmp_path: Path, golden: P
     recorded = sorted((golden / "gptq").glob("tiny_int4*"))
     if not recorded:
         pytest.skip(f"no recorded GPTQ models under {golden}")
-    out = quantised(write_v1(tmp_path / "plain"), tmp_path / "packed", Recipe(group_size=32))
+    out = quantized(write_v1(tmp_path / "plain"), tmp_path / "packed", Recipe(group_size=32))
 
     def layout(directory: Path) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in load_file(directory / "model.safetensors").items()}
@@ -205,12 +205,12 @@ def test_the_files_are_those_of_a_published_checkpoint(tmp_path: Path, golden: P
     assert (config["bf16"], config["fp16"]) == (False, True)
 
 
-def test_calibrated_blocks_follow_the_quantised_ones(tmp_path: Path) -> None:
+def test_calibrated_blocks_follow_the_quantized_ones(tmp_path: Path) -> None:
     """True sequential: a Linear late in the model is fitted to inputs that carry the errors before it."""
     source = write_v1(tmp_path / "plain")
     calibration = sequences(40)
     gptq_error, rounding_error = 0.0, 0.0
-    out = quantised(source, tmp_path / "packed", Recipe(group_size=32), calibration)
+    out = quantized(source, tmp_path / "packed", Recipe(group_size=32), calibration)
     rounded = opened(source)
     for name, module in rounded.model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("layers."):
@@ -226,9 +226,9 @@ def test_calibrated_blocks_follow_the_quantised_ones(tmp_path: Path) -> None:
 def test_large_checkpoints_are_sharded_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq_checkpoint, "SHARD_BYTES", 20_000)
     source = write_v1(tmp_path / "plain")
-    out = quantised(source, tmp_path / "packed", Recipe(group_size=32))
+    out = quantized(source, tmp_path / "packed", Recipe(group_size=32))
     monkeypatch.undo()
-    whole = quantised(source, tmp_path / "whole", Recipe(group_size=32))
+    whole = quantized(source, tmp_path / "whole", Recipe(group_size=32))
     assert len(list(out.glob("model-0*-of-0*.safetensors"))) > 2
     ids = sequences(1)[0]
     assert torch.equal(logits(opened(out), ids), logits(opened(whole), ids))
@@ -266,7 +266,7 @@ def test_the_command_writes_what_transformers_and_we_read_alike(
     for name, module in theirs.named_modules():
         if f"{name}.qweight" in tensors:
             parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-            module.weight.data = gptq.dequantise(parts, settings)
+            module.weight.data = gptq.dequantize(parts, settings)
         elif f"{name}.weight" in tensors:
             module.weight.data = tensors[f"{name}.weight"].float()
     ids = list(range(40, 90))
@@ -299,7 +299,7 @@ def test_transformers_loads_it_through_gptqmodel(bits: int, qwen2: Path, tmp_pat
         (["group_size=0"], "group_size=0: must be -1"),
         (["damp=0"], "damp=0.0: must be in (0, 1)"),
         (["calibration=nowhere.txt"], "calibration=nowhere.txt: no such file"),
-        (["model.weights=random"], "there is nothing to quantise"),
+        (["model.weights=random"], "there is nothing to quantize"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line_and_leaves_nothing(
@@ -312,15 +312,15 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_exists_and_a_quantised_checkpoint_are_refused(qwen2: Path, tmp_path: Path) -> None:
-    out = quantised(qwen2, tmp_path / "packed", Recipe(group_size=32))
+def test_a_directory_that_exists_and_a_quantized_checkpoint_are_refused(qwen2: Path, tmp_path: Path) -> None:
+    out = quantized(qwen2, tmp_path / "packed", Recipe(group_size=32))
     spec = QuantizeSpec(out=str(out))
     spec.model.name, spec.model.path = "tiny", str(qwen2)
     with pytest.raises(ConfigError, match="exists; name another"):
-        quantize.quantise(spec)
+        quantize.quantize(spec)
     spec.model.path, spec.out = str(out), str(tmp_path / "again")
-    with pytest.raises(ModelError, match="quantised already"):
-        quantize.quantise(spec)
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize.quantize(spec)
 
 
 # --- calibration text ----------------------------------------------------------------------------------------------

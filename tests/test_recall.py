@@ -20,7 +20,7 @@ from tiny_checkpoint import write_tiny_qwen2
 from qwen_eval.__main__ import main
 from qwen_eval.config import EvalSpec, ModelSpec, check
 from qwen_eval.core import ModelError
-from qwen_eval.engines.cache import EngineSlot
+from qwen_eval.engines.cache import EngineCache
 from qwen_eval.models import fingerprint
 from qwen_eval.models.fingerprint import directory_fingerprint
 from qwen_eval.models.head import read_head
@@ -114,12 +114,12 @@ def test_a_replaced_checkpoint_does_not_keep_its_old_engine(nano: Path) -> None:
     def cell() -> EvalSpec:
         return check(EvalSpec(task=toy.ToySpec(name="toy"), model=ModelSpec(name="m", path=str(nano), dtype="fp32")))
 
-    slot = EngineSlot()
-    first = slot.open(cell())
-    assert slot.open(cell()) is first
+    engine_cache = EngineCache()
+    first = engine_cache.open(cell())
+    assert engine_cache.open(cell()) is first
     change_every_weight(nano)
-    assert slot.open(cell()) is not first
-    slot.close()
+    assert engine_cache.open(cell()) is not first
+    engine_cache.close()
 
 
 def test_the_command_that_quantize_prints_is_another_run(
@@ -184,7 +184,7 @@ def serve() -> Iterator[Callable[[str], tuple[str, type[Endpoint]]]]:
 def test_another_endpoint_under_the_same_model_name_is_rejected(
     command: Command, serve: Callable[[str], tuple[str, type[Endpoint]]]
 ) -> None:
-    pytest.importorskip("openai")
+    pytest.importorskip("httpx2")
     asks = (
         "engine=openai",
         "engine.api_model=q",
@@ -211,7 +211,7 @@ def test_another_endpoint_under_the_same_model_name_is_rejected(
 def test_a_server_that_is_gone_is_not_what_was_run(
     command: Command, serve: Callable[[str], tuple[str, type[Endpoint]]]
 ) -> None:
-    pytest.importorskip("openai")
+    pytest.importorskip("httpx2")
     code, _, error = command(
         "engine=openai", "engine.api_model=q", "task.texts_only=true", "model=toy", "model.weights=checkpoint",
         "engine.base_url=http://127.0.0.1:9/v1",

@@ -13,9 +13,10 @@ from qwen_eval.core import Metric
 from qwen_eval.metrics import share
 from qwen_eval.report.__main__ import main
 from qwen_eval.report.published import contradictions, ledger, published_tables
-from qwen_eval.report.runs import find_runs, load_run, variant_name
+from qwen_eval.report.runs import find_runs
 from qwen_eval.report.settings import differing_settings
 from qwen_eval.report.tables import layouts
+from qwen_eval.runs.run import load_run, variant_name
 from qwen_eval.tables import Cell, Footnote, Table, all_notes, metric_cell, render
 
 
@@ -140,7 +141,7 @@ def test_variants_of_a_model_stand_with_their_paired_difference(tmp_path: Path) 
     scores = {run.variant: run.headline[1] for run in find_runs([tmp_path]).runs if run.headline and run.task == "wiki"}
     assert scores["Int4"].low is not None
     assert scores["Int4"].low < scores["BF16"].value  # side by side the intervals hide it
-    for name in ("runs", "quantisation"):
+    for name in ("runs", "quantization"):
         (other,) = tables(tmp_path, name)
         assert any(
             row[other.columns.index("Δ" if name == "runs" else "Δ wiki")].text.startswith("+4.19 %")
@@ -160,7 +161,7 @@ def test_a_margin_decides_what_is_equivalent(tmp_path: Path, capsys: pytest.Capt
 def test_a_variant_of_other_prompts_has_no_difference_and_says_why(tmp_path: Path) -> None:
     write_run(tmp_path, answered([1.0, 0.0] * 20))
     write_run(tmp_path, answered([1.0, 0.0] * 20), model="qwen-7b-chat-int4", quant="gptq-int4", benchmark={"shots": 8})
-    (table,) = tables(tmp_path, "quantisation")
+    (table,) = tables(tmp_path, "quantization")
     cell = next(row[-1] for row in table.rows if row[1].text == "Int4")
     assert cell.text == "–"
     assert "shots: 0 against 8" in cell.title
@@ -199,8 +200,8 @@ def test_the_card_layouts(tmp_path: Path) -> None:
     lengths = {f"ppl/{n}": Metric(value=4.23, n=n, kind="ppl", higher_is_better=False) for n in (1024, 2048)}
     write_run(tmp_path, documents([1.0, 2.0]), task="long_ppl", metrics={"ppl": lengths["ppl/1024"], **lengths})
     write_profile(tmp_path, [40.0, 42.0, 41.0])
-    (quantised,) = tables(tmp_path, "quantisation")
-    assert [row[:2] for row in shown(quantised)] == [["qwen-7b-chat", "BF16"], ["qwen-7b-chat", "Int4"]]
+    (quantized,) = tables(tmp_path, "quantization")
+    assert [row[:2] for row in shown(quantized)] == [["qwen-7b-chat", "BF16"], ["qwen-7b-chat", "Int4"]]
     (categories,) = tables(tmp_path, "categories")
     assert categories.columns == ("model", "precision", "average", "stem")
     (groups,) = tables(tmp_path, "groups")
@@ -336,7 +337,7 @@ def test_precisions_of_bitsandbytes_stand_in_one_table_and_meet_their_row(tmp_pa
         write_run(tmp_path, answered([1.0] * 9 + [0.0] * 8), task="mmlu", model="qwen-7b-original", quant=quant,
                   tag=f"precision-{name}", chat=False, benchmark={"shots": 5}, dtype="bf16")  # fmt: skip
     runs = find_runs([tmp_path])
-    (table,) = tables(tmp_path, "quantisation")
+    (table,) = tables(tmp_path, "quantization")
     assert [row[1] for row in shown(table)] == ["BF16", "LLM.int8", "NF4"]
     (beside,) = published_tables(runs)
     rows = [dict(zip(beside.columns, row)) for row in shown(beside)]
@@ -361,3 +362,23 @@ def test_the_commands_of_the_documentation_compose(tmp_path: Path, capsys: pytes
     assert main([f"runs={tmp_path}", f"out={tmp_path / 'a.md'},{tmp_path / 'a.csv'}"]) == 0
     assert (tmp_path / "a.md").read_text().startswith("### Models × tasks")
     assert capsys.readouterr().err == ""
+
+
+def test_each_published_number_of_an_agent_stands_beside_the_metric_of_its_name_and_mode(tmp_path: Path) -> None:
+    scores = {"code": 0.8, "tool_selection": 0.9, "tool_used": 0.95}
+    metrics = {name: Metric(value=value, n=47) for name, value in scores.items()}
+    write_run(tmp_path, answered([1.0, 0.0]), task="hf_agent_chat", metrics=metrics)
+    tools = {"tool_selection": Metric(value=0.9, n=20), "false_positive_error": Metric(value=0.2, n=10)}
+    write_run(tmp_path, answered([1.0, 0.0]), task="plugin", metrics=tools)
+    write_run(
+        tmp_path, answered([1.0, 0.0]), task="code_interpreter", metrics={"math_accuracy": Metric(value=0.4, n=9)}
+    )
+    (table,) = published_tables(find_runs([tmp_path]))
+    rows = [dict(zip(table.columns, row)) for row in shown(table)]
+    printed = {row["benchmark"]: row["published"] for row in rows}
+    assert printed["hf_agent code (chat)"] == "85.1"
+    assert printed["hf_agent tool_used (chat)"] == "94.7"
+    assert not any("(run)" in benchmark for benchmark in printed)
+    assert printed["tool_use tool_selection_acc (20231206)"] == "95.5%"
+    assert printed["code_interpreter math_accuracy (20231206)"]
+    assert any("published rows are not public" in row["what differs"] for row in rows)

@@ -23,6 +23,7 @@ from qwen_eval.core import (
     StoreError,
     TokenLogprobs,
 )
+from qwen_eval.runs.run import load_run
 from qwen_eval.runs.store import (
     FORMAT,
     RunDirectory,
@@ -30,7 +31,6 @@ from qwen_eval.runs.store import (
     metric_from_json,
     metric_to_json,
     read_records,
-    read_run,
     record_from_json,
     record_to_json,
     write_json,
@@ -140,7 +140,7 @@ def test_overwriting_forgets_the_other_run(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path) as run:
         run.check_spec(spec(protocol="upstream"), overwrite=True)
         assert run.records() == []
-    assert read_run(tmp_path).spec["decides"]["protocol"] == "upstream"
+    assert load_run(tmp_path).spec["decides"]["protocol"] == "upstream"
 
 
 def test_differences_name_leaves_added_and_removed() -> None:
@@ -211,7 +211,7 @@ def test_a_failed_result_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_what_is_no_run_directory_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"not a run directory, it has no spec\.json"):
-        read_run(tmp_path)
+        load_run(tmp_path)
     (tmp_path / "spec.json").write_text("{")
     with pytest.raises(StoreError, match="cannot be read"):
-        read_run(tmp_path)
+        load_run(tmp_path)

@@ -17,7 +17,7 @@ from report_runs import answered, chose, documents, record, said, write, write_p
 
 from qwen_eval import cli, demo
 from qwen_eval.config import EvalSpec, ModelSpec, TaskSpec
-from qwen_eval.core import Metric
+from qwen_eval.core import JSON, Metric
 from qwen_eval.models.device import known
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.plan import plan_tables
@@ -30,8 +30,9 @@ from qwen_eval.report.published import published_tables
 from qwen_eval.report.runs import find_runs
 from qwen_eval.report.tables import layouts
 from qwen_eval.report.tradeoffs import tradeoffs
-from qwen_eval.runs.evaluate import Outcome
 from qwen_eval.runs.regrade import Regraded, regraded_table
+from qwen_eval.runs.run import Run
+from qwen_eval.runs.store import metric_to_json
 from qwen_eval.runs.summary import metrics_table
 from qwen_eval.tables import Cell, Table, csv_text, metric_cell, number_cell, render, text_cell, to_terminal
 from qwen_eval.terminal import plain_text, text_width, wrapped
@@ -104,12 +105,14 @@ def of_gate(root: Path) -> list[Table]:
 def of_a_run(root: Path) -> list[Table]:
     spec = EvalSpec(task=TaskSpec(name="mmlu"), model=ModelSpec(name=NAMES[2]))
     metrics = {"accuracy": SHARE, "ppl": WIDE, **{f"accuracy/a_subject_of_a_long_name_{i}": SHARE for i in range(30)}}
-    outcome = Outcome(
-        directory=root, metrics=metrics, rates={"truncated": SHARE}, n=1_319, partial={"limit": 1_319}, result={},
-        warnings=["12,345 prompts of 14,042 were cut to 2,047 tokens, as the official script does"], was_finished=True,
-    )  # fmt: skip
-    graded = Regraded(path=root, old=metrics, new=metrics, num_changed=1, n=1_319, warnings=outcome.warnings)
-    return [metrics_table(spec, outcome), regraded_table(graded)]
+    result: dict[str, JSON] = {
+        "metrics": {name: metric_to_json(metric) for name, metric in metrics.items()},
+        "rates": {"truncated": metric_to_json(SHARE)}, "n": 1_319, "partial": {"limit": 1_319},
+        "warnings": ["12,345 prompts of 14,042 were cut to 2,047 tokens, as the official script does"],
+    }  # fmt: skip
+    run = Run(path=root, spec={}, result=result, was_finished=True)
+    graded = Regraded(path=root, old=metrics, new=metrics, num_changed=1, n=1_319, warnings=run.warnings)
+    return [metrics_table(spec, run), regraded_table(graded)]
 
 
 def of_demo(root: Path) -> list[Table]:

@@ -20,7 +20,8 @@ from qwen_eval.core import (
     StoreError,
 )
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import Outcome, evaluate
+from qwen_eval.runs.evaluate import evaluate
+from qwen_eval.runs.run import Run
 from qwen_eval.tasks.registry import task_class
 
 
@@ -48,7 +49,7 @@ def spec(tmp_path: Path, name: str = "gsm8k", **settings: object) -> EvalSpec:
     return check(EvalSpec(task=task, model=model, engine=EngineSpec(name="fake"), run_dir=str(tmp_path / "run")))
 
 
-def run(spec: EvalSpec, engine: FakeEngine) -> Outcome:
+def run(spec: EvalSpec, engine: FakeEngine) -> Run:
     return evaluate(spec, lambda _: engine)
 
 

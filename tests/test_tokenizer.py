@@ -14,7 +14,7 @@ import pytest
 from qwen_eval.core import DataError, Message, ModelError, Prompt
 from qwen_eval.models.tokenizer import (
     PRETOKEN,
-    HfTokenizer,
+    JsonTokenizer,
     QwenTokenizer,
     load_tokenizer,
     read_ranks,
@@ -270,7 +270,7 @@ def small_json() -> str:
 def test_tokenizer_json_equals_the_library(small_json: str) -> None:
     from tokenizers import Tokenizer
 
-    ours, theirs = HfTokenizer(small_json), Tokenizer.from_str(small_json)
+    ours, theirs = JsonTokenizer(small_json), Tokenizer.from_str(small_json)
     draw = random.Random(3)
     mixed = ["".join(draw.choices([f for f in FRAGMENTS if f != "\ud800"], k=9)) for _ in range(500)]
     for text in [*TEXTS, *mixed]:

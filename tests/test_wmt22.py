@@ -19,7 +19,8 @@ from qwen_eval.report.baseline import accept
 from qwen_eval.report.compare import compare_paths
 from qwen_eval.report.gate import gate
 from qwen_eval.report.paired import paired_corpus
-from qwen_eval.runs.evaluate import Outcome, evaluate
+from qwen_eval.runs.evaluate import evaluate
+from qwen_eval.runs.run import Run
 from qwen_eval.tasks.registry import TaskContext
 from qwen_eval.tasks.wmt22 import TOKENIZERS, Spec, Wmt22, harness_shots, translation_in
 
@@ -262,7 +263,7 @@ class Translator(FakeEngine):
             yield i, Completions(completions=(said(" " + reply).completions[0],))
 
 
-def run_with(tmp_path: Path, name: str, engine: FakeEngine) -> Outcome:
+def run_with(tmp_path: Path, name: str, engine: FakeEngine) -> Run:
     spec = EvalSpec(
         task=Spec(name="wmt22", data="bundled", shots=0), model=ModelSpec(name="m"), engine=EngineSpec(name="fake"),
         runs_dir=str(tmp_path / name),
@@ -273,7 +274,7 @@ def run_with(tmp_path: Path, name: str, engine: FakeEngine) -> Outcome:
 def test_compare_and_gate_draw_the_bootstrap(tmp_path: Path) -> None:
     good, bad = (run_with(tmp_path, name, Translator(each)) for name, each in (("good", 10**6), ("bad", 2)))
     assert good.metrics["bleu"].value > bad.metrics["bleu"].value + 10
-    (compared,) = compare_paths([str(good.directory), str(bad.directory)])
+    (compared,) = compare_paths([str(good.path), str(bad.path)])
     assert compared.difference is not None
     assert compared.family == "mean"
     assert compared.difference.delta == pytest.approx(bad.metrics["bleu"].value - good.metrics["bleu"].value)

@@ -1,4 +1,4 @@
-"""Decode speed of quantised linears against bf16, batch 1: one pass over all linears of a Qwen shape, random weights.
+"""Decode speed of quantized linears against bf16, batch 1: one pass over all linears of a Qwen shape, random weights.
 
     python tools/bench_int4_decode.py                       # Qwen 1.8B's shape
     python tools/bench_int4_decode.py --shape 0.5b --rows 1 4 16 64 65 256
@@ -47,7 +47,7 @@ Layer = list[nn.Module]
 
 def dense_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> Layer:
     weights = (torch.randn(n, k, device=device).mul_(0.02).to(dtype) for k, n in shape.linears)
-    return [kernels.DequantisedLinear(weight, None) for weight in weights]
+    return [kernels.DequantizedLinear(weight, None) for weight in weights]
 
 
 def packed_layer(shape: Shape, bits: int, device: torch.device) -> Layer:

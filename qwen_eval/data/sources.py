@@ -1,7 +1,7 @@
 """Where the rows of a benchmark come from: a local path, the hub, or the sample bundled with the package.
 
 A `Source` reads files by their official names out of a folder, an archive (zip, tar) or a single file, and keeps the
-sha256 of all it read, so that a result says exactly which rows it stands for.
+sha256 of all it read, so that a result records exactly which rows it used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from qwen_eval.config import TaskSpec, check_limit
-from qwen_eval.core import JSON, ConfigError, DataError, Sample
+from qwen_eval.core import ConfigError, DataError, Sample
 from qwen_eval.data.files import GZIP, Files, Folder, check_parquet, files_at, gunzip
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
@@ -88,14 +88,18 @@ class Source:
         """Decoded text without a byte-order mark; `.gz` is unpacked."""
         return self._load(*candidates)[1]
 
-    def json(self, *candidates: str) -> JSON:
+    def content(self, *candidates: str) -> bytes:
+        """The bytes of a file that is no text: an input of a question."""
+        return self._read(*candidates)[1]
+
+    def json(self, *candidates: str) -> Any:
         name, text = self._load(*candidates)
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self._place(name)}: not JSON ({error})") from None
 
-    def jsonl(self, *candidates: str) -> list[dict[str, JSON]]:
+    def jsonl(self, *candidates: str) -> list[dict[str, Any]]:
         """One object a line, `.jsonl` or `.jsonl.gz`; blank lines are skipped."""
         name, text = self._load(*candidates)
         rows = [self._json_line(name, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -103,7 +107,7 @@ class Source:
             raise DataError(f"{self._place(name)}: empty; fetch it again")
         return rows
 
-    def parquet(self, *candidates: str) -> list[dict[str, JSON]]:
+    def parquet(self, *candidates: str) -> list[dict[str, Any]]:
         """Rows of a parquet file, one dict each."""
         import pandas
 
@@ -115,7 +119,7 @@ class Source:
         except (OSError, ValueError) as error:  # pyarrow's errors are among these
             raise DataError(f"{self._place(name)}: not parquet ({str(error).splitlines()[0]})") from None
 
-    def hub_rows(self, config: str | None, split: str) -> list[dict[str, JSON]]:
+    def hub_rows(self, config: str | None, split: str) -> list[dict[str, Any]]:
         raise AssertionError(f"{self.origin} has files, not hub rows")
 
     @overload
@@ -175,7 +179,7 @@ class Source:
         self._digests[name] = hashlib.sha256(content).hexdigest()
         return name, content
 
-    def _json_line(self, name: str, line: int, text: str) -> dict[str, JSON]:
+    def _json_line(self, name: str, line: int, text: str) -> dict[str, Any]:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -227,7 +231,7 @@ class HubSource(Source):
     def is_hub(self) -> bool:
         return True
 
-    def hub_rows(self, config: str | None, split: str) -> list[dict[str, JSON]]:
+    def hub_rows(self, config: str | None, split: str) -> list[dict[str, Any]]:
         """All rows of one configuration (often a subject) and split."""
         try:
             with _offline(self._is_offline):

@@ -1,14 +1,16 @@
-"""One place for the engine in use: cells that differ only in the task share it."""
+"""The engine in use is kept: runs that differ only in the task share it, and load the model once."""
 
 from __future__ import annotations
+
+from types import TracebackType
 
 from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec
 from qwen_eval.core import Engine
 from qwen_eval.engines.kinds import identity, open_engine
 
 
-class EngineSlot:
-    """Keeps the last engine until another one is asked for."""
+class EngineCache:
+    """Keeps the last engine until another one is needed: `with EngineCache() as cache: ...` frees it at the end."""
 
     def __init__(self) -> None:
         self._key: tuple[EngineSpec, ModelSpec, str] | None = None
@@ -26,6 +28,14 @@ class EngineSlot:
         assert self.engine is not None
         opened = self.engine.info.get("weights")
         return opened is None or opened == identity(spec.engine, spec.model)
+
+    def __enter__(self) -> EngineCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         if self.engine is not None:

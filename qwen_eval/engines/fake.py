@@ -139,7 +139,7 @@ class FakeEngine:
 
 
 def _fraction(ids: Sequence[int], salt: str) -> float:
-    """A number in [0, 1) that depends on every token and on nothing else."""
+    """A number in [0, 1) that depends only on the tokens."""
     data = salt.encode("utf-8", "surrogatepass") + b"\0" + b"".join(i.to_bytes(4, "little") for i in ids)
     return int.from_bytes(hashlib.sha256(data).digest()[:6], "little") / (1 << 48)
 

@@ -1,4 +1,4 @@
-"""Which options reach which engine. What would change a number and cannot is refused; what only costs speed is said."""
+"""Which options each engine supports. An unsupported option is an error if it changes numbers, else a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a worked solution concludes: what readers of numbers and of mathematics share.
+"""Finding the conclusion of a worked solution: shared by the extraction of numbers and of mathematics.
 
 Every function takes a bounded text (`answer_part`) and is linear in its length.
 """

@@ -1,9 +1,9 @@
-"""Reading the letter of a multiple-choice answer out of a reply; the official scripts' way is in `official_letters`.
+"""Extraction of the letter of a multiple-choice answer; that of the official scripts is in `official_letters`.
 
-`concluded_letter` looks for what the reply concludes. Cues are read from strong to weak: "the answer is C" and its
-kind (the last one counts), a list that judges each option, a reply that opens with the letter, "so C", "C is
-correct", the words of one option, the only letter that is left standing. A letter that is denied ("not A", "B 错误")
-is never the answer, several letters at one cue ("A or B") are none.
+`concluded_letter` looks for the conclusion of the reply. Cues are tried from strong to weak: "the answer is C" and the
+like (the last one counts), a list that judges each option, a reply that begins with the letter, "so C", "C is correct",
+the words of one option, the only letter that is not denied. A denied letter ("not A", "B 错误") is never the answer;
+several letters at one cue ("A or B") give none.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class _Reply:
 
 
 def concluded_letter(reply: str, choices: Sequence[str] = (), *, letters: str = LETTERS) -> str | None:
-    """The letter that the reply concludes; None when it concludes none or several.
+    """The letter that the reply gives as its answer; None for none or several.
 
     `choices` are the words of the options, in the letters' order: a reply may name its option by them alone.
     """

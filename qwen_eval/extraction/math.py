@@ -1,4 +1,4 @@
-"""Answers of competition mathematics: finding the concluded one, and whether two of them are the same.
+"""Answers of competition mathematics: extraction, and whether two answers are the same.
 
 `is_same` compares meaning, through math-verify; `is_same_upstream` compares normalised strings as OpenCompass' second
 version does. Neither evaluates a model's text as code.

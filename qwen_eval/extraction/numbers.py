@@ -1,6 +1,6 @@
-"""Numbers in prose: reading the one that a worked solution concludes with.
+"""Extraction of the number that a worked solution gives as its answer.
 
-`upstream_*` are the readers of the official Qwen scripts, quirks included; the others are meant to be right.
+`upstream_*` are the extractors of the official Qwen scripts, errors included; the others are meant to be correct.
 """
 
 from __future__ import annotations

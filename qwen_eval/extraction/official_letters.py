@@ -1,6 +1,6 @@
-"""The letter of a multiple-choice answer as the official chat scripts of MMLU and C-Eval read it, quirks included.
+"""The letter of a multiple-choice answer as the official chat scripts of MMLU and C-Eval extract it, errors included.
 
-They never read nothing: in the last resort the option most like the reply counts.
+They always return a letter: as a last resort, that of the option most similar to the reply.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Programs in replies: finding the code that is meant to be run.
+"""Extraction of programs from replies.
 
-Nothing here runs what it reads; sources are only parsed, a bounded number of times. `upstream_chat_body` is the reader
-of the official script, the others are meant to be right: they keep imports and helpers, and drop a model's own
-examples and tests.
+Nothing here runs what it reads; sources are only parsed, a bounded number of times. `upstream_chat_body` is the
+extractor of the official script, the others are meant to be correct: they keep imports and helpers, and drop a model's
+own examples and tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reading short answers of a known kind, as BIG-Bench Hard asks for them: an option, one of two words, a number,
+"""Extraction of short answers of a known kind, as BIG-Bench Hard asks for them: an option, one of two words, a number,
 closing brackets, a list of words.
 
-The gold answer says which kind is due, and nothing else of it is looked at. What follows the last "the answer is" (a
+The gold answer is used only to decide the kind. What follows the last "the answer is" (a
 box and an answer tag are such cues) counts first, then how the reply ends.
 """
 

@@ -1,4 +1,4 @@
-"""What a generated text shows before it is read: where it really ends, and the symptoms of a bad one."""
+"""Symptoms of a generated text, before extraction: truncated, looping, empty; and where the answer in it ends."""
 
 from __future__ import annotations
 
@@ -84,6 +84,7 @@ def flags(completion: Completion, *, has_answer: bool) -> tuple[str, ...]:
     """
     symptoms = {
         "truncated": completion.finish_reason == "length",
+        "filtered": completion.finish_reason == "filtered",
         "empty": not completion.text.strip(),
         "looping": is_looping(completion.text),
         "no_answer": not has_answer,

@@ -11,7 +11,7 @@ from qwen_eval.models.config import ModelConfig
 
 # Our name of each Linear: its name under Qwen v1, its name(s) in the later generations, which store q, k and v apart,
 # and its step in GPTQ's true sequential order: Linears of one step have the same inputs, made with those of the steps
-# before already quantised.
+# before already quantized.
 LINEARS = {
     "attn.qkv": ("attn.c_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 0),
     "attn.o": ("attn.c_proj", ("self_attn.o_proj",), 1),

@@ -75,7 +75,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
-class BuildQuantised(Protocol):
+class BuildQuantized(Protocol):
     """From the packed tensors of a linear: a module that computes with them, or its dense weight."""
 
     def __call__(self, name: str, tensors: Mapping[str, Tensor], /) -> nn.Module: ...
@@ -97,7 +97,7 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     quant: str = "none"  # the format's name
-    packed: BuildQuantised | None = None  # of a stored format
+    packed: BuildQuantized | None = None  # of a stored format
     from_dense: BuildFromDense | None = None  # of one that is made while loading
 
 
@@ -143,13 +143,13 @@ def _load_head(model: Transformer, files: TensorFiles, config: ModelConfig, plac
         model.head.weight = model.embed.weight
     elif packed_by(files, source):
         weight = _place(read_head(files, config, placement), placement)
-        model.set_submodule("head", kernels.DequantisedLinear(weight, None))
+        model.set_submodule("head", kernels.DequantizedLinear(weight, None))
     else:
         _load_weight(model, "head", model.head, files, config, placement)
 
 
 def read_head(files: TensorFiles, config: ModelConfig, placement: Placement) -> Tensor:
-    """The output matrix [V, E] in the precision it is stored in; a GPTQ-packed one dequantised."""
+    """The output matrix [V, E] in the precision it is stored in; a GPTQ-packed one dequantized."""
     shape = (config.vocab_size, config.hidden_size)
     (source,) = checkpoint_names(config, "head")
     if as_stored(config, files).tie_embeddings and f"{source}.weight" not in files:
@@ -219,7 +219,7 @@ def _load_part(
     bias = files.read(f"{source}.bias", shape[:1]) if has_bias else None
     if packed_by(files, source):
         module = _packed_builder(placement, files, source)(source, _packed_tensors(files, source))
-        assert isinstance(module, kernels.QuantisedLinear), type(module)
+        assert isinstance(module, kernels.QuantizedLinear), type(module)
         packed = [module.out_features, module.in_features]
         if packed != list(shape):
             raise ModelError(f"{source}: packed weights of {packed}, {list(shape)} by config.json")
@@ -231,7 +231,7 @@ def _load_part(
     return linear
 
 
-def _packed_builder(placement: Placement, files: TensorFiles, source: str) -> BuildQuantised:
+def _packed_builder(placement: Placement, files: TensorFiles, source: str) -> BuildQuantized:
     found = packed_by(files, source)
     if placement.packed is None:
         shown = found.tensors[0] if found else "weight"
@@ -264,7 +264,7 @@ def _refuse_nonzero_bias(files: TensorFiles, sources: Sequence[str]) -> None:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Weights of this shape, tied ones once; quantisation does not change it."""
+    """Weights of this shape, tied ones once; quantization does not change it."""
     with _meta():
         return sum(parameter.numel() for parameter in Transformer(config).parameters())
 

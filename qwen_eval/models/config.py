@@ -158,7 +158,7 @@ def shown(value: object) -> str:
 
 
 def _check_fields(fields: Mapping[str, Any], known: str) -> None:
-    """Every field is honoured, harmless or refused; null says nothing, a leading underscore is a tool's own note."""
+    """Every field is honoured, harmless or rejected; null and names with a leading underscore are ignored."""
     harmless = " ".join(HARMLESS.values()).split()
     passed = {*known.split(), *harmless}
     for name, value in fields.items():

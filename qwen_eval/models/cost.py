@@ -23,12 +23,12 @@ def stored_linears(config: ModelConfig) -> list[LinearShape]:
 
 
 def num_linear_weights(config: ModelConfig) -> int:
-    """Weights of all linears of all blocks: what quantisation shrinks, and what every token is multiplied with."""
+    """Weights of all linears of all blocks: what quantization shrinks, and what every token is multiplied with."""
     return config.num_layers * sum(linear.num_weights for linear in stored_linears(config))
 
 
 def num_other_parameters(config: ModelConfig) -> int:
-    """Embeddings, head (once when tied) and norms: never quantised."""
+    """Embeddings, head (once when tied) and norms: never quantized."""
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
     return tables + config.num_layers * norms + config.hidden_size
@@ -153,7 +153,7 @@ class Cost:
         return max(self.prefill_activation_bytes(batch, prompt_tokens), decode)
 
     def peak_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
-        """Weights, cache at its longest and activations; what a CUDA context takes beside them is not in it."""
+        """Weights, cache at its longest and activations; the memory of a CUDA context is not included."""
         cache = self.kv_bytes(batch, prompt_tokens + new_tokens)
         return self.weight_bytes + cache + self.activation_bytes(batch, prompt_tokens, new_tokens)
 
@@ -205,14 +205,14 @@ def largest(fits: Callable[[int], bool], limit: int = 1 << 20) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """Tokens of one packed forward, and tokens that the key-value cache of all sequences has room for; at least 1."""
+    """Tokens of one packed forward, and tokens that fit into the key-value cache of all sequences; at least 1."""
 
     packed_tokens: int
     cached_tokens: int
 
 
 def batch_limits(config: ModelConfig, kv_cache: str, dtype: str, free_bytes: int, *, max_tokens: int) -> BatchLimits:
-    """For memory that is free beside the weights: a third is for activations. At most `max_tokens` in one forward."""
+    """For the memory that the weights leave free: a third is for activations. At most `max_tokens` in one forward."""
     activations = free_bytes // 3
 
     def fits(tokens: int) -> bool:

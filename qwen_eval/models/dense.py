@@ -1,4 +1,4 @@
-"""Unquantised Linears, multiplied by the kernel that measures best on this machine.
+"""Unquantized Linears, multiplied by the kernel that measures best on this machine.
 
 On a CPU a bf16 product has three ways: `linear`, a matrix-vector product for one row, and oneDNN's prepacked weight.
 Which is fastest depends on the processor and the shape, by up to a factor of 2.6, and no list of CPU features says it:

@@ -56,7 +56,7 @@ class Device:
 
     @property
     def best_bandwidth(self) -> float | None:
-        """The measured one where there is one: what a program can have, not what a data sheet says."""
+        """The measured bandwidth where there is one, else that of the data sheet."""
         return self.bandwidth or self.known_bandwidth
 
     @property
@@ -88,7 +88,7 @@ def probe(device: torch.device, dtype: str, *, measure: bool = True) -> Device:
 
 
 def known(wanted: str, dtype: str) -> Device:
-    """A device of the table, for a plan; part of its name will do where only one has it. ConfigError otherwise."""
+    """A device of the table, for a plan, by its name or a unique part of it; else ConfigError."""
     found = [name for name in KNOWN if wanted == name] or [name for name in KNOWN if _plain(wanted) in _plain(name)]
     if len(found) != 1:
         raise ConfigError(f"on={wanted}: {len(found) or 'none'} of the known devices; one of {', '.join(KNOWN)}")
@@ -111,7 +111,7 @@ def _plain(name: str) -> str:
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, total). On a CPU free is what can be had without swapping, also within a container's limit."""
+    """(free, total). On a CPU, free memory is what is available without swapping, within a container's limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(free), int(total)

@@ -1,4 +1,4 @@
-"""Which checkpoint this is: one digest of the files that the engines read. No torch: a finished run is recalled by it.
+"""The digest that identifies a checkpoint, of the files that the engines read. No torch: finished runs are found by it.
 
 "sample:…" holds small files whole and at least 4 KiB of every tensor; "full:…" (`model.digest=full`) every byte. Names,
 sizes, headers and times are the same for two fine-tunes of one model, so none of them is enough.
@@ -45,9 +45,9 @@ _digested: dict[Stat, bytes] = {}  # only what this process has read itself
 
 
 def model_fingerprint(model: ModelSpec, directory: Path | None = None) -> str:
-    """Of the checkpoint that `model` names, in `directory` or where it is on this machine; nothing is fetched.
+    """The digest of the checkpoint in `directory`, or of `model` on this machine; nothing is downloaded.
 
-    Random weights are known by their seed and by the files that shape them. ModelError where there is no checkpoint.
+    Random weights are identified by seed and shape files. ModelError where there is no checkpoint.
     """
     directory = directory or local_checkpoint_dir(model)
     is_random = model.weights == "random"
@@ -113,7 +113,7 @@ def _parts(file: BinaryIO, path: Path, size: int, is_full: bool) -> Iterator[tup
 
 
 def _safetensors_spans(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
-    """The header and blocks of every tensor; None for a file that is none (the loader will say so)."""
+    """The header and blocks of every tensor; None for a file of another format (the loader reports it)."""
     try:
         file.seek(0)
         (length,) = struct.unpack("<Q", file.read(8))

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says: the tokens that end a reply, and how its texts are drawn."""
+"""A checkpoint's generation_config.json: the tokens that end a reply, and its sampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def end_ids_of(folder: Path) -> frozenset[int]:
-    """The end tokens of generation_config.json, or of config.json where that names none, as transformers takes them."""
+    """The end tokens of generation_config.json, or of config.json if it has none, as in transformers."""
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name).get("eos_token_id")
         if found is None:
@@ -37,7 +37,7 @@ def end_ids_of(folder: Path) -> frozenset[int]:
 
 
 def sampling_of(generation: Mapping[str, Any]) -> dict[str, float] | None:
-    """How a generation_config.json says that texts are drawn, in the words of `Sampling`; None where it is empty."""
+    """The sampling of a generation_config.json; None if it is empty."""
     if not generation:
         return None
     found: dict[str, float] = {

@@ -1,8 +1,8 @@
-"""Final hidden states of scored texts, kept beside a run so that two models can be compared exactly (KL divergence).
+"""Final hidden states of scored texts, stored with a run to compare two models exactly (KL divergence).
 
-Logits would take the vocabulary's size a token; a hidden state takes the model's width. The lm_head is not copied: it
-is read again from the checkpoint. At Qwen-7B's size WikiText-2 under llama.cpp's protocol (half of its 299,000 tokens
-scored) takes 1.1 GiB in bf16.
+Per token, logits have the size of the vocabulary, a hidden state that of the model's width. The lm_head is not
+copied: it is read again from the checkpoint. At Qwen-7B's size WikiText-2 under llama.cpp's protocol (half of its
+299,000 tokens scored) takes 1.1 GiB in bf16.
 """
 
 # R scored rows of one text, E hidden size, V vocabulary

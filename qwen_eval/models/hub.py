@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a local directory, an asset of the package, the Hugging Face hub or ModelScope.
+"""The place of a checkpoint's files: a local directory, an asset of the package, the Hugging Face hub or ModelScope.
 
 Only data files are fetched (weights, configs, tokenizers), never code. A hub that does not answer costs seconds.
 """
@@ -44,7 +44,7 @@ def checkpoint_dir(spec: ModelSpec) -> Path:
 
 
 def local_checkpoint_dir(spec: ModelSpec) -> Path:
-    """As `checkpoint_dir`, but of a hub's checkpoint the copy on this machine: no hub is asked, nothing is fetched."""
+    """As `checkpoint_dir`, but only from this machine: no hub is contacted, nothing is downloaded."""
     if spec.path is not None or spec.asset is not None or (spec.weights == "random" and spec.arch):
         return checkpoint_dir(spec)
     model_id = (spec.modelscope_id or spec.hub_id) if spec.hub == "modelscope" else spec.hub_id
@@ -145,7 +145,7 @@ def _from_modelscope(spec: ModelSpec) -> Path:
 
 
 def _probe(host: str) -> None:
-    """OSError within seconds where nothing answers; the client itself would retry for minutes. Proxies are trusted."""
+    """OSError within seconds if there is no answer; the client would retry for minutes. Proxies are not probed."""
     if not urllib.request.getproxies():
         socket.create_connection((host, 443), timeout=TIMEOUT_S).close()
 

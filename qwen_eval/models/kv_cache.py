@@ -1,11 +1,10 @@
-"""Keys and values: how they are stored (codec), where (a prefix, a slot of a batch), how they are attended to.
+"""Keys and values: how they are stored (codec) and where (a prefix, a slot of a batch).
 
 A `Prefix` is the cache of one token sequence that others continue; windowed layers keep only what later tokens can
-see. `Slots` is the static buffer of a running batch. `PackedAttend` and `DecodeAttend` are the two `Attend`s of
-`transformer.py`: several sequences at once after one prefix, and one token for each of several slots.
+see. `Slots` is the static buffer of a running batch. `attend.py` attends to both.
 """
 
-# N packed tokens, B sequences, T their longest length, K key-value heads, H query heads, D head channels, S keys
+# N packed tokens, B sequences, K key-value heads, D head channels, S keys
 
 from __future__ import annotations
 
@@ -16,18 +15,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qwen_eval.models.attention import merge, partial
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.kv_quant import dequantise, quantise_per_token, quantise_upstream
+from qwen_eval.models.kv_quant import dequantize, quantize_per_token, quantize_upstream
 
 Stored = tuple[Tensor, ...]  # tensors [B,K,S,*] that one codec understands
 
 
 class KvCodec(Protocol):
-    """How keys and values are kept. `is_chunked`: one scale for all tokens of a call, so prefixes cannot be shared."""
+    """How keys and values are kept. `is_chunked`: one scale for all tokens of a call, so prefixes cannot be shared.
+
+    `is_exact`: what is read is what was written.
+    """
 
     name: str
     is_chunked: bool
+    is_exact: bool
 
     def encode(self, x_BKSD: Tensor) -> Stored: ...
 
@@ -38,6 +40,7 @@ class PlainCodec:
     """The model's dtype, as it is."""
 
     is_chunked = False
+    is_exact = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.name = str(dtype).removeprefix("torch.")
@@ -52,16 +55,18 @@ class PlainCodec:
 class Int8Codec:
     """Eight bits, asymmetric. Robust: a scale per token and head, rounded. Upstream: one a call and head, truncated."""
 
+    is_exact = False
+
     def __init__(self, *, upstream: bool) -> None:
         self.is_chunked = upstream
         self.name = "int8 (upstream: scale per call, truncated)" if upstream else "int8 (scale per token, rounded)"
-        self._quantise = quantise_upstream if upstream else quantise_per_token
+        self._quantize = quantize_upstream if upstream else quantize_per_token
 
     def encode(self, x_BKSD: Tensor) -> Stored:
-        return self._quantise(x_BKSD)
+        return self._quantize(x_BKSD)
 
     def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        return dequantise(*stored).to(dtype)
+        return dequantize(*stored).to(dtype)
 
 
 def stored_bytes(stored: Sequence[Tensor]) -> int:
@@ -186,22 +191,21 @@ class Slots:
             for t in like
         )
 
-    def write_prompt(self, layer: int, slot: int, k: Stored, v: Stored) -> None:
-        """Put [1,K,T,*] at the beginning of a slot."""
+    def write(self, layer: int, rows_N: Tensor, positions_N: Tensor, k: Stored, v: Stored) -> None:
+        """Put tokens [1,K,N,*] into the slots `rows_N` at `positions_N`."""
         for buffers, parts in zip(self._buffers(layer, k, v), (k, v)):
             for buffer, part in zip(buffers, parts):
-                buffer[slot, :, : part.shape[2]] = part[0]
+                buffer[rows_N, :, positions_N] = part[0].transpose(0, 1)
 
-    def write_step(self, layer: int, rows: Tensor, positions: Tensor, k: Stored, v: Stored) -> None:
-        """Put one token [B,K,1,*] of each of the slots `rows` at `positions`."""
-        for buffers, parts in zip(self._buffers(layer, k, v), (k, v)):
-            for buffer, part in zip(buffers, parts):
-                buffer[rows, :, positions] = part[:, :, 0]
-
-    def read(self, layer: int, num_rows: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    def stored(self, layer: int, num_rows: int, num_keys: int) -> tuple[Stored, Stored]:
+        """The first keys and values of the first slots, as the codec keeps them."""
         held = self._layers[layer]
         assert held is not None, "read before the first write"
         k, v = (tuple(t[:num_rows, :, :num_keys] for t in part) for part in held)
+        return k, v
+
+    def read(self, layer: int, num_rows: int, num_keys: int) -> tuple[Tensor, Tensor]:
+        k, v = self.stored(layer, num_rows, num_keys)
         return self.codec.decode(k, self.dtype), self.codec.decode(v, self.dtype)
 
     @torch.inference_mode()
@@ -215,160 +219,3 @@ class Slots:
     @property
     def num_bytes(self) -> int:
         return sum(stored_bytes(held[0]) + stored_bytes(held[1]) for held in self._layers if held is not None)
-
-
-class PackedAttend:
-    """Attention of several new sequences, packed one behind another, that all continue `prefix` (or nothing).
-
-    `sink_prefix` (one sequence) or `sink_slots` = (slots, row of each sequence) keeps the new keys and values.
-    `last_only`: in the last layer each sequence asks for its last token only.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        codec: KvCodec,
-        lengths: Sequence[int],
-        *,
-        kernel: str,
-        device: torch.device,
-        prefix: Prefix | None = None,
-        sink_prefix: Prefix | None = None,
-        sink_slots: tuple[Slots, Sequence[int]] | None = None,
-    ) -> None:
-        assert sink_prefix is None or len(lengths) == 1, "a prefix grows by one sequence"
-        self.config, self.codec, self.kernel, self.lengths = config, codec, kernel, list(lengths)
-        self.prefix, self.sink_prefix, self.sink_slots = prefix, sink_prefix, sink_slots
-        self.base = prefix.length if prefix is not None else 0
-        self.longest = max(self.lengths)
-        lengths_B = torch.tensor(self.lengths, device=device)
-        steps_T = torch.arange(self.longest, device=device)
-        self.valid_BT = steps_T < lengths_B[:, None]
-        offsets_B = lengths_B.cumsum(0) - lengths_B
-        self.pad_BT = offsets_B[:, None] + torch.minimum(steps_T, lengths_B[:, None] - 1)
-        self.own_position_N = steps_T.expand(len(self.lengths), -1)[self.valid_BT]
-        self.last_B = offsets_B + lengths_B - 1
-
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        past = None if self.prefix is None else self.prefix.read(layer)  # before the sink grows: it may be the prefix
-        k_NKD, v_NKD = self._keep(layer, k_NKD, v_NKD)
-        if len(q_NHD) == 0:
-            return q_NHD
-        is_last_only = len(q_NHD) != len(k_NKD)
-        own = self._own_last(layer, q_NHD, k_NKD, v_NKD) if is_last_only else self._own(layer, q_NHD, k_NKD, v_NKD)
-        if past is None:
-            return own[0]
-        positions = self.base + (self.own_position_N[self.last_B] if is_last_only else self.own_position_N)
-        return merge(attend_past(q_NHD, past, positions, self.config.window(layer), self.kernel), own)
-
-    def _keep(self, layer: int, k_NKD: Tensor, v_NKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens; what is attended to is what was stored (after quantisation)."""
-        is_plain = isinstance(self.codec, PlainCodec)
-        if is_plain and self.sink_prefix is None and self.sink_slots is None:
-            return k_NKD, v_NKD
-        kept = [
-            self._keep_one(layer, i, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0))
-            for i, (k, v) in enumerate(zip(torch.split(k_NKD, self.lengths), torch.split(v_NKD, self.lengths)))
-        ]
-        if is_plain:
-            return k_NKD, v_NKD
-        decoded = [[self.codec.decode(x, k_NKD.dtype)[0].transpose(0, 1) for x in pair] for pair in kept]
-        return torch.cat([k for k, _ in decoded]), torch.cat([v for _, v in decoded])
-
-    def _keep_one(self, layer: int, i: int, k_1KTD: Tensor, v_1KTD: Tensor) -> tuple[Stored, Stored]:
-        k, v = self.codec.encode(k_1KTD), self.codec.encode(v_1KTD)
-        if self.sink_slots is not None:
-            self.sink_slots[0].write_prompt(layer, self.sink_slots[1][i], k, v)
-        if self.sink_prefix is not None:
-            self.sink_prefix.append(layer, k, v)
-        return k, v
-
-    def _pad(self, x_NHD: Tensor) -> Tensor:
-        if len(self.lengths) == 1:
-            return x_NHD.unsqueeze(0).transpose(1, 2)
-        return x_NHD[self.pad_BT].transpose(1, 2)
-
-    def _own(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Each sequence over itself: padding on the right is never seen by a causal query."""
-        window = self.config.window(layer)
-        mask = None if window is None or window >= self.longest else band(self.longest, window, q.device)
-        out, lse = partial(self._pad(q), self._pad(k), self._pad(v), causal=mask is None, mask=mask, kernel=self.kernel)
-        return out.transpose(1, 2)[self.valid_BT], lse.transpose(1, 2)[self.valid_BT]
-
-    def _own_last(self, layer: int, q_BHD: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        visible_BT = self.valid_BT
-        window = self.config.window(layer)
-        if window is not None:
-            lengths_B = visible_BT.sum(1, keepdim=True)
-            visible_BT = visible_BT & (torch.arange(self.longest, device=q_BHD.device) >= lengths_B - window)
-        mask = visible_BT[:, None, None, :]
-        out, lse = partial(q_BHD.unsqueeze(2), self._pad(k), self._pad(v), mask=mask, kernel=self.kernel)
-        return out.squeeze(2), lse.squeeze(2)
-
-
-def band(length: int, window: int, device: torch.device) -> Tensor:
-    """[1,1,T,T] bool: causal, and no further back than `window` tokens (the token itself included)."""
-    steps = torch.arange(length, device=device)
-    distance = steps[:, None] - steps[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
-
-
-def attend_past(
-    q_NHD: Tensor, past: tuple[Tensor, Tensor, int], positions_N: Tensor, window: int | None, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """All packed queries over one shared past: outputs [N,H,D], log-sum-exp [N,H]."""
-    k, v, start = past
-    mask = None
-    if window is not None:
-        key_positions = start + torch.arange(k.shape[2], device=k.device)
-        mask = (key_positions > positions_N[:, None] - window)[None, None]
-    out, lse = partial(q_NHD.transpose(0, 1).unsqueeze(0), k, v, mask=mask, kernel=kernel)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-
-
-class DecodeAttend:
-    """Attention of one new token in each of the first rows of `slots`.
-
-    `own_lengths` [B]: tokens already in each slot. `groups`: (prefix, row indices) for rows that continue a prefix.
-    """
-
-    def __init__(
-        self,
-        slots: Slots,
-        own_lengths: Tensor,
-        groups: Sequence[tuple[Prefix, Tensor]],
-        base_lengths: Tensor,
-        *,
-        kernel: str,
-    ) -> None:
-        self.slots, self.kernel, self.groups = slots, kernel, groups
-        self.own_lengths = own_lengths
-        self.positions = base_lengths + own_lengths
-        self.num_keys = int(own_lengths.max()) + 1
-        self.rows = torch.arange(len(own_lengths), device=own_lengths.device)
-        steps = torch.arange(self.num_keys, device=own_lengths.device)
-        self.visible = steps <= own_lengths[:, None]
-        self.all_visible = bool(self.visible.all())
-
-    def __call__(self, layer: int, q_BHD: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
-        codec = self.slots.codec
-        self.slots.write_step(
-            layer, self.rows, self.own_lengths, codec.encode(k_BKD.unsqueeze(2)), codec.encode(v_BKD.unsqueeze(2))
-        )
-        k, v = self.slots.read(layer, len(q_BHD), self.num_keys)
-        out, lse = partial(q_BHD.unsqueeze(2), k, v, mask=self._mask(layer), kernel=self.kernel)
-        out, lse = out.squeeze(2), lse.squeeze(2)
-        for prefix, rows in self.groups:
-            past = prefix.read(layer)
-            if past is not None:
-                window = self.slots.config.window(layer)
-                seen = attend_past(q_BHD[rows], past, self.positions[rows], window, self.kernel)
-                out[rows] = merge(seen, (out[rows], lse[rows]))
-        return out
-
-    def _mask(self, layer: int) -> Tensor | None:
-        window = self.slots.config.window(layer)
-        if window is None or window >= self.num_keys:
-            return None if self.all_visible else self.visible[:, None, None, :]
-        steps = torch.arange(self.num_keys, device=self.visible.device)
-        return (self.visible & (steps > self.own_lengths[:, None] - window))[:, None, None, :]

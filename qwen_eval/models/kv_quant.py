@@ -1,4 +1,4 @@
-"""The int8 key/value cache: Qwen's own quantiser, exactly, and a better one that is our default.
+"""The int8 key/value cache: Qwen's own quantizer, exactly, and a better one that is our default.
 
 Legend: B batch, H heads, S tokens, D head size. Codes are asymmetric uint8, `value = scale * (code - zero)`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 LEVELS = 255
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """`codes` uint8 [B, H, S, D]; `scale` and `zero` [B, H, S, 1] in the dtype of the values."""
 
     codes: Tensor
@@ -21,8 +21,8 @@ class Quantised(NamedTuple):
     zero: Tensor
 
 
-def quantise_upstream(x_BHSD: Tensor) -> Quantised:
-    """The released Qwen code's quantiser, bit for bit: one range per batch row and head over the WHOLE chunk, codes
+def quantize_upstream(x_BHSD: Tensor) -> Quantized:
+    """The released Qwen code's quantizer, bit for bit: one range per batch row and head over the WHOLE chunk, codes
     truncated (half a step of bias), all in the dtype of `x`. A constant chunk divides by zero and gives NaN, and the
     codes of a token depend on what else is in its chunk; both belong to the protocol.
     """
@@ -32,10 +32,10 @@ def quantise_upstream(x_BHSD: Tensor) -> Quantised:
     zero = -low / scale
     codes = torch.clamp(x_BHSD / scale + zero, 0, LEVELS).to(torch.uint8)
     shape = (*x_BHSD.shape[:-1], 1)
-    return Quantised(codes, scale.expand(shape).contiguous(), zero.expand(shape).contiguous())
+    return Quantized(codes, scale.expand(shape).contiguous(), zero.expand(shape).contiguous())
 
 
-def quantise_per_token(x_BHSD: Tensor) -> Quantised:
+def quantize_per_token(x_BHSD: Tensor) -> Quantized:
     """Our default: one range per token and head that holds 0, an integer zero point, codes rounded to nearest.
 
     A token's codes depend on that token alone: not on how a prompt was cut into chunks, on padding or on the batch. No
@@ -50,9 +50,9 @@ def quantise_per_token(x_BHSD: Tensor) -> Quantised:
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = torch.round(-low / scale.float())
     codes = torch.clamp(torch.round(x / scale.float()) + zero, 0, LEVELS).to(torch.uint8)
-    return Quantised(codes, scale, zero.to(stored))
+    return Quantized(codes, scale, zero.to(stored))
 
 
-def dequantise(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`scale * (codes - zero)` [B, H, S, D], computed in the dtype of the scale, as upstream does."""
     return scale * (codes.to(scale.dtype) - zero)

@@ -1,4 +1,4 @@
-"""From a `ModelSpec` to a model that runs: checkpoint, overrides, dtype, device, quantisation, cache, tokenizer."""
+"""From a `ModelSpec` to a model that runs: checkpoint, overrides, dtype, device, quantization, cache, tokenizer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Opened:
 
 
 def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: int = 1024) -> Opened:
-    """Load `spec`; ModelError or ConfigError names what is wrong. Quantised layers name the kernel they got."""
+    """Load `spec`; ModelError or ConfigError names what is wrong. Quantized layers name the kernel they got."""
     directory = checkpoint_dir(spec)
     base = base_of(directory)
     fields = read_config(base, spec)
@@ -50,6 +50,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     check_vocabulary(tokenizer, config, directory)
     fingerprint = model_fingerprint(spec, directory)  # before the weights: a file replaced meanwhile is not these
     model = _weights(spec, directory, config, placement)
+    kernels.choose_rows(model.modules())
     is_int8 = spec.kv_cache == "int8"
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if is_int8 else PlainCodec(placement.dtype)
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
@@ -159,7 +160,7 @@ def choose_dtype(
     """auto: on CUDA the checkpoint's own, bf16 where it names none; on CPU bf16 if native there, else fp32.
 
     A GPTQ checkpoint is bf16 wherever that keeps it packed: the kernels take nothing else, and in fp32 or the fp16
-    that its config names every layer would be dequantised, to four or eight times its size.
+    that its config names every layer would be dequantized, to four or eight times its size.
     """
     if dtype != "auto":
         if dtype not in DTYPES:

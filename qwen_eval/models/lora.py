@@ -49,7 +49,7 @@ class LoraConfig:
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether this is an adapter's directory; ModelError where whole weights lie beside it: either could be meant."""
+    """Whether this is the directory of an adapter; ModelError if it also has complete weights, which is ambiguous."""
     if not (directory / CONFIG).is_file():
         return False
     whole = next((name for name in ORDER if (directory / name).is_file()), None)

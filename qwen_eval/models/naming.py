@@ -1,4 +1,4 @@
-"""What a checkpoint is called and what it is, where the user gave its place. No torch: part of reading a command.
+"""The name and chat form of a checkpoint given by its path or hub id. No torch: part of parsing a command.
 
 A directory given without `model=` is not the default model: its name comes from the directory, chat or base from its
 files. Under the name of a published model it must have that model's shape.
@@ -25,7 +25,7 @@ MAX_JSON_BYTES = 32 << 20
 
 
 def settle(model: ModelSpec, given: frozenset[str]) -> ModelSpec:
-    """The spec with what the user left to the checkpoint. `given` are the user's keys: "model", "model.name" ...
+    """The spec, completed from the checkpoint's files. `given` are the user's keys: "model", "model.name" ...
 
     ModelError for a directory of another shape than the named model's.
     """
@@ -55,7 +55,7 @@ def check_shape(model: ModelSpec, directory: Path) -> None:
 
 
 def anonymous(model: ModelSpec, place: str, given: frozenset[str]) -> ModelSpec:
-    """A model known by its place alone: named after it, and nothing of the default model stays."""
+    """A model given by its path or hub id alone: named after it, with no setting of the default model."""
     defaults = ModelSpec()
     cleared = {key: getattr(defaults, key) for key in OF_A_NAMED_MODEL if f"model.{key}" not in given}
     name = model.name if "model.name" in given else checkpoint_name(place)
@@ -91,9 +91,9 @@ def shape_difference(arch: Mapping[str, JSON], found: Mapping[str, JSON]) -> str
 
 
 def is_chat(directory: Path) -> bool:
-    """Whether a checkpoint was tuned to end its turns: base models carry the same templates, but end texts otherwise.
+    """Whether a checkpoint is a chat model. Base models have the same templates, but other end tokens.
 
-    Qwen v1 says it in its generation config; later ones end a text with the token that ends a turn in their template.
+    Qwen v1 says it in its generation config; in later ones the end token of texts is the one that ends a turn.
     """
     generation = _json(directory / "generation_config.json") or {}
     if "chat_format" in generation:

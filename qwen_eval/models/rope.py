@@ -9,12 +9,14 @@ as in the original (which kept it as module state). Everything cached after rota
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qwen_eval.models.config import ModelConfig, Yarn
+from qwen_eval.models.fused import rotate
 
 
 def ntk_alpha(length: int, train_length: int) -> int:
@@ -82,22 +84,20 @@ class Rotation:
 
     def turn(self, heads_NHD: Tensor) -> Tensor:
         """Rotate-half on the leading 2R channels, in fp32, back to the input's dtype (as the original)."""
-        half = self.cos.shape[-1]
-        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
-        x1, x2 = heads_NHD[..., :half].float(), heads_NHD[..., half : 2 * half].float()
-        turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(heads_NHD.dtype)
-        if 2 * half == heads_NHD.shape[-1]:
-            return turned
-        return torch.cat((turned, heads_NHD[..., 2 * half :]), dim=-1)
+        return rotate(heads_NHD, self.cos, self.sin)
 
 
 class Rope:
-    """Tables of one model, built once per (alpha) and grown as positions grow."""
+    """Tables of one model, built once per alpha and grown as positions grow.
+
+    Alphas and lengths are Python numbers throughout: nothing here reads a tensor back from the device.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._logn_tables: dict[int | None, Tensor] = {}
 
     def alpha(self, length: int, window: int | None = None) -> int:
         """The NTK alpha of a sequence whose prefill has `length` tokens, in a layer that sees `window` of them."""
@@ -107,50 +107,40 @@ class Rope:
 
     def key(self, length: int) -> tuple[int, ...]:
         """What a cached prefix depends on: the alphas of a sequence of this length, one per distinct window."""
-        return tuple(self.alpha(length, window) for window in self._distinct_windows())
+        return tuple(self.alpha(length, window) for window in self.distinct_windows)
 
-    def _distinct_windows(self) -> tuple[int | None, ...]:
+    @property
+    def distinct_windows(self) -> tuple[int | None, ...]:
         return tuple(dict.fromkeys(self.config.windows)) or (None,)
 
-    def rotations(self, positions_N: Tensor, lengths_N: Tensor | int) -> list[Rotation]:
-        """Per layer, the rotation of tokens at `positions_N` in sequences of `lengths_N` prefill tokens."""
-        by_window = {w: self._rotation(positions_N, lengths_N, w) for w in self._distinct_windows()}
-        return [by_window[self.config.window(i)] for i in range(self.config.num_layers)]
+    def rotations(self, positions_N: Tensor, lengths: int | Sequence[int], longest: int) -> list[Rotation]:
+        """Per layer, the rotation of tokens at `positions_N`, which are all below `longest`.
 
-    def _rotation(self, positions_N: Tensor, lengths_N: Tensor | int, window: int | None) -> Rotation:
-        alphas = self._alphas(lengths_N, window)
-        if isinstance(alphas, int):
-            cos, sin = self._lookup(alphas, positions_N, lengths_N if isinstance(lengths_N, int) else 0)
-        else:
-            cos = torch.empty(len(positions_N), self.config.rotary_dim // 2, device=self.device)
-            sin = torch.empty_like(cos)
-            for alpha in set(alphas.tolist()):
-                rows = alphas == alpha
-                cos[rows], sin[rows] = self._lookup(int(alpha), positions_N[rows])
-        return Rotation(cos=cos, sin=sin, logn=self._logn(positions_N, window))
+        `lengths`: prefill tokens of the sequence, or [N] of each token's own.
+        """
+        if not isinstance(lengths, int) and len({self.key(length) for length in set(lengths)}) == 1:
+            lengths = lengths[0]
+        if isinstance(lengths, int):
+            tables = RowTables(self, [lengths], max(longest, lengths))
+            return tables.rotations(positions_N, None, longest)
+        tables = RowTables(self, lengths, longest)
+        return tables.rotations(positions_N, torch.tensor(tables.offsets(lengths), device=self.device), longest)
 
-    def _alphas(self, lengths_N: Tensor | int, window: int | None) -> int | Tensor:
-        if isinstance(lengths_N, int):
-            return self.alpha(lengths_N, window)
-        distinct = {length: self.alpha(int(length), window) for length in set(lengths_N.tolist())}
-        if len(set(distinct.values())) == 1:
-            return next(iter(distinct.values()))
-        return torch.tensor([distinct[length] for length in lengths_N.tolist()], device=self.device)
+    def table(self, alpha: int, num_positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [P,R] with P >= `num_positions`."""
+        if alpha not in self._tables or len(self._tables[alpha][0]) < num_positions:
+            self._tables[alpha] = self._build(alpha, _rounded(num_positions))
+        return self._tables[alpha]
 
-    def _logn(self, positions_N: Tensor, window: int | None) -> Tensor | None:
-        if not self.config.logn or (window is not None and window <= self.config.train_length):
+    def logn(self, positions_N: Tensor, window: int | None, longest: int) -> Tensor | None:
+        """Factors [N] of queries at these positions, all below `longest`; None where every factor is 1."""
+        train_length = self.config.train_length
+        if not self.config.logn or (window is not None and window <= train_length) or longest <= train_length:
             return None
-        if int(positions_N.max()) < self.config.train_length:
-            return None
-        return logn_factors(positions_N, self.config.train_length, window)
-
-    def _lookup(self, alpha: int, positions: Tensor, length: int = 0) -> tuple[Tensor, Tensor]:
-        """Rows of the table of `alpha`, built at once for the whole `length` where that is known."""
-        needed = max(int(positions.max()) + 1, length)
-        if alpha not in self._tables or len(self._tables[alpha][0]) < needed:
-            self._tables[alpha] = self._build(alpha, max(64, 2 ** math.ceil(math.log2(needed))))
-        cos, sin = self._tables[alpha]
-        return cos[positions], sin[positions]
+        if window not in self._logn_tables or len(self._logn_tables[window]) < longest:
+            steps = torch.arange(_rounded(longest))
+            self._logn_tables[window] = logn_factors(steps, train_length, window).to(self.device)
+        return self._logn_tables[window][positions_N]
 
     def _build(self, alpha: int, length: int) -> tuple[Tensor, Tensor]:
         c, factor = self.config, 1.0
@@ -160,3 +150,50 @@ class Rope:
             frequencies = inverse_frequencies(c.rotary_dim, c.rope_base, alpha)
         angles = torch.outer(torch.arange(length).float(), frequencies)
         return angles.cos().mul_(factor).to(self.device), angles.sin_().mul_(factor).to(self.device)
+
+
+class RowTables:
+    """Tables for tokens whose sequences have different alphas, one behind another: a token finds its own by an offset.
+
+    Offsets are data, so a decode step looks up every row in the same way whatever the alphas are.
+    """
+
+    def __init__(self, rope: Rope, lengths: Sequence[int], num_positions: int) -> None:
+        self.rope = rope
+        distinct = sorted(set(lengths))
+        self._alphas = {w: sorted({rope.alpha(n, w) for n in distinct}) for w in rope.distinct_windows}
+        self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
+        for window, alphas in self._alphas.items():
+            tables = [rope.table(alpha, num_positions) for alpha in alphas]
+            if len(tables) > 1:
+                tables = [(cos[:num_positions], sin[:num_positions]) for cos, sin in tables]
+            cos, sin = zip(*tables)
+            self._tables[window] = (cos[0], sin[0]) if len(tables) == 1 else (torch.cat(cos), torch.cat(sin))
+        self._stride = num_positions
+
+    @property
+    def is_single(self) -> bool:
+        """One alpha in every window: offsets are all 0."""
+        return all(len(alphas) == 1 for alphas in self._alphas.values())
+
+    def offsets(self, lengths: Sequence[int]) -> list[list[int]]:
+        """[W][N]: where the table of each token begins, by the prefill length of its sequence, for each window."""
+        found = []
+        for window, alphas in self._alphas.items():
+            start = {n: alphas.index(self.rope.alpha(n, window)) * self._stride for n in set(lengths)}
+            found.append([start[n] for n in lengths])
+        return found
+
+    def rotations(self, positions_N: Tensor, offsets_WN: Tensor | None, longest: int) -> list[Rotation]:
+        """Per layer; `offsets_WN` None where they are all 0."""
+        by_window = {}
+        for w, (window, (cos, sin)) in enumerate(self._tables.items()):
+            index_N = positions_N if offsets_WN is None else positions_N + offsets_WN[w]
+            logn = self.rope.logn(positions_N, window, longest)
+            by_window[window] = Rotation(cos=cos[index_N], sin=sin[index_N], logn=logn)
+        config = self.rope.config
+        return [by_window[config.window(i)] for i in range(config.num_layers)]
+
+
+def _rounded(num_positions: int) -> int:
+    return max(64, 1 << math.ceil(math.log2(num_positions)))

@@ -7,13 +7,17 @@ This is where positions, NTK alphas, caches and the model meet; engines schedule
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from qwen_eval.models import fused
+from qwen_eval.models.attend import PackedAttend, upload
 from qwen_eval.models.attention import choose_kernel
-from qwen_eval.models.kv_cache import DecodeAttend, KvCodec, PackedAttend, PlainCodec, Prefix, Slots
+from qwen_eval.models.decode import Buckets, Decoding, Finish, StepResult, buckets_for
+from qwen_eval.models.graph import StepGraphs
+from qwen_eval.models.kv_cache import KvCodec, PlainCodec, Prefix, Slots
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Transformer
 
@@ -24,13 +28,20 @@ class ModelRunner:
     """A model with its positions, cache format and attention kernel."""
 
     def __init__(
-        self, model: Transformer, *, codec: KvCodec | None = None, attention: str = "auto", prefill_chunk: int = 1024
+        self,
+        model: Transformer,
+        *,
+        codec: KvCodec | None = None,
+        attention: str = "auto",
+        prefill_chunk: int = 1024,
+        decode_kernel: str | None = None,
     ) -> None:
         self.model, self.config = model, model.config
         self.codec: KvCodec = codec or PlainCodec(model.dtype)
         self.kernel = choose_kernel(attention, model.device)
         self.rope = Rope(model.config, model.device)
         self.prefill_chunk = prefill_chunk
+        self.decode_kernel = decode_kernel or choose_decode_kernel(model, self.kernel)
 
     @property
     def device(self) -> torch.device:
@@ -64,12 +75,11 @@ class ModelRunner:
                 [len(part)],
                 kernel=self.kernel,
                 device=self.device,
-                prefix=prefix,
-                sink_prefix=prefix,
+                prefixes=[prefix],
+                sinks=[prefix],
             )
-            positions = torch.arange(prefix.length, prefix.length + len(part), device=self.device)
             rows = None if want_hidden else torch.tensor(NO_ROWS, dtype=torch.long, device=self.device)
-            hidden = self._run(part, positions, total_length, attend, rows)
+            hidden = self._run(part, total_length, attend, rows)
             prefix.advance(len(part))
             yield hidden
 
@@ -101,54 +111,98 @@ class ModelRunner:
         return prefix
 
     @torch.inference_mode()
+    def grown_together(
+        self, parents: Sequence[Prefix | None], parts: Sequence[Sequence[int]], total_lengths: Sequence[int]
+    ) -> list[Prefix]:
+        """`grown` for several prefixes in one forward; the caller keeps it within a chunk."""
+        prefixes = [self.empty_prefix() if parent is None else parent.fork() for parent in parents]
+        lengths = [len(ids) for ids in parts]
+        for prefix, length in zip(prefixes, lengths):
+            prefix.reserve(prefix.length + length)
+        attend = PackedAttend(
+            self.config,
+            self.codec,
+            lengths,
+            kernel=self.kernel,
+            device=self.device,
+            prefixes=parents,
+            sinks=prefixes,
+        )
+        rows = torch.tensor(NO_ROWS, dtype=torch.long, device=self.device)
+        self._run(_joined(parts), self._token_lengths(total_lengths, lengths), attend, rows)
+        for prefix, length in zip(prefixes, lengths):
+            prefix.advance(length)
+        return prefixes
+
+    @torch.inference_mode()
     def packed(
         self,
         sequences: Sequence[Sequence[int]],
         total_lengths: Sequence[int],
         *,
-        prefix: Prefix | None = None,
+        prefixes: Sequence[Prefix | None] = (),
         last_only: bool = False,
         sink: tuple[Slots, Sequence[int]] | None = None,
     ) -> Tensor:
-        """Hidden states of several sequences that continue `prefix`, packed [N,E]; with `last_only` [B,E]."""
+        """Hidden states of several sequences, each after its own prefix, packed [N,E]; with `last_only` [B,E]."""
         lengths = [len(s) for s in sequences]
         attend = PackedAttend(
-            self.config, self.codec, lengths, kernel=self.kernel, device=self.device, prefix=prefix, sink_slots=sink
+            self.config, self.codec, lengths, kernel=self.kernel, device=self.device, prefixes=prefixes, sink_slots=sink
         )
-        positions = attend.own_position_N + attend.base
-        distinct = set(total_lengths)
-        lengths_N: Tensor | int = (
-            distinct.pop()
-            if len({self.rope.key(n) for n in distinct}) == 1
-            else torch.tensor(total_lengths).repeat_interleave(torch.tensor(lengths)).to(self.device)
-        )
-        ids = [token for sequence in sequences for token in sequence]
-        return self._run(ids, positions, lengths_N, attend, attend.last_B if last_only else None)
+        rows = attend.last_B if last_only else None
+        return self._run(_joined(sequences), self._token_lengths(total_lengths, lengths), attend, rows)
 
-    @torch.inference_mode()
-    def step(
+    def decoding(
         self,
-        tokens: Tensor,
         slots: Slots,
-        own_lengths: Tensor,
-        base_lengths: Tensor,
-        prefill_lengths: Tensor,
-        groups: Sequence[tuple[Prefix, Tensor]] = (),
-    ) -> Tensor:
-        """One token [B] for each of the first slots; hidden states [B,E]. `prefill_lengths` keep each row's alpha."""
-        attend = DecodeAttend(slots, own_lengths, groups, base_lengths, kernel=self.kernel)
-        rotations = self.rope.rotations(attend.positions, prefill_lengths)
-        hidden: Tensor = self.model(tokens, rotations, attend)
-        return hidden
+        *,
+        prefill_lengths: Iterable[int],
+        num_positions: int,
+        finish: Finish = lambda hidden: (hidden, None),
+        buckets: Buckets | None = None,
+        graphs: StepGraphs[StepResult] | None = None,
+    ) -> Decoding:
+        """Decode steps over `slots`; see `Decoding`."""
+        return Decoding(
+            self.model,
+            self.rope,
+            slots,
+            prefill_lengths=prefill_lengths,
+            num_positions=num_positions,
+            kernel=self.kernel,
+            finish=finish,
+            is_triton=self.decode_kernel == "triton",
+            buckets=buckets or buckets_for(self.device),
+            graphs=graphs,
+        )
+
+    def _token_lengths(self, total_lengths: Sequence[int], lengths: Sequence[int]) -> int | list[int]:
+        """Prefill length of each token's sequence; one number where all have the same alphas."""
+        if len({self.rope.key(n) for n in set(total_lengths)}) == 1:
+            return total_lengths[0]
+        return [total for total, length in zip(total_lengths, lengths) for _ in range(length)]
 
     def _run(
-        self,
-        ids: Sequence[int],
-        positions: Tensor,
-        lengths: Tensor | int,
-        attend: PackedAttend,
-        rows: Tensor | None,
+        self, ids: Sequence[int], lengths: int | Sequence[int], attend: PackedAttend, rows: Tensor | None
     ) -> Tensor:
-        tokens = torch.tensor(ids, device=self.device)
-        hidden: Tensor = self.model(tokens, self.rope.rotations(positions, lengths), attend, rows)
+        tokens = upload(torch.tensor(ids), self.device)
+        rotations = self.rope.rotations(attend.positions_N, lengths, attend.end)
+        hidden: Tensor = self.model(tokens, rotations, attend, rows)
         return hidden
+
+
+def choose_decode_kernel(model: Transformer, kernel: str) -> str:
+    """ "triton" on CUDA where it is there and gives the plain twin's numbers, else "plain", with the reason."""
+    if kernel == "eager" or fused.name(model.device) == "plain":
+        return "plain"
+    from qwen_eval.models.triton_decode import why_not
+
+    config = model.config
+    reason = why_not(
+        model.device, model.dtype, heads=config.num_heads, kv_heads=config.num_kv_heads, dim=config.head_dim
+    )
+    return "triton" if reason is None else f"plain ({reason})"
+
+
+def _joined(sequences: Sequence[Sequence[int]]) -> list[int]:
+    return [token for sequence in sequences for token in sequence]

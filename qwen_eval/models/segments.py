@@ -1,4 +1,4 @@
-"""What in a rendered chat is content, and the token ids of the whole.
+"""The parts of a rendered chat that are content, and the token ids of the whole chat.
 
 Rendered text alone does not tell a special token of the template from one that a message merely quotes. So a chat is
 rendered twice, with its contents and with marks in their place: where the contents put for the marks give the same
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 from qwen_eval.core import Message, Prompt
 
-Row: TypeAlias = dict[str, Any]
+Fields: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ class NoMarks:
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """What a template is given; `marked` are the texts by the mark that stands for each."""
+    """The input of a template; `marked` maps each mark to the text it replaces."""
 
-    rows: list[Row]
+    rows: list[Fields]
     tools: list[Any] | None
     marked: Mapping[str, str]
 
@@ -92,19 +92,19 @@ class Chat:
         return replace(self, rows=[_with_argument_text(row) for row in self.rows])
 
 
-def _row_of(message: Message, marks: Marks | NoMarks) -> Row:
-    row: Row = {"role": message.role, "content": marks.content(message.content)}
+def _row_of(message: Message, marks: Marks | NoMarks) -> Fields:
+    row: Fields = {"role": message.role, "content": marks.content(message.content)}
     if message.tool_calls:
         named = [(marks.leaf(call.name), _marked_leaves(_parsed(call.arguments), marks)) for call in message.tool_calls]
         row["tool_calls"] = [_call(name, arguments) for name, arguments in named]
     return row
 
 
-def _call(name: str, arguments: Any) -> Row:
+def _call(name: str, arguments: Any) -> Fields:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _with_argument_text(row: Row) -> Row:
+def _with_argument_text(row: Fields) -> Fields:
     if "tool_calls" not in row:
         return row
     functions = [call["function"] for call in row["tool_calls"]]
@@ -115,7 +115,7 @@ def _with_argument_text(row: Row) -> Row:
 
 
 def _parsed(text: str) -> Any:
-    """JSON as an object; text that is none stays text, as a model may have written it."""
+    """JSON as an object; other text, which a model may have written, stays text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -133,7 +133,7 @@ def _marked_leaves(value: Any, marks: Marks | NoMarks) -> Any:
 
 
 def texts_of(prompt: Prompt) -> list[str]:
-    """Every text of a chat that somebody wrote: contents, calls, tools. Not the prefill: where it stands is known."""
+    """Every text of a chat that is input: contents, calls, tools. Not the prefill, whose place is known."""
     calls = [text for message in prompt.messages for call in message.tool_calls for text in (call.name, call.arguments)]
     return [message.content for message in prompt.messages] + calls + list(prompt.tools)
 

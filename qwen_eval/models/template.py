@@ -15,8 +15,8 @@ from typing import Any
 from qwen_eval.core import JSON, ConfigError, Message, ModelError, Prompt
 from qwen_eval.models.segments import (
     Chat,
+    Fields,
     Marks,
-    Row,
     Segment,
     SpanTokenizer,
     encode_spans,
@@ -80,10 +80,10 @@ class ChatTemplate:
         return "".join(segment.text for segment in self.segments(prompt)[0])
 
     def encode(self, prompt: Prompt, tokenizer: SpanTokenizer) -> list[int]:
-        """Token ids of a chat: contents stay text, and what stands between two special tokens is one text.
+        """Token ids of a chat: contents stay text, and the part between two special tokens is one text.
 
-        ModelError for a chat that quotes a special token where the template changes its contents: what is content is
-        not known then.
+        ModelError for a chat that quotes a special token if the template changes its contents: the content cannot be
+        located then.
         """
         segments, is_known = self.segments(prompt)
         if not is_known and any(self._special.search(text) for text in texts_of(prompt)):
@@ -131,7 +131,7 @@ class ChatTemplate:
             return texts if isinstance(again[0], ModelError) else again
         return texts
 
-    def _row(self, chat: Chat) -> Row:
+    def _row(self, chat: Chat) -> Fields:
         switch = {} if self.thinking == "auto" else {THINKING_SWITCH: self.thinking == "on"}
         row = {"messages": chat.rows, "tools": chat.tools, "documents": None, "add_generation_prompt": True}
         return {**self._variables, **row, **switch}
@@ -153,7 +153,7 @@ class ChatTemplate:
     def _switched(self, is_on: bool) -> str:
         return self._rendered({THINKING_SWITCH: is_on})
 
-    def _rendered(self, switch: Row) -> str:
+    def _rendered(self, switch: Fields) -> str:
         row = {**self._row(Chat.of([Message(role="user", content="x")])), **switch}
         text = self._child("default").render([row])[0]
         if isinstance(text, ModelError):

@@ -1,4 +1,4 @@
-"""A chat template in a warm child process: limits of time and memory, and one line for whatever goes wrong there."""
+"""A chat template in a warm child process: with limits of time and memory; every error there becomes one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START_S = 60.0
 MEMORY_BYTES = 512 << 20
 MAX_REPLY = 1 << 28  # bytes that are read from the child
 
-Row: TypeAlias = dict[str, Any]
+Fields: TypeAlias = dict[str, Any]
 
 
 class TemplateProcess:
@@ -38,7 +38,7 @@ class TemplateProcess:
         with self._lock:
             return self._started()
 
-    def render(self, rows: Sequence[Row]) -> list[str | ModelError]:
+    def render(self, rows: Sequence[Fields]) -> list[str | ModelError]:
         with self._lock:
             if self._process is None:
                 self._started()
@@ -57,11 +57,11 @@ class TemplateProcess:
             self._stop = weakref.finalize(self, _end, self._process)
         return frozenset(self._ask({"load": self._template}, START_S)["variables"])
 
-    def _ask(self, order: Row, limit_s: float) -> Row:
+    def _ask(self, order: Fields, limit_s: float) -> Fields:
         assert self._process is not None
         try:
             line = _exchange(self._process, json.dumps(order).encode() + b"\n", limit_s)
-            reply: Row = json.loads(line)
+            reply: Fields = json.loads(line)
         except (OSError, ValueError, ModelError) as error:
             self._stop()
             self._process = None

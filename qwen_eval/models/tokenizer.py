@@ -41,7 +41,7 @@ _TOO_BLANK = re.compile(rf"\s{{{_MAX_BLANKS}}}")
 
 
 class ChatTokenizer:
-    """What both kinds share: prompts to ids, ids to text. Implements `core.Tokenizer`.
+    """The shared part of both tokenizers: prompts to ids, ids to text. Implements `core.Tokenizer`.
 
     `special_tokens` maps surface form to id; `vocab_size` counts defined ids (a model's embedding may have more rows).
     """
@@ -64,7 +64,7 @@ class ChatTokenizer:
 
     @property
     def endoftext_id(self) -> int:
-        """What stands between two texts."""
+        """The token between two texts."""
         return self._special(ENDOFTEXT)
 
     @property
@@ -193,7 +193,7 @@ class QwenTokenizer(ChatTokenizer):
         return [*self.encode(role), *self.encode("\n"), *self.encode(content)]
 
 
-class HfTokenizer(ChatTokenizer):
+class JsonTokenizer(ChatTokenizer):
     """Byte-level BPE of a `tokenizer.json`: Qwen1.5, 2, 2.5, 3 and what was trained from them.
 
     Without a chat template it is asked in ChatML, where a block is one string ("user\\n" + content): a message that
@@ -326,8 +326,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def load_tokenizer(path: Path, *, system: str | None = None, thinking: str = "auto") -> ChatTokenizer:
     """The tokenizer of a checkpoint directory: `qwen.tiktoken` (Qwen v1) or `tokenizer.json` (later ones).
 
-    `system` goes before chats without a system message, None leaves the checkpoint's own; `thinking` on or off asks
-    the template for it. A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says
+    `system` is the system message of chats without one; None keeps the checkpoint's own. `thinking` sets the switch of
+    the template. A v1 vocabulary has 205 extra tokens unless `tokenizer_config.json` says
     `"num_extra_tokens": N`.
     """
     folder = path if path.is_dir() else path.parent
@@ -348,11 +348,11 @@ def _refuse_thinking(thinking: str) -> None:
         raise ConfigError("model.thinking=on: this checkpoint has no chat template with such a switch; use auto")
 
 
-def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: str) -> HfTokenizer:
+def _load_hf(file: Path, config: dict[str, Any], system: str | None, thinking: str) -> JsonTokenizer:
     tokens = named_tokens(config)
     try:
         content = file.read_text(encoding="utf-8")
-        tokenizer = HfTokenizer(content, tokens=tokens, end_ids=end_ids_of(file.parent))
+        tokenizer = JsonTokenizer(content, tokens=tokens, end_ids=end_ids_of(file.parent))
     except ModelError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for whatever it cannot read

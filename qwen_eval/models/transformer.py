@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qwen_eval.models.block import block_linears
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.dense import Linear
+from qwen_eval.models.fused import rms_norm, silu_product, stretch
 from qwen_eval.models.rope import Rotation
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (name, in features, out features, bias)
@@ -49,12 +50,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SplitLinear(nn.Module):
-    """q, k and v as separate (quantised) linears, concatenated."""
+    """q, k and v as separate (quantized) linears, concatenated."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             q, rotation = q[rows], rotation.rows(rows)
         q = rotation.turn(q)
         if rotation.logn is not None:
-            q = (q.float() * rotation.logn[:, None, None]).to(q.dtype)
+            q = stretch(q, rotation.logn)
         out: Tensor = self.o(attend(layer, q, k, v).flatten(1))
         return out
 
@@ -101,7 +101,7 @@ class MLP(nn.Module):
         self.up, self.gate, self.down = _made(config, name, ("mlp.up", "mlp.gate", "mlp.down"), make_linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(nn.functional.silu(self.gate(x), inplace=True).mul_(self.up(x)))
+        out: Tensor = self.down(silu_product(self.gate(x), self.up(x)))
         return out
 
 

@@ -1,4 +1,4 @@
-"""Which files of a directory hold its weights, and reading them without trust: anybody can publish a checkpoint.
+"""Finding the weight files of a directory, and reading them safely: anybody can publish a checkpoint.
 
 Safetensors, or `.bin` (a zip with a pickle, read with `weights_only`, so that nothing is executed).
 """

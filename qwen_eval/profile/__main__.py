@@ -8,6 +8,7 @@ from functools import partial
 
 from qwen_eval import cli
 from qwen_eval.profile.config import ProfileSpec, check
+from qwen_eval.profile.finetune import FinetuneSpec
 
 USAGE = """
 python -m qwen_eval.profile [-m] [group=option ...] [key=value ...]
@@ -17,6 +18,7 @@ Without a checkpoint:          python -m qwen_eval.profile model=qwen-7b-chat mo
 What will it take?             python -m qwen_eval.profile plan=true model=qwen-72b-chat-int4 seq=8192
 The published protocol:        python -m qwen_eval.profile profile=readme model=qwen-7b-chat
 The tables of the int8 cache:  python -m qwen_eval.profile profile=kv_batch model=qwen-7b-chat
+Fine-tuning:                   python -m qwen_eval.profile mode=finetune method=lora,lora_emb,qlora,full seq=256,512
 Several models:                python -m qwen_eval.profile -m model=qwen-1.8b,qwen-7b seq=2048,8192
 Every key with its value:      python -m qwen_eval.profile --cfg job
 """
@@ -25,6 +27,8 @@ Every key with its value:      python -m qwen_eval.profile --cfg job
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if any(argument.partition("=")[2] == "finetune" for argument in argv if argument.startswith("mode=")):
+        return cli.run(argv, config_name="finetune", schema=FinetuneSpec, job=finetune, usage=USAGE)
     return cli.run(argv, config_name="profile", schema=ProfileSpec, job=profile, usage=USAGE)
 
 
@@ -43,6 +47,18 @@ def profile(spec: ProfileSpec) -> None:
     print_tables(run_tables(path, published=spec.published))
     plots = [plot.name for plot in write_plots(path)]
     print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")
+
+
+def finetune(spec: FinetuneSpec) -> None:
+    """Plan or measure fine-tuning, and print the tables."""
+    from qwen_eval.profile import finetune as tuning
+    from qwen_eval.report.finetune import plan_text, print_run
+
+    tuning.check(spec)
+    if spec.plan:
+        print(plan_text(spec), end="")
+        return
+    print_run(tuning.run_grid(spec), published=spec.published)
 
 
 def plan(spec: ProfileSpec) -> str:

@@ -20,7 +20,7 @@ SERVE_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class GridCell:
     """`batch` sequences of `prompt_tokens`, each continued by `new_tokens` (the first of them by the prefill)."""
 
     mode: str
@@ -48,7 +48,7 @@ class Cell:
         return self.prompt_tokens + self.new_tokens
 
 
-def cells(spec: ProfileSpec) -> list[Cell]:
+def cells(spec: ProfileSpec) -> list[GridCell]:
     """The grid of a checked spec: sizes innermost, so that the table fills row by row."""
     return [
         _cell(spec, mode, seq, batch, kv_cache, attention)
@@ -60,10 +60,10 @@ def cells(spec: ProfileSpec) -> list[Cell]:
     ]
 
 
-def _cell(spec: ProfileSpec, mode: str, seq: int, batch: int, kv_cache: str, attention: str) -> Cell:
+def _cell(spec: ProfileSpec, mode: str, seq: int, batch: int, kv_cache: str, attention: str) -> GridCell:
     shapes = {"generate": (1, seq), "encode": (seq, 1), "serve": (seq, spec.new_tokens or SERVE_NEW_TOKENS)}
     prompt, new = shapes[mode]
-    return Cell(
+    return GridCell(
         mode=mode,
         seq=seq,
         batch=batch,
@@ -102,7 +102,7 @@ def quant_of(model: ModelSpec) -> str:
     return found.name if found else model.quant
 
 
-def cost_of(spec: ProfileSpec, cell: Cell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:
+def cost_of(spec: ProfileSpec, cell: GridCell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:
     return Cost(
         config=config,
         quant=quant_of(spec.model),
@@ -114,5 +114,5 @@ def cost_of(spec: ProfileSpec, cell: Cell, config: ModelConfig, *, dtype: str, i
     )
 
 
-def to_json(cell: Cell) -> dict[str, JSON]:
+def to_json(cell: GridCell) -> dict[str, JSON]:
     return {"name": cell.name, "key": cell.key, **dataclasses.asdict(cell)}

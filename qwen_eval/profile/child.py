@@ -1,6 +1,6 @@
-"""One cell in a process of its own: load, warm up, measure, say so in one line of JSON. Started by grid.py.
+"""One cell in a process of its own: load, warm up, measure, print one line of JSON. Started by grid.py.
 
-What another cell left behind (a cache, fragments of memory, a dead CUDA context) cannot touch this one.
+Nothing of another cell (a cache, fragmentation, a broken CUDA context) can affect this one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, QwenEvalError, Sampling
 from qwen_eval.engines.native.generation import Generator, Row
-from qwen_eval.engines.native.scoring import is_out_of_memory
+from qwen_eval.engines.native.scheduler import Counters, is_out_of_memory
 from qwen_eval.models.config import read_fields
 from qwen_eval.models.device import DTYPES, Device, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.load import Opened, choose_device, open_forward
 from qwen_eval.models.quant.kernels import has_packed
-from qwen_eval.profile.cells import Cell, cost_of, spec_from_json
+from qwen_eval.profile.cells import GridCell, cost_of, spec_from_json
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.measure import Recorder, Repetition, summary
 from qwen_eval.profile.memory import PeakMemory, limit_memory, status_bytes, to_json
@@ -54,7 +54,7 @@ def main() -> int:
 
 def run(job: dict[str, Any]) -> dict[str, JSON]:
     """The measured row, or a row with the `status` and the reason why there is none."""
-    spec, cell = spec_from_json(job["spec"]), Cell(**job["cell"])
+    spec, cell = spec_from_json(job["spec"]), GridCell(**job["cell"])
     try:
         return {"status": "ok", **measure_cell(spec, cell)}
     except QwenEvalError as error:
@@ -66,14 +66,14 @@ def run(job: dict[str, Any]) -> dict[str, JSON]:
         return {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-def measure_cell(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
-    """Load the model, run the cell as `spec.method` says, and put the ceilings beside what came out."""
+def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
+    """Load the model, run the cell as `spec.method` says, and add the limits of the device."""
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     device = choose_device(spec.model.device)
     limit_memory(device, spec.memory_gib)
     if device.type == "cpu":
-        _rouse(spec)
+        _warm_up(spec)
     before, memory = status_bytes("VmRSS"), PeakMemory(device)
     start = time.perf_counter()
     opened = _open(spec, cell)
@@ -100,38 +100,38 @@ def measure_cell(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
     }  # fmt: skip
 
 
-def _rouse(spec: ProfileSpec) -> None:
-    """A few tokens of a miniature, so that what the libraries load and keep is not taken for the model's memory."""
+def _warm_up(spec: ProfileSpec) -> None:
+    """Warm-up with a miniature, so that memory kept by the libraries is not counted as the model's."""
     miniature = ModelSpec(name="miniature", asset="qwen-tiny", weights="random", dtype=spec.model.dtype, device="cpu")
-    cell = Cell(mode="generate", seq=2, batch=2, prompt_tokens=2, new_tokens=2, kv_cache="auto", attention="auto")
+    cell = GridCell(mode="generate", seq=2, batch=2, prompt_tokens=2, new_tokens=2, kv_cache="auto", attention="auto")
     runner(_open(replace(spec, model=miniature, method="measured"), cell), spec, cell)(2)
 
 
-def _open(spec: ProfileSpec, cell: Cell) -> Opened:
+def _open(spec: ProfileSpec, cell: GridCell) -> Opened:
     model = replace(spec.model, kv_cache=cell.kv_cache, attention=cell.attention)
     protocol = "upstream" if spec.method == "readme" else "robust"
     return open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
 
 
 def runner(
-    opened: Opened, spec: ProfileSpec, cell: Cell, clock: Callable[[], float] = time.perf_counter
+    opened: Opened, spec: ProfileSpec, cell: GridCell, clock: Callable[[], float] = time.perf_counter
 ) -> Callable[[int], Repetition]:
     """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early."""
+    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.device))
+
+    def step(num_rows: int, counters: Counters) -> None:
+        if counters.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
+            raise MemoryError(f"{cell.batch} sequences do not fit at once")
+        recorder.step(num_rows)
+
     generator = Generator(
         opened.forward,
         opened.tokenizer,
         share=False,
         max_slots=cell.batch,
         prefill_tokens=spec.max_batch_tokens,
+        on_step=step,
     )
-    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.device))
-
-    def step(num_rows: int) -> None:
-        if generator.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
-            raise MemoryError(f"{cell.batch} sequences do not fit at once")
-        recorder.step(num_rows)
-
-    generator.on_step = step
     prompt = tuple(opened.tokenizer.encode(PROMPT)[:1]) * cell.prompt_tokens
     sampling = published_sampling(spec) if spec.method == "readme" else Sampling()
 
@@ -161,9 +161,9 @@ def published_sampling(spec: ProfileSpec) -> Sampling:
 
 
 def _ceilings(
-    spec: ProfileSpec, cell: Cell, opened: Opened, device: Device, repetitions: Sequence[Repetition]
+    spec: ProfileSpec, cell: GridCell, opened: Opened, device: Device, repetitions: Sequence[Repetition]
 ) -> dict[str, JSON]:
-    """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase came to."""
+    """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase reached."""
     is_packed = has_packed(opened.forward.model.dtype, opened.forward.device)
     cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed)
     prefill_s, step_s = floor_s(cost, cell, device)

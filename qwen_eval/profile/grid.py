@@ -1,4 +1,4 @@
-"""The grid: a cell after the other, each in a process of its own; what happened to it is a row, whatever happened.
+"""The grid: one cell after another, each in its own process; every outcome is a row, failures too.
 
 `result.json` is written after every cell, so a run that is interrupted or killed leaves a valid table of what was
 measured, and the same command (or one with more cells) measures only what is missing.
@@ -12,15 +12,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen_eval import core
-from qwen_eval.core import JSON, ConfigError, ModelError, QwenEvalError, StoreError
+from qwen_eval.core import ConfigError, ModelError, QwenEvalError, StoreError
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.hub import checkpoint_dir
-from qwen_eval.profile.cells import Cell, cells, to_json
+from qwen_eval.profile.cells import GridCell, cells, to_json
 from qwen_eval.profile.config import ProfileSpec
+from qwen_eval.runs import fields
 from qwen_eval.runs.provenance import deciding_versions, provenance
 from qwen_eval.runs.store import FORMAT, RunDirectory
 from qwen_eval.terminal import plain_text
@@ -32,8 +34,8 @@ GRID = ("mode", "seq", "new_tokens", "batch", "kv_cache", "attention")  # say wh
 PLACES = ("runs_dir", "tag", "overwrite", "quiet", "plan", "on", "published", "timeout_s")
 SAME_DEVICE = ("name", "num_threads", "dtype")
 
-MeasureCell = Callable[[ProfileSpec, Cell], dict[str, JSON]]
 ShowRun = Callable[[Path], object]
+MeasureCell = Callable[[ProfileSpec, GridCell], dict[str, Any]]
 
 
 def run_directory(spec: ProfileSpec) -> Path:
@@ -49,7 +51,8 @@ def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None, *, shown: Sh
     measure = measure or in_child
     with RunDirectory.open(run_directory(spec)) as run:
         run.check_spec(run_spec(spec), overwrite=spec.overwrite)
-        known = {} if spec.overwrite else {str(row["key"]): row for row in (run.result() or {}).get("cells", [])}
+        stored = [] if spec.overwrite else fields.rows((run.result() or {}).get("cells"))
+        known: dict[str, Mapping[str, Any]] = {str(row["key"]): row for row in stored}
         _keep(run, spec, known, shown)
         for cell in cells(spec):
             if known.get(cell.key, {}).get("status") in DONE:
@@ -65,7 +68,7 @@ def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None, *, shown: Sh
         return run.path
 
 
-def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
+def run_spec(spec: ProfileSpec) -> dict[str, Any]:
     """The content of spec.json. "decides" is how a cell is measured; which cells there are may grow."""
     fields = dataclasses.asdict(spec)
     how = {key: value for key, value in fields.items() if key not in (*GRID, *PLACES)}
@@ -75,7 +78,7 @@ def run_spec(spec: ProfileSpec) -> dict[str, JSON]:
     return {"format": FORMAT, "kind": "profile", "config": config, "decides": decides, "provenance": provenance()}
 
 
-def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]], shown: ShowRun) -> None:
+def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str, Any]], shown: ShowRun) -> None:
     """result.json and its tables, as far as the grid has come."""
     wanted = cells(spec)
     num_known = sum(cell.key in known for cell in wanted)
@@ -94,7 +97,7 @@ def _keep(run: RunDirectory, spec: ProfileSpec, known: Mapping[str, Mapping[str,
     shown(run.path)
 
 
-def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, JSON]], row: Mapping[str, JSON]) -> None:
+def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, Any]], row: Mapping[str, Any]) -> None:
     here = row.get("device")
     for other in (old["device"] for old in known if old.get("device")):
         if here and any(here.get(key) != other.get(key) for key in SAME_DEVICE):
@@ -102,7 +105,7 @@ def _refuse_other_device(run: RunDirectory, known: Iterable[Mapping[str, JSON]],
             raise StoreError(f"{run.path} was measured on {names[0]}, this is {names[1]}; pass tag=NAME")
 
 
-def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, JSON]]) -> None:
+def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, Any]]) -> None:
     """A grid of which every cell is the user's mistake is one; a failed cell among others is a row."""
     rows = [known[cell.key] for cell in cells(spec)]
     errors = [row for row in rows if row.get("error")]
@@ -120,11 +123,11 @@ def _say(spec: ProfileSpec, line: str) -> None:
 # --- a cell's own process --------------------------------------------------------------------------------------------
 
 
-def in_child(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
-    """The row of one cell, from `python -m qwen_eval.profile.child`; how it ended when it ended without one."""
+def in_child(spec: Any, cell: Any, child: Sequence[str] | None = None) -> dict[str, Any]:
+    """The row of one cell, from the program `child`; how it ended when it ended without one. Both are dataclasses."""
     job = {"parent": os.getpid(), "spec": dataclasses.asdict(spec), "cell": dataclasses.asdict(cell)}
-    command, pipe = [sys.executable, *CHILD], subprocess.PIPE
-    child = subprocess.Popen(
+    command, pipe = [sys.executable, *(child or CHILD)], subprocess.PIPE
+    process = subprocess.Popen(
         command,
         stdin=pipe,
         stdout=pipe,
@@ -135,18 +138,18 @@ def in_child(spec: ProfileSpec, cell: Cell) -> dict[str, JSON]:
         preexec_fn=os.setpgrp,
     )
     try:
-        reply, said = child.communicate(json.dumps(job).encode(), timeout=spec.timeout_s)
+        reply, said = process.communicate(json.dumps(job).encode(), timeout=spec.timeout_s)
     except subprocess.TimeoutExpired:
         return {"status": "timed out", "reason": f"not done after timeout_s={spec.timeout_s:g}"}
     finally:
-        _end(child)
-    return _row(child.returncode, reply, said.decode(errors="replace"))
+        _end(process)
+    return _row(process.returncode, reply, said.decode(errors="replace"))
 
 
-def _row(returncode: int, reply: bytes, said: str) -> dict[str, JSON]:
+def _row(returncode: int, reply: bytes, said: str) -> dict[str, Any]:
     if returncode == 0:
         try:
-            row: dict[str, JSON] = json.loads(reply)
+            row: dict[str, Any] = json.loads(reply)
             return row
         except ValueError:
             pass

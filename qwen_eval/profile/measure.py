@@ -1,4 +1,4 @@
-"""What one cell took: times of tokens as they come, read off a clock that a test can replace. No torch here."""
+"""The measurements of one cell: the times of its tokens, by a clock that a test can replace. No torch here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qwen_eval.core import JSON
-from qwen_eval.profile.cells import Cell
+from qwen_eval.profile.cells import GridCell
 
 Clock = Callable[[], float]
 QUANTILES = (50, 90, 99)
@@ -61,7 +61,7 @@ class Recorder:
         return Repetition(total_s=end_s - self.start_s, ttft_s=marks[0] - self.start_s, steps_s=steps)
 
 
-def summary(cell: Cell, repetitions: Sequence[Repetition]) -> dict[str, JSON]:
+def summary(cell: GridCell, repetitions: Sequence[Repetition]) -> dict[str, JSON]:
     """The raw values of every repetition, and the quantiles of a token's time over all of them.
 
     `tok_per_s` is what the published tables mean: generated tokens over the whole time; of `encode` the tokens read.

@@ -16,7 +16,7 @@ MARGIN = 0.97  # of the free memory: the rest of the machine must live
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """`allocated_bytes`: tensors on CUDA, the resident set on a CPU. `counter` says since when and by whom."""
+    """`allocated_bytes`: tensors on CUDA, the resident set on a CPU. `counter` says what was counted, since when."""
 
     allocated_bytes: int
     reserved_bytes: int | None
@@ -65,7 +65,7 @@ def status_bytes(field: str) -> int | None:
 
 
 def limit_memory(device: torch.device, memory_gib: float | None) -> None:
-    """More than `memory_gib` (or than is free) becomes an error the process can tell of: the system kills, untold."""
+    """Using more than `memory_gib` (or than is free) raises an error; otherwise the system would kill the process."""
     free, total = memory_bytes(device)
     if device.type == "cuda":
         if memory_gib is not None:

@@ -1,4 +1,4 @@
-"""`plan=true`: what each cell will take and whether it fits, from the cost model alone; nothing is loaded."""
+"""`plan=true`: the predicted time and memory of each cell, and whether it fits; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from qwen_eval.models.cost import (
 )
 from qwen_eval.models.device import Device
 from qwen_eval.models.quant.formats import FORMATS, quant_format
-from qwen_eval.profile.cells import Cell, cells, cost_of, quant_of, shape_of
+from qwen_eval.profile.cells import GridCell, cells, cost_of, quant_of, shape_of
 from qwen_eval.profile.config import ProfileSpec
-from qwen_eval.tables import Cell as Shown
-from qwen_eval.tables import Table, number_cell, text_cell, to_terminal
+from qwen_eval.tables import Cell, Table, number_cell, text_cell, to_terminal
 from qwen_eval.terminal import terminal_width
 
 GIB = 2**30
@@ -81,8 +80,8 @@ def _cells(spec: ProfileSpec, config: ModelConfig, device: Device, is_packed: bo
 
 
 def _row(
-    spec: ProfileSpec, cell: Cell, config: ModelConfig, device: Device, memory: int, is_packed: bool
-) -> tuple[Shown, ...]:
+    spec: ProfileSpec, cell: GridCell, config: ModelConfig, device: Device, memory: int, is_packed: bool
+) -> tuple[Cell, ...]:
     cost = cost_of(spec, cell, config, dtype=device.dtype, is_packed=is_packed)
     size = (cell.batch, cell.prompt_tokens, cell.new_tokens)
     peak = cost.peak_bytes(*size)
@@ -99,7 +98,7 @@ def _row(
     )  # fmt: skip
 
 
-def floor_s(cost: Cost, cell: Cell, device: Device) -> tuple[float | None, float | None]:
+def floor_s(cost: Cost, cell: GridCell, device: Device) -> tuple[float | None, float | None]:
     """(prefill, mean decode step): the time below which this device's bandwidth and FLOP/s do not let them fall."""
     bandwidth, flops = device.best_bandwidth, device.best_flops
     if bandwidth is None or flops is None:
@@ -110,7 +109,7 @@ def floor_s(cost: Cost, cell: Cell, device: Device) -> tuple[float | None, float
     return max(traffic / bandwidth, work / flops), step
 
 
-def original_law(config: ModelConfig, quant: str, cell: Cell) -> int | None:
+def original_law(config: ModelConfig, quant: str, cell: GridCell) -> int | None:
     """The published law where it speaks of such a cell: Qwen v1, one sequence, generating or encoding."""
     if config.family != "qwen" or cell.batch != 1 or cell.mode == "serve" or quant_format(quant).is_made_here:
         return None
@@ -127,7 +126,7 @@ def _ceiling(device: Device) -> str:
     )
 
 
-def _gib(value: int | None) -> Shown:
+def _gib(value: int | None) -> Cell:
     return number_cell(None if value is None else value / GIB, 3 if value is not None and value < GIB else 2)
 
 

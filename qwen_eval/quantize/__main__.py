@@ -1,4 +1,4 @@
-"""`python -m qwen_eval.quantize model=qwen-7b-chat bits=4`: a GPTQ checkpoint from an unquantised one."""
+"""`python -m qwen_eval.quantize model=qwen-7b-chat bits=4`: a GPTQ checkpoint from an unquantized one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from qwen_eval.quantize.config import QuantizeSpec, check
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code (0 done, 2 the user's mistake, 130 Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return cli.run(argv, config_name="quantize", schema=QuantizeSpec, job=quantise)
+    return cli.run(argv, config_name="quantize", schema=QuantizeSpec, job=quantize)
 
 
-def quantise(spec: QuantizeSpec) -> None:
-    """Quantise one checkpoint; torch is imported once the keys are valid."""
+def quantize(spec: QuantizeSpec) -> None:
+    """Quantize one checkpoint; torch is imported once the keys are valid."""
     check(spec)
     from qwen_eval.quantize import command
 
-    command.quantise(spec)
+    command.quantize(spec)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The text that a model is quantised on, as token sequences."""
+"""The text that a model is quantized on, as token sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantising a whole checkpoint with GPTQ, one block in memory at a time, into the published file layout."""
+"""Quantizing a whole checkpoint with GPTQ, one block in memory at a time, into the published file layout."""
 
 # N packed tokens, E hidden size
 
@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen_eval.core import ModelError
+from qwen_eval.models.attend import PackedAttend
 from qwen_eval.models.attention import choose_kernel
 from qwen_eval.models.block import checkpoint_names, gptq_steps
 from qwen_eval.models.checkpoint import TensorFiles
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.kv_cache import PackedAttend, PlainCodec
+from qwen_eval.models.kv_cache import PlainCodec
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Block, dense_linear
 from qwen_eval.quantize import gptq as gptq_quantize
@@ -110,8 +111,8 @@ class Calibration:
         for lengths, hidden in zip(self.lengths, self.hidden):
             codec = PlainCodec(self.dtype)
             attend = PackedAttend(self.config, codec, lengths, kernel=self.kernel, device=self.device)
-            counts = torch.tensor(lengths)
-            rotations = self.rope.rotations(attend.own_position_N, counts.repeat_interleave(counts).to(self.device))
+            totals = [length for length in lengths for _ in range(length)]
+            rotations = self.rope.rotations(attend.positions_N, totals, attend.end)
             yield block(hidden, layer, rotations[layer], attend, None)
 
 
@@ -128,7 +129,7 @@ def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]
 
 
 @torch.inference_mode()
-def quantise_checkpoint(
+def quantize_checkpoint(
     source: Path,
     out: Path,
     fields: Mapping[str, Any],
@@ -141,24 +142,24 @@ def quantise_checkpoint(
 ) -> tuple[int, list[ModuleError]]:
     """Write a GPTQ checkpoint of `source` into the empty directory `out`; (weight bytes, error of every Linear).
 
-    `fields` is the source's config.json; the output's other files are copies. Blocks are quantised in order, each on
-    the outputs of the quantised blocks before it.
+    `fields` is the source's config.json; the output's other files are copies. Blocks are quantized in order, each on
+    the outputs of the quantized blocks before it.
     """
     config, files, writer = ModelConfig.from_hf(fields), TensorFiles(source), Writer(out)
     check_shape(config, recipe)
     calibration = Calibration(config, device, dtype)
     calibration.start(sequences, files.read(f"{checkpoint_names(config, 'embed')[0]}.weight"))
     errors: list[ModuleError] = []
-    quantised: set[str] = set()
+    quantized: set[str] = set()
     for layer in range(config.num_layers):
         block = load_block(files, config, layer, dtype, device)
-        found = [e for group in gptq_steps() for e in _quantise_group(block, layer, group, calibration, recipe, writer)]
-        quantised.update(error.name for error in found)
+        found = [e for group in gptq_steps() for e in _quantize_group(block, layer, group, calibration, recipe, writer)]
+        quantized.update(error.name for error in found)
         calibration.hidden = list(calibration.run(block, layer))
         errors += found
         progress(layer, config.num_layers, found)
     for name in files.files:
-        if name.rpartition(".")[0] not in quantised:
+        if name.rpartition(".")[0] not in quantized:
             writer.add(name, files.read(name))
     _copy_files(source, out)
     _write_configs(out, fields, recipe)
@@ -197,10 +198,10 @@ def load_block(files: TensorFiles, config: ModelConfig, layer: int, dtype: torch
     return block
 
 
-def _quantise_group(
+def _quantize_group(
     block: Block, layer: int, group: Sequence[str], calibration: Calibration, recipe: Recipe, writer: Writer
 ) -> Iterator[ModuleError]:
-    """Quantise Linears that read the same inputs, in place: what follows is calibrated on what will be read."""
+    """Quantize Linears that read the same inputs, in place: what follows is calibrated on what will be read."""
     first = block.get_submodule(group[0])
     assert isinstance(first, nn.Linear)
     hessian = Hessian(first.in_features)
@@ -211,15 +212,15 @@ def _quantise_group(
     for name in group:
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        yield from _quantise_linear(linear, f"layers.{layer}.{name}", hessian.value, calibration.config, recipe, writer)
+        yield from _quantize_linear(linear, f"layers.{layer}.{name}", hessian.value, calibration.config, recipe, writer)
 
 
-def _quantise_linear(
+def _quantize_linear(
     linear: nn.Linear, module: str, hessian: Tensor, config: ModelConfig, recipe: Recipe, writer: Writer
 ) -> Iterator[ModuleError]:
     """One Linear of ours is one or three (q, k, v) of the checkpoint's: rows are independent, so they are split."""
     sources = checkpoint_names(config, module)
-    result = gptq_quantize.quantise(linear.weight, hessian, recipe, name=sources[0])
+    result = gptq_quantize.quantize(linear.weight, hessian, recipe, name=sources[0])
     sizes = [linear.out_features]
     if len(sources) > 1:
         sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]

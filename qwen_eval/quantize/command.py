@@ -1,4 +1,4 @@
-"""One quantised checkpoint: read the original and the calibration text, quantise, write. Imports torch."""
+"""One quantized checkpoint: read the original and the calibration text, quantize, write. Imports torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from qwen_eval.models.quant.gptq import read_config
 from qwen_eval.models.quant.kernels import dense_dtype
 from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.quantize.calibration import calibration_sequences
-from qwen_eval.quantize.checkpoint import ModuleError, quantise_checkpoint, write_json
+from qwen_eval.quantize.checkpoint import ModuleError, quantize_checkpoint, write_json
 from qwen_eval.quantize.config import QuantizeSpec
 from qwen_eval.quantize.gptq import Recipe
 
 
-def quantise(spec: QuantizeSpec) -> None:
-    """Quantise by a checked spec and write; the directory appears under its name only when it is complete."""
+def quantize(spec: QuantizeSpec) -> None:
+    """Quantize by a checked spec and write; the directory appears under its name only when it is complete."""
     out = Path(spec.out or f"checkpoints/{spec.model.name}-gptq-int{spec.bits}")
     if out.exists() and not spec.overwrite:
         raise ConfigError(f"out={out}: exists; name another directory or pass overwrite=true")
@@ -39,7 +39,7 @@ def quantise(spec: QuantizeSpec) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _quantise(spec, source, partial, fields, sequences)
+        _quantize(spec, source, partial, fields, sequences)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -54,11 +54,11 @@ def _plain_config(source: Path) -> dict[str, Any]:
         raise ModelError(f"{source}: a LoRA adapter; merge it into its base (merge_and_unload of peft) and pass that")
     fields = read_fields(source / "config.json")
     if read_config(fields, source) is not None:
-        raise ModelError(f"{source}: is quantised already; quantise its BF16 original")
+        raise ModelError(f"{source}: is quantized already; quantize its BF16 original")
     return fields
 
 
-def _quantise(
+def _quantize(
     spec: QuantizeSpec, source: Path, partial: Path, fields: dict[str, Any], sequences: Sequence[Sequence[int]]
 ) -> None:
     recipe = Recipe(bits=spec.bits, group_size=spec.group_size, sym=spec.sym, desc_act=spec.desc_act, damp=spec.damp)
@@ -74,7 +74,7 @@ def _quantise(
             )
             print(line, file=sys.stderr, flush=True)
 
-    written, errors = quantise_checkpoint(
+    written, errors = quantize_checkpoint(
         source, partial, fields, sequences, recipe, dtype=dtype, device=device, progress=progress
     )
     result = {

@@ -39,4 +39,4 @@ def check(spec: QuantizeSpec) -> None:
         if getattr(spec, key) < 1:
             raise ConfigError(f"{key}={getattr(spec, key)}: must be at least 1")
     if spec.model.weights == "random":
-        raise ConfigError("model.weights=random: there is nothing to quantise; give model.path= or a trained model")
+        raise ConfigError("model.weights=random: there is nothing to quantize; give model.path= or a trained model")

@@ -71,8 +71,8 @@ class Result:
         return self.rows(0, len(self.weight_NK), recipe)
 
 
-def quantise(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
-    """Quantise one weight against the Hessian of its inputs."""
+def quantize(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
+    """Quantize one weight against the Hessian of its inputs."""
     weight, hessian = weight_NK.detach().float().clone(), hessian_KK.float().clone()
     dead = hessian.diagonal() == 0  # inputs that were always zero: their weights cannot matter
     hessian.diagonal()[dead] = 1
@@ -92,14 +92,14 @@ def quantise(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str
     return Result(codes, codes.weight)
 
 
-def output_error(weight_NK: Tensor, quantised_NK: Tensor, hessian_KK: Tensor) -> float:
+def output_error(weight_NK: Tensor, quantized_NK: Tensor, hessian_KK: Tensor) -> float:
     """|x (Q - W)| / |x W| over the inputs that made the Hessian."""
 
     def energy(matrix_NK: Tensor) -> Tensor:
         return ((matrix_NK @ hessian_KK) * matrix_NK).sum().clamp_min(0)
 
     weight = weight_NK.float()
-    return float((energy(quantised_NK - weight) / energy(weight).clamp_min(1e-30)).sqrt())
+    return float((energy(quantized_NK - weight) / energy(weight).clamp_min(1e-30)).sqrt())
 
 
 def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:

@@ -75,6 +75,7 @@ def check(spec: ReportSpec) -> ReportSpec:
     """ConfigError for a value outside its set or two questions at once."""
     if spec.format not in FORMATS:
         raise not_one_of("format", spec.format, FORMATS)
+    spec.layout = ["quantization" if name == "quantisation" else name for name in spec.layout]  # its name until 0.1
     for name in spec.layout:
         if name not in LAYOUTS:
             raise not_one_of("layout", name, LAYOUTS)
@@ -145,14 +146,7 @@ def _accept(spec: ReportSpec) -> int:
 def _margins(spec: ReportSpec) -> Margins:
     from qwen_eval.report.comparison import Margins
 
-    if spec.margin is not None and not 0 < spec.margin < 100:
-        raise ConfigError(f"margin={spec.margin}: points or per cent, between 0 and 100, such as 1")
-    short = {} if spec.margin is None else dict.fromkeys(("share", "ppl", "mean"), spec.margin / 100)
-    margins = Margins(**{**vars(spec.margins), **short})
-    for name, value in vars(margins).items():
-        if not 0 < value < (10 if name in ("once", "memory", "speed") else 1):
-            raise ConfigError(f"margins.{name}={value}: a fraction above 0 and below 1, such as 0.01")
-    return margins
+    return Margins(**vars(spec.margins)).checked(spec.margin)
 
 
 def _forms(spec: ReportSpec) -> list[tuple[Path | None, str]]:

@@ -1,4 +1,4 @@
-"""Baselines: what a run must be compared with later, small enough to commit and readable in a diff.
+"""Baselines: what later runs are compared with, small enough to commit and readable in a diff.
 
 <baselines>/<kind>/<task>/<model>/<tag>/baseline.json   spec, metrics, rates, engine, cells of a profile, one prompt
 <baselines>/<kind>/<task>/<model>/<tag>/samples.jsonl   a sample a line: score, reading, fingerprints (items.COLUMNS)
@@ -15,8 +15,10 @@ from pathlib import Path
 from qwen_eval.core import JSON, ConfigError, StoreError
 from qwen_eval.report.comparison import Side
 from qwen_eval.report.items import Item, items_from_rows, items_of, items_to_rows
-from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
+from qwen_eval.report.runs import Unreadable, find_runs
+from qwen_eval.runs.fields import section
 from qwen_eval.runs.integrity import damage
+from qwen_eval.runs.run import Run
 
 FORMAT = 2
 BASELINE, SAMPLES = "baseline.json", "samples.jsonl"
@@ -47,7 +49,7 @@ class Accepted:
         return " (new)" if self.before is None else ""
 
 
-def key_of(run: LoadedRun) -> Key:
+def key_of(run: Run) -> Key:
     return run.kind, run.task, run.model, run.tag
 
 
@@ -61,7 +63,7 @@ def accept(paths: Sequence[str], baselines: Path) -> list[Accepted]:
         raise ConfigError(f"accept: {found.unreadable[0].path}: {found.unreadable[0].reason}; leave it out")
     if not found.runs:
         raise ConfigError(f"accept: no run under {', '.join(paths)}")
-    by_key: dict[Key, LoadedRun] = {}
+    by_key: dict[Key, Run] = {}
     for run in found.runs:
         other = by_key.setdefault(key_of(run), run)
         if other.path.resolve() != run.path.resolve():
@@ -99,7 +101,7 @@ def load_baseline(directory: Path) -> Side:
         items = items_from_rows(value["samples"], (json.loads(line) for line in lines if line))
         if len(items) != value["samples"]["n"]:
             raise StoreError(f"{path}: {len(items)} samples of {value['samples']['n']}; accept the run again")
-        run = LoadedRun(path=directory, spec=value["spec"], result=value["result"])
+        run = Run(path=directory, spec=value["spec"], result=value["result"])
         _ = run.metrics
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path}: not a baseline ({type(error).__name__}: {error}); accept the run again") from error
@@ -112,7 +114,7 @@ def load_baseline(directory: Path) -> Side:
 # --- what is fit to be a baseline ------------------------------------------------------------------------------------
 
 
-def _check_fit(run: LoadedRun) -> None:
+def _check_fit(run: Run) -> None:
     for name, part in zip(("kind", "task", "model.name", "tag"), key_of(run)):
         if part in ("", ".", "..") or any(character in part for character in "/\\\0"):
             raise ConfigError(f"accept: {run.path}: {name}={part!r} is no file name; run it with another {name}=")
@@ -123,7 +125,7 @@ def _check_fit(run: LoadedRun) -> None:
         raise ConfigError(f"accept: {run.path}: {found}; run it again or leave it out")
 
 
-def _what_is_no_number(run: LoadedRun) -> str | None:
+def _what_is_no_number(run: Run) -> str | None:
     items = list(items_of(run.records).values())
     odd = [f"{item.id}: {item.not_finite}" for item in items if item.not_finite]
     unscored = [item.id for item in items if item.score is None]
@@ -176,10 +178,10 @@ def _one_prompt(items: Sequence[Item]) -> JSON:
 
 def _portable(spec: Mapping[str, JSON]) -> dict[str, JSON]:
     """The spec without what belongs to one machine: places, the command line, the host."""
-    config = _without(spec.get("config", {}), LOCAL_KEYS["config"])
+    config = section(_without(spec.get("config"), LOCAL_KEYS["config"]))
     config = {key: _without(value, LOCAL_KEYS.get(key, ())) for key, value in config.items()}
-    provenance = spec.get("provenance")
-    kept = {key: provenance[key] for key in ("time", "git", "packages") if key in provenance} if provenance else {}
+    provenance = section(spec.get("provenance"))
+    kept = {key: provenance[key] for key in ("time", "git", "packages") if key in provenance}
     known = {key: spec[key] for key in ("format", "kind", "decides") if key in spec}
     return {**known, "config": config, "provenance": kept}
 

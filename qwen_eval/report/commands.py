@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from qwen_eval.profile.finetune import METHOD_NAMES
 from qwen_eval.report.published import BENCHMARKS, Published, ledger, sources
 from qwen_eval.tables import Cell, Table, text_cell
 
 EVAL, PROFILE = "python -m qwen_eval", "python -m qwen_eval.profile"
 SHOTS_ARE_SET = ("mmlu", "ceval", "cmmlu", "gsm8k")  # of the others the official number is the only one
+AGENT_TASKS = {"tool_use": "plugin", "code_interpreter": "code_interpreter", "hf_agent": "hf_agent"}
 TRICKS = {
     "none": "plain", "+ dynamic_ntk": "ntk", "+ dynamic_ntk + logn": "ntk_logn",
     "+ dynamic_ntk + logn + window_attn": "ntk_logn_window",
@@ -38,7 +40,22 @@ def command(row: Published) -> str | None:
     model = _our_model(row)
     if model is None:
         return None
+    if row.benchmark in AGENT_TASKS:
+        task = "hf_agent_chat" if row.setting.get("mode") == "chat" else AGENT_TASKS[row.benchmark]
+        return f"{EVAL} task={task} model={model}"
+    if row.benchmark == "finetune":
+        return _finetune_command(row, model)
     return _profile_command(row, model) or _long_command(row, model) or _task_command(row, model)
+
+
+def _finetune_command(row: Published, model: str) -> str | None:
+    """One GPU is measured; several are planned."""
+    method = next((method for method, name in METHOD_NAMES.items() if (row.variant or "").startswith(name)), None)
+    if row.variant == "LoRA (emb)":
+        method = "lora_emb"
+    words = [PROFILE, "mode=finetune", f"method={method}", f"seq={row.setting['seq_len']}", f"model={model}"]
+    gpus = row.setting["nodes"] * row.setting["gpus_per_node"]
+    return " ".join([*words, *(["plan=true", f"gpus={gpus}", "sharding=zero3"] if gpus > 1 else [])])
 
 
 def _our_model(row: Published) -> str | None:

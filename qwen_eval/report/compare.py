@@ -1,4 +1,4 @@
-"""Two runs of one benchmark, sample by sample: may they be compared at all, what changed, and is it more than chance.
+"""Two runs of one benchmark, sample by sample: are they comparable, what changed, and is it more than chance.
 
 The first is the reference, Δ is second minus first. Speed is compared as a ratio on one device.
 """
@@ -13,12 +13,13 @@ from dataclasses import replace
 from qwen_eval.core import ConfigError, Metric
 from qwen_eval.corpus import Segment
 from qwen_eval.metrics import mean
+from qwen_eval.report.comparability import lost_numbers, not_comparable
 from qwen_eval.report.comparison import Agreement, Comparison, Divergence, Family, Flip, Margins, Side
 from qwen_eval.report.items import Item, choice_kl
-from qwen_eval.report.obstacles import lost_numbers, obstacles
 from qwen_eval.report.paired import Difference, holm, paired_corpus, paired_mean, paired_perplexity, paired_share
-from qwen_eval.report.runs import LoadedRun, RunSet, find_runs
+from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.speed import compare_speed
+from qwen_eval.runs.run import Run
 from qwen_eval.runs.store import HIDDEN
 
 MAX_GROUPS = 40
@@ -48,12 +49,12 @@ def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
     return [replace(c, p_adjusted=p) for c, p in zip(items, p_values)]
 
 
-def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[LoadedRun, LoadedRun]]:
+def _pairs(first: RunSet, second: RunSet, paths: Sequence[str]) -> list[tuple[Run, Run]]:
     if len(first.runs) == len(second.runs) == 1:
         return [(first.runs[0], second.runs[0])]
-    sides: list[dict[tuple[str, str], LoadedRun]] = []
+    sides: list[dict[tuple[str, str], Run]] = []
     for path, found in zip(paths, (first, second)):
-        by_task: dict[tuple[str, str], LoadedRun] = {}
+        by_task: dict[tuple[str, str], Run] = {}
         for run in found.runs:
             if (run.kind, run.task) in by_task:
                 raise ConfigError(
@@ -84,7 +85,7 @@ def compare_runs(first: Side, second: Side, margins: Margins) -> list[Comparison
     return [replace(rows[0], kld=found.kld), *rows[1:]]
 
 
-def _of_length(c: Comparison, first: LoadedRun, second: LoadedRun, group: str, difference: Difference) -> Comparison:
+def _of_length(c: Comparison, first: Run, second: Run, group: str, difference: Difference) -> Comparison:
     name = f"ppl/{group}"
     return replace(
         c, metric=name, label=f"{c.label}, {group} tokens", first=first.metrics.get(name),
@@ -108,9 +109,9 @@ def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
     failures = lost_numbers(first.items, second.items)
     if failures:
         return replace(base, failures=tuple(failures), flips=_flips(first.items, second.items))
-    found = obstacles(first, second, family)
+    found = not_comparable(first, second, family)
     if found:
-        return replace(base, obstacles=tuple(found))
+        return replace(base, not_comparable=tuple(found))
     return _compare_answers(base, first, second, margins)
 
 
@@ -214,7 +215,7 @@ def _family(side: Side) -> Family:
     return "share" if is_share and all(0.0 <= score <= 1.0 for score in scores) else "mean"
 
 
-def _label(first: LoadedRun, second: LoadedRun) -> str:
+def _label(first: Run, second: Run) -> str:
     names = [f"{run.label} {run.variant}" for run in (first, second)]
     return names[0] if names[0] == names[1] else f"{names[0]} → {names[1]}"
 

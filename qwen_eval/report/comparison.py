@@ -1,17 +1,17 @@
-"""What is known of two runs of one benchmark, held against each other. The first is the reference."""
+"""The result of comparing two runs of one benchmark. The first run is the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from qwen_eval.core import Metric
+from qwen_eval.core import ConfigError, Metric
 from qwen_eval.report.items import Item, items_of
 from qwen_eval.report.paired import Difference
-from qwen_eval.report.runs import LoadedRun
+from qwen_eval.runs.run import Run
 
 Family: TypeAlias = Literal["share", "ppl", "mean", "speed"]
 Verdict: TypeAlias = Literal["worse", "better", "unchanged", "cannot tell", "not comparable"]
@@ -33,9 +33,9 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True)
 class Margins:
-    """Changes smaller than these are of no interest: shares absolute, the others relative. Equivalence needs them.
+    """Changes smaller than these do not matter: shares absolute, the others relative. Equivalence is defined by them.
 
-    `once`: of a time or speed that was measured only once (loading), where nothing shows the noise.
+    `once`: for a time or speed measured only once (loading), whose noise is unknown.
     """
 
     share: float = 0.01
@@ -47,6 +47,17 @@ class Margins:
 
     def of(self, family: Family) -> float:
         return float(getattr(self, family))
+
+    def checked(self, margin: float | None = None) -> Margins:
+        """With `margin` points of a share and per cent of a perplexity or mean; ConfigError for what is no margin."""
+        if margin is not None and not 0 < margin < 100:
+            raise ConfigError(f"margin={margin}: points or per cent, between 0 and 100, such as 1")
+        part = None if margin is None else margin / 100
+        found = self if part is None else replace(self, share=part, ppl=part, mean=part)
+        for name, value in vars(found).items():
+            if not 0 < value < (10 if name in ("once", "memory", "speed") else 1):
+                raise ConfigError(f"margins.{name}={value}: a fraction above 0 and below 1, such as 0.01")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +74,9 @@ class Flip:
 
     @property
     def is_reread(self) -> bool:
-        """The model said the same, the extractor read something else: no chance is in that (a sandbox may time out).
+        """The same answer, extracted differently: not due to chance (unlike a time-out of the sandbox).
 
-        Two choices as good as equal are no such case: the last digits of another CPU decide between them.
+        Near-ties of two choices do not count: another CPU's last digits decide between them.
         """
         same_answer = self.first.answer_sha256 == self.second.answer_sha256
         return same_answer and self.first.extracted != self.second.extracted and not self._is_tie
@@ -78,7 +89,7 @@ class Flip:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Of `num_samples` in both runs, how many agree in the answer itself, in what was read from it, in the score.
+    """Of `num_samples` in both runs, how many agree in the answer itself, in the extracted answer, in the score.
 
     `is_text`: the answers are words; of scored text and of choices they are log-probabilities, to four decimals.
     None where no sample has a reading or a score (perplexity).
@@ -95,7 +106,7 @@ class Agreement:
 class Side:
     """One side of a comparison: a run directory, or a baseline made of one."""
 
-    run: LoadedRun
+    run: Run
     given: Mapping[str, Item] | None = None
 
     @cached_property
@@ -105,13 +116,13 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything known of one pair. `obstacles` not empty: not comparable, and nothing else is filled in.
+    """The comparison of one pair. If `not_comparable` holds reasons, nothing else is filled in.
 
-    `failures` name what the second run lost altogether: a score that is missing or no number. They need no test.
+    `failures` list scores that are missing or not a number in the second run. They need no test.
     `difference.delta` is absolute for shares and means and log(ratio) for perplexity and speed; `margin` is on
-    the same scale. `by_group` (perplexity only: context lengths, documents) is for reading and takes part in no test.
-    `regraded` are (gains, losses) among answers that are equal word for word but were read otherwise; where there are
-    gains among them, `without_rereads` is the difference as if those had kept their score. `rewritten` are the samples
+    the same scale. `by_group` (perplexity only: context lengths, documents) is shown, but not tested.
+    `regraded` are (gains, losses) among answers that are equal word for word but extracted differently; if there are
+    gains, `without_rereads` is the difference as if those samples had kept their score. `rewritten` are the samples
     whose text changed while their score did not.
     """
 
@@ -122,7 +133,7 @@ class Comparison:
     second: Metric | None
     metric: str = ""
     higher_is_better: bool = True
-    obstacles: tuple[str, ...] = ()
+    not_comparable: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
     difference: Difference | None = None
     by_group: tuple[tuple[str, Difference], ...] = ()

@@ -9,7 +9,7 @@ from qwen_eval.config import not_one_of
 from qwen_eval.core import ConfigError
 
 FORMATS = ("auto", "terminal", "md", "csv", "json", "tex", "html", "junit", "svg", "png")
-LAYOUTS = ("models", "runs", "quantisation", "categories", "long", "profile", "groups", "problems")
+LAYOUTS = ("models", "runs", "quantization", "categories", "long", "profile", "groups", "problems")
 
 
 @dataclass(kw_only=True)

@@ -19,9 +19,10 @@ from qwen_eval.report.baseline import Accepted, Key, key_of, load_baselines
 from qwen_eval.report.compare import adjusted, compare_runs
 from qwen_eval.report.comparison import Comparison, Margins, Side
 from qwen_eval.report.paired import Difference
-from qwen_eval.report.runs import LoadedRun, Unreadable, find_runs
+from qwen_eval.report.runs import Unreadable, find_runs
 from qwen_eval.report.verdict import Judgement, judge_all, shown
 from qwen_eval.runs.integrity import damage
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import Cell, Table, metric_cell, p_cell, text_cell
 
 MAX_NAMED = 10  # changed samples of one kind that are named in text
@@ -37,7 +38,7 @@ class GateReport:
     """`new` runs have no baseline yet; `unreadable` directories were passed over and are named."""
 
     judgements: tuple[Judgement, ...]
-    new: tuple[LoadedRun, ...]
+    new: tuple[Run, ...]
     unreadable: tuple[Unreadable, ...]
 
     @property
@@ -56,7 +57,7 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
     """Compare each baseline with the run of the same kind, task, model and tag under `runs`."""
     margins = margins or Margins()
     found = find_runs(runs)
-    by_key: dict[Key, list[LoadedRun]] = {}
+    by_key: dict[Key, list[Run]] = {}
     for run in found.runs:
         by_key.setdefault(key_of(run), []).append(run)
     stored = load_baselines(baselines)
@@ -73,7 +74,7 @@ def gate(baselines: Path, runs: Sequence[str], margins: Margins | None = None) -
 
 
 def _against(
-    baseline: Side, candidates: Sequence[LoadedRun], unreadable: Sequence[Unreadable], margins: Margins
+    baseline: Side, candidates: Sequence[Run], unreadable: Sequence[Unreadable], margins: Margins
 ) -> list[Comparison]:
     reasons = [f"{item.path}: {item.reason}" for item in unreadable]
     if len(candidates) > 1:
@@ -93,7 +94,7 @@ def _not_comparable(baseline: Side, reasons: Sequence[str]) -> Comparison:
     head = baseline.run.headline
     return Comparison(
         task=baseline.run.task, label=f"{baseline.run.label} {baseline.run.variant}", family="share",
-        metric=head[0] if head else "", first=head[1] if head else None, second=None, obstacles=tuple(reasons),
+        metric=head[0] if head else "", first=head[1] if head else None, second=None, not_comparable=tuple(reasons),
         paths=(baseline.run.path,),
     )  # fmt: skip
 
@@ -102,7 +103,13 @@ def _unreadable_baseline(item: Unreadable) -> Comparison:
     parts = item.path.parts
     task, model = (parts[-3], parts[-2]) if len(parts) >= 3 else (item.path.name, "")
     return Comparison(
-        task=task, label=model, family="share", first=None, second=None, obstacles=(item.reason,), paths=(item.path,)
+        task=task,
+        label=model,
+        family="share",
+        first=None,
+        second=None,
+        not_comparable=(item.reason,),
+        paths=(item.path,),
     )
 
 
@@ -191,7 +198,7 @@ def _row(judgement: Judgement) -> tuple[Cell, ...]:
     return (
         text_cell(c.task), text_cell(c.label), text_cell(WORDS[judgement.verdict], tone=TONES[judgement.verdict]),
         metric_cell(c.first), metric_cell(c.second), delta_cell(c, c.difference), p_cell(c.p_adjusted),
-        text_cell("–" if c.obstacles else flips), text_cell(shown(c, judgement.mde)),
+        text_cell("–" if c.not_comparable else flips), text_cell(shown(c, judgement.mde)),
         text_cell(decision.text if decision else None), text_cell(judgement.why),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_eval.core import QwenEvalError
+from qwen_eval.core import JSON, QwenEvalError
 from qwen_eval.report.plots import plots
 from qwen_eval.report.runs import RunSet, find_runs
 from qwen_eval.report.samples import embeddable, sample_data
@@ -55,7 +55,7 @@ def _policy(script: str) -> str:
     )
 
 
-def _samples(runs: RunSet, max_samples: int) -> dict[str, object]:
+def _samples(runs: RunSet, max_samples: int) -> dict[str, JSON]:
     readable = []
     for run in runs.evals:
         try:

@@ -51,10 +51,24 @@ def _model_row(folders: Sequence[Path], name: str, published: Mapping[str, int])
     return (text_cell(name), text_cell(place), text_cell(form), text_cell(quant), _count(published[_squeezed(name)]))
 
 
-def engines(words: Mapping[str, str], word: str) -> Table:
-    """`words`: the first line of each engine's module."""
-    rows = [(text_cell(name), text_cell(first)) for name, first in words.items() if word in name]
+def engines(folders: Sequence[Path], word: str, modules: Mapping[str, str]) -> Table:
+    """`modules`: that of each engine. Settings of an engine for one server have a yaml of their own."""
+    names = dict.fromkeys([*modules, *sorted(path.stem for folder in folders for path in folder.glob("engine/*.yaml"))])
+    rows = []
+    for name in names:
+        words = first_line(modules[name]) if name in modules else _preset(folders, name)
+        if word in name:
+            rows.append((text_cell(name), text_cell(words)))
     return _table("engines", ("engine", "what"), rows)
+
+
+def _preset(folders: Sequence[Path], name: str) -> str:
+    """The keys of a yaml of settings: `"engine.name=openai engine.server=sglang"`."""
+    import yaml
+
+    path = next(found for folder in reversed(folders) if (found := folder / "engine" / f"{name}.yaml").is_file())
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return " ".join(f"engine.{key}={value}" for key, value in keys.items() if key != "defaults")
 
 
 def inherited(folders: Sequence[Path], name: str, seen: tuple[str, ...] = ()) -> dict[str, JSON]:
@@ -75,13 +89,17 @@ def inherited(folders: Sequence[Path], name: str, seen: tuple[str, ...] = ()) ->
 
 
 def _task_words(folders: Sequence[Path], name: str) -> str:
-    """The comment on top of its yaml, else the first sentence of its module."""
+    """The comment on top of its yaml, else the first line of its module."""
+    return _comment(folders, "task", name) or first_line(task_class(name).__module__)
+
+
+def _comment(folders: Sequence[Path], group: str, name: str) -> str:
     for folder in reversed(folders):
-        path = folder / "task" / f"{name}.yaml"
+        path = folder / group / f"{name}.yaml"
         first = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
         if first.startswith("#"):
             return first.lstrip("# ")
-    return first_line(task_class(name).__module__)
+    return ""
 
 
 def first_line(module: str) -> str:

@@ -8,12 +8,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_eval.core import JSON, ChoiceLogprobs, Completions, Record, TokenLogprobs
 
 MAX_READING = 48  # characters of a reading or gold answer; a longer one is its beginning and a digest
 TOKENS_DIGITS = 8  # hex digits of a prompt's token ids that a baseline keeps
-Row = list[JSON]
+BaselineRow = list[JSON]
 SCORE_DIGITS = 6  # of a score, here as in a baseline: else a third of a point would differ from itself
 
 
@@ -133,7 +134,7 @@ COLUMNS: dict[str, Callable[[Item], JSON]] = {
 }
 
 
-def items_to_rows(items: Iterable[Item]) -> tuple[dict[str, JSON], list[Row]]:
+def items_to_rows(items: Iterable[Item]) -> tuple[dict[str, JSON], list[BaselineRow]]:
     """A head and rows of JSON values, sorted by id with numbers as numbers.
 
     The head is `{"columns": names, "constants": {name: value}}`: a column that is equal everywhere is in no row.
@@ -146,7 +147,7 @@ def items_to_rows(items: Iterable[Item]) -> tuple[dict[str, JSON], list[Row]]:
     return {"columns": names, "constants": constants}, rows
 
 
-def items_from_rows(head: Mapping[str, JSON], rows: Iterable[Row]) -> dict[str, Item]:
+def items_from_rows(head: Mapping[str, Any], rows: Iterable[list[Any]]) -> dict[str, Item]:
     """ValueError for a row of another length than the head's columns, or for an id that is there twice."""
     items: dict[str, Item] = {}
     for row in rows:
@@ -171,7 +172,7 @@ def _number(value: float | None, digits: int) -> JSON:
     return int(value) if value.is_integer() else round(value, digits)
 
 
-def _float(value: JSON) -> float | None:
+def _float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import fields
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from qwen_eval.metrics import mean
 from qwen_eval.models.head import read_head
 from qwen_eval.models.hidden import HiddenStates
 from qwen_eval.report.comparison import Divergence, Side
-from qwen_eval.report.runs import LoadedRun
+from qwen_eval.runs.run import Run
 from qwen_eval.runs.store import HIDDEN
 
 Piece: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # KL of each position, whether the most likely tokens agree
@@ -43,14 +43,14 @@ def divergence_of_runs(first: Side, second: Side) -> tuple[Divergence | None, li
         return None, [f"no KLD: {error}"]
 
 
-def _head_of(run: LoadedRun) -> torch.Tensor:
+def _head_of(run: Run) -> torch.Tensor:
     """The lm_head of the very checkpoint of a run; ModelError where another one lies there now."""
     return read_head(_model_spec(run), fingerprint=str(run.engine_info.get("weights") or ""))
 
 
-def _model_spec(run: LoadedRun) -> ModelSpec:
+def _model_spec(run: Run) -> ModelSpec:
     known = {item.name for item in fields(ModelSpec)}
-    values = {key: value for key, value in run.model_spec.items() if key in known}
+    values: dict[str, Any] = {key: value for key, value in run.model_spec.items() if key in known}
     return ModelSpec(**{**values, "rope": RopeSpec(**(values.get("rope") or {}))})
 
 

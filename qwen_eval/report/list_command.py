@@ -45,7 +45,7 @@ def _show(spec: ListSpec) -> None:
 
     folders = [cli.conf_dir(), *map(Path, spec.config_dirs)]
     if spec.what == "engines":
-        table = inventory.engines({name: inventory.first_line(ENGINES[name]) for name in ENGINES}, spec.word)
+        table = inventory.engines(folders, spec.word, ENGINES)
     else:
         table = (inventory.tasks if spec.what == "tasks" else inventory.models)(folders, spec.word)
     print_tables([table])

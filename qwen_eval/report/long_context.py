@@ -12,20 +12,21 @@ from qwen_eval.figures import length_curves
 from qwen_eval.report.compare import compare_sides
 from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.gate import delta_cell
-from qwen_eval.report.runs import LoadedRun, base_name, natural, precision_name, precision_rank
+from qwen_eval.report.runs import base_name, natural, precision_rank
 from qwen_eval.report.settings import Footnotes, run_names, with_runs
+from qwen_eval.runs.run import Run, precision_name
 from qwen_eval.tables import NONE, Table, metric_cell, text_cell
 from qwen_eval.terminal import plain_text
 
 LENGTH = re.compile(r"(?:ppl|perplexity)/(\d+)$")
 
 
-def perplexities(run: LoadedRun) -> dict[int, Metric]:
+def perplexities(run: Run) -> dict[int, Metric]:
     """Context length -> perplexity; empty for a run that has none."""
     return {int(found[1]): metric for name, metric in run.metrics.items() if (found := LENGTH.search(name))}
 
 
-def tricks_of(run: LoadedRun) -> tuple[str, ...]:
+def tricks_of(run: Run) -> tuple[str, ...]:
     """What was on, as the engine says: `("NTK", "LogN", "window 256-2048")`; empty: positions as trained."""
     info = run.engine_info
     tricks = [name for name, key in (("NTK", "dynamic_ntk"), ("LogN", "logn")) if info.get(key)]
@@ -36,7 +37,7 @@ def tricks_of(run: LoadedRun) -> tuple[str, ...]:
     return tuple(tricks)
 
 
-def tables(runs: Sequence[LoadedRun]) -> list[Table]:
+def tables(runs: Sequence[Run]) -> list[Table]:
     """One row a run, the fewest tricks first; then the changes within each model that has several rows."""
     kept = sorted((run for run in runs if perplexities(run)), key=_order)
     if not kept:
@@ -54,9 +55,9 @@ def tables(runs: Sequence[LoadedRun]) -> list[Table]:
     return [with_runs(table, alike, at=3), *changes(kept)]
 
 
-def changes(runs: Sequence[LoadedRun]) -> list[Table]:
+def changes(runs: Sequence[Run]) -> list[Table]:
     """Change of perplexity between any two rows of one model that differ in precision or tricks, length by length."""
-    families: dict[str, list[LoadedRun]] = defaultdict(list)
+    families: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         families[base_name(run.model)].append(run)
     lengths, rows = _lengths(runs), []
@@ -89,7 +90,7 @@ def _change(first: str, second: str) -> str:
     return first if first == second else f"{first} → {second}"
 
 
-def curves(runs: Sequence[LoadedRun], form: str) -> bytes:
+def curves(runs: Sequence[Run], form: str) -> bytes:
     """The same rows as a figure: svg or png."""
     kept = sorted((run for run in runs if len(perplexities(run)) > 1), key=_order)
     if not kept:
@@ -98,27 +99,27 @@ def curves(runs: Sequence[LoadedRun], form: str) -> bytes:
     return length_curves(dict(zip(names, map(perplexities, kept))), form)
 
 
-def row_names(runs: Sequence[LoadedRun]) -> list[str]:
+def row_names(runs: Sequence[Run]) -> list[str]:
     """The model, with the tag of the run and its task where rows would else read alike."""
     counts = Counter((run.model, _precision(run), _tricks(run)) for run in runs)
     alike = [counts[run.model, _precision(run), _tricks(run)] > 1 for run in runs]
     return [f"{run.label}, {run.task}" if same else run.model for run, same in zip(runs, alike)]
 
 
-def _order(run: LoadedRun) -> tuple[JSON, ...]:
+def _order(run: Run) -> tuple[JSON, ...]:
     """Models by name, then precision, then the fewest tricks first."""
     precision = _precision(run)
     return natural(run.model), precision_rank(precision), len(tricks_of(run)), _tricks(run), str(run.path)
 
 
-def _tricks(run: LoadedRun) -> str:
+def _tricks(run: Run) -> str:
     """Only the native engine says what was on."""
     return " + ".join(tricks_of(run)) or ("plain" if "dynamic_ntk" in run.engine_info else NONE)
 
 
-def _precision(run: LoadedRun) -> str:
+def _precision(run: Run) -> str:
     return precision_name(run.model_spec, run.engine_info)
 
 
-def _lengths(runs: Sequence[LoadedRun]) -> list[int]:
+def _lengths(runs: Sequence[Run]) -> list[int]:
     return sorted({length for run in runs for length in perplexities(run)})

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from qwen_eval.core import Metric
 from qwen_eval.report.long_context import perplexities
-from qwen_eval.report.runs import LoadedRun, RunSet
+from qwen_eval.report.runs import RunSet
 from qwen_eval.report.samples import needle_cells
 from qwen_eval.report.settings import run_names
 from qwen_eval.report.tradeoffs import Tradeoff, tradeoffs
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import html_text as escape
 
 WIDTH = 680.0
@@ -33,7 +34,7 @@ def plots(runs: RunSet) -> list[tuple[str, str]]:
     return [(title, svg) for title, svg in found if svg]
 
 
-def score_plot(runs: Sequence[LoadedRun]) -> str:
+def score_plot(runs: Sequence[Run]) -> str:
     """Dots with whiskers in per cent, one row a run, tasks one under the other."""
     rows = [(run, run.headline[1]) for run in runs if run.headline and run.headline[1].kind == "share"]
     if not rows:
@@ -56,7 +57,7 @@ def score_plot(runs: Sequence[LoadedRun]) -> str:
     return _svg(y + BOTTOM, [*axis, *body], "Scores in per cent with their intervals")
 
 
-def length_plot(runs: Sequence[LoadedRun]) -> str:
+def length_plot(runs: Sequence[Run]) -> str:
     """Perplexity over context length, both logarithmic, one line a run."""
     series, names = [], _names(runs)
     for run in runs:
@@ -82,7 +83,7 @@ def length_plot(runs: Sequence[LoadedRun]) -> str:
     )
 
 
-def needle_plot(run: LoadedRun) -> str:
+def needle_plot(run: Run) -> str:
     """Share found by context length and depth: a heat map with its numbers, readable without colour."""
     cells = needle_cells(run.records)
     lengths, depths = sorted({a for a, _ in cells}), sorted({b for _, b in cells})
@@ -133,7 +134,7 @@ def _tradeoff_dot(point: Tradeoff, index: int, x: float, y: float, top: float) -
     return _dot(x, y, index, tip, 5 + 16 * math.sqrt(point.peak_bytes / top))
 
 
-def _names(runs: Sequence[LoadedRun]) -> dict[Path, str]:
+def _names(runs: Sequence[Run]) -> dict[Path, str]:
     """What a run is called in a plot, by its directory; with what tells it apart where names repeat."""
     named = [(f"{run.label} {run.variant}", [run]) for run in runs]
     places = run_names([(f"{name} {run.task}", members) for name, members in named for run in members])
@@ -141,7 +142,7 @@ def _names(runs: Sequence[LoadedRun]) -> dict[Path, str]:
     return {run.path: f"{name}, {place}" if place else name for (name, (run,)), place in zip(named, extra)}
 
 
-def _is_needle(run: LoadedRun) -> bool:
+def _is_needle(run: Run) -> bool:
     return "needle" in run.task
 
 
@@ -166,7 +167,7 @@ def _level(left: float, y: float, text: str) -> str:
     return line + _label(left - 6, y + 4, text, "end")
 
 
-def _whisker(x: Callable[[float], float], y: float, metric: Metric, run: LoadedRun) -> list[str]:
+def _whisker(x: Callable[[float], float], y: float, metric: Metric, run: Run) -> list[str]:
     low = metric.low if metric.low is not None else metric.value
     high = metric.high if metric.high is not None else metric.value
     tip = f"{run.label} {run.variant}: {metric.value:.1%} [{low:.1%}, {high:.1%}], n = {metric.n:,}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from qwen_eval.core import JSON
 from qwen_eval.figures import lines
 from qwen_eval.profile.measure import median
+from qwen_eval.report.finetune import finetune_tables
 from qwen_eval.report.published import published_tables
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, load_run, profile_cells, speeds_of
+from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, with_runs
+from qwen_eval.runs.fields import section
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.store import write_bytes
 from qwen_eval.tables import Cell, Table, number_cell, render, text_cell
 from qwen_eval.terminal import plain_text
@@ -19,7 +22,6 @@ GIB = 2**30
 RANDOM = "†"
 FORMS = {"md": "profile.md", "csv": "profile.csv", "tex": "profile.tex"}
 SHORT = {"oom": "OOM"}  # as the published tables print it
-Row = Mapping[str, JSON]
 NOTES = (
     "tokens/s: generated tokens (of encode: tokens read) of all sequences over the whole time; median [min, max].",
     "first token: until every sequence of the batch has one. token ms: quantiles over all steps of all repetitions.",
@@ -30,15 +32,15 @@ CEILING_NOTES = (
 )
 
 
-def profile_tables(runs: Sequence[LoadedRun]) -> list[Table]:
+def profile_tables(runs: Sequence[Run]) -> list[Table]:
     """All cells of all runs, then speed and memory laid out as published; [] when nothing was measured."""
     if not any(profile_cells(run) for run in runs):
         return []
     explained = [_ceilings(runs)] if any("status" in cell for _, cell in _all(runs)) else []
-    return [_cells(runs), *explained, *_layouts(runs)]
+    return [_cells(runs), *explained, *_layouts(runs), *finetune_tables(runs)]
 
 
-def _cells(runs: Sequence[LoadedRun]) -> Table:
+def _cells(runs: Sequence[Run]) -> Table:
     columns = (
         "model", "precision", "what", "batch", "context", "new tokens", "tokens/s", "first token ms", "token ms p50",
         "p90", "p99", "prefill tokens/s", "peak GiB", "reserved GiB",
@@ -72,7 +74,7 @@ def _cells(runs: Sequence[LoadedRun]) -> Table:
     return with_runs(table, _run_column(runs), at=2)
 
 
-def _run_column(runs: Sequence[LoadedRun]) -> list[str] | None:
+def _run_column(runs: Sequence[Run]) -> list[str] | None:
     """The text of the column `run` for each row of `_all`; None where no two runs have one name."""
     names = _names(runs)
     if names is None:
@@ -80,11 +82,11 @@ def _run_column(runs: Sequence[LoadedRun]) -> list[str] | None:
     return [name for run, name in zip(runs, names) for _ in profile_cells(run)]
 
 
-def _names(runs: Sequence[LoadedRun]) -> list[str] | None:
+def _names(runs: Sequence[Run]) -> list[str] | None:
     return run_names([(f"{_label(run)} {run.variant}", [run]) for run in runs])
 
 
-def _method_notes(runs: Sequence[LoadedRun]) -> list[str]:
+def _method_notes(runs: Sequence[Run]) -> list[str]:
     notes = []
     for method in sorted({str(run.config.get("method")) for run in runs if run.config.get("method")}):
         run = next(run for run in runs if run.config.get("method") == method)
@@ -101,7 +103,7 @@ def _method_notes(runs: Sequence[LoadedRun]) -> list[str]:
     return notes
 
 
-def _ceilings(runs: Sequence[LoadedRun]) -> Table:
+def _ceilings(runs: Sequence[Run]) -> Table:
     columns = (
         "model", "precision", "cell", "prefill share", "decode share", "GB/s", "TFLOP/s", "peak GiB", "predicted",
         "load s", "load peak", "J/token", "state",
@@ -129,7 +131,7 @@ def _ceilings(runs: Sequence[LoadedRun]) -> Table:
 # --- as published ----------------------------------------------------------------------------------------------------
 
 
-def _layouts(runs: Sequence[LoadedRun]) -> list[Table]:
+def _layouts(runs: Sequence[Run]) -> list[Table]:
     """Speed and memory by length at batch 1, memory by batch: a row a model, precision and cache, a column a size."""
     found = list(_all(runs))
     single = [(run, cell) for run, cell in found if cell.get("batch") in (1, None)]
@@ -146,14 +148,14 @@ def _layouts(runs: Sequence[LoadedRun]) -> list[Table]:
 def _pivot(
     name: str,
     title: str,
-    found: Iterable[tuple[LoadedRun, Row]],
-    column_of: Callable[[Row], tuple[tuple[int, ...], str]],
-    shown: Callable[[Row], Cell],
+    found: Iterable[tuple[Run, ProfileCell]],
+    column_of: Callable[[ProfileCell], tuple[tuple[int, ...], str]],
+    shown: Callable[[ProfileCell], Cell],
 ) -> Table:
     held: dict[tuple[str, ...], dict[tuple[tuple[int, ...], str], Cell]] = {}
-    owners: dict[tuple[str, ...], LoadedRun] = {}
+    owners: dict[tuple[str, ...], Run] = {}
     for run, cell in found:
-        if cell.get("mode"):
+        if cell.get("mode") and cell["mode"] != "finetune":  # has tables of its own
             key = (_label(run), run.variant, _cache(cell), _device(run), str(run.path))
             held.setdefault(key, {})[column_of(cell)] = shown(cell)
             owners[key] = run
@@ -167,17 +169,17 @@ def _pivot(
     return with_runs(table, run_names([(" ".join(key[:4]), [run]) for key, run in owners.items()]), at=2)
 
 
-def _by_length(cell: Row) -> tuple[tuple[int, ...], str]:
+def _by_length(cell: ProfileCell) -> tuple[tuple[int, ...], str]:
     seq, new = int(cell["seq"]), int(cell["new_tokens"])
     text = {"generate": f"generate {seq}", "encode": f"encode {seq}"}.get(str(cell["mode"]), f"serve {seq}+{new}")
     return (("generate", "encode", "serve").index(cell["mode"]), seq, new), text
 
 
-def _by_batch(cell: Row) -> tuple[tuple[int, ...], str]:
+def _by_batch(cell: ProfileCell) -> tuple[tuple[int, ...], str]:
     return (int(cell["seq"]), int(cell["batch"])), f"generate {cell['seq']}, batch {cell['batch']}"
 
 
-def _cache(cell: Row) -> str:
+def _cache(cell: ProfileCell) -> str:
     extra = f", {cell['attention']} attention" if cell.get("attention") not in ("auto", None) else ""
     return ("int8" if cell.get("kv_cache") == "int8" else "as the model") + extra
 
@@ -185,25 +187,24 @@ def _cache(cell: Row) -> str:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _all(runs: Sequence[LoadedRun]) -> list[tuple[LoadedRun, Row]]:
+def _all(runs: Sequence[Run]) -> list[tuple[Run, ProfileCell]]:
     return [(run, cell) for run in runs for cell in profile_cells(run)]
 
 
-def _device(run: LoadedRun) -> str:
-    device = run.result.get("device")
-    threads = device.get("num_threads") if isinstance(device, Mapping) else None
-    return device_name(run) + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+def _device(run: Run) -> str:
+    threads = section(run.result.get("device")).get("num_threads")
+    return device_name(run) + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
 
 
-def _label(run: LoadedRun) -> str:
+def _label(run: Run) -> str:
     return run.label + (RANDOM if _is_random(run) else "")
 
 
-def _is_random(run: LoadedRun) -> bool:
+def _is_random(run: Run) -> bool:
     return bool(run.engine_info.get("is_random")) or run.model_spec.get("weights") == "random"
 
 
-def _speed(cell: Row) -> Cell:
+def _speed(cell: ProfileCell) -> Cell:
     speeds = sorted(speeds_of(cell))
     middle = median(speeds)
     if middle is None:
@@ -214,16 +215,16 @@ def _speed(cell: Row) -> Cell:
     return Cell(text=text, value=middle, low=speeds[0], high=speeds[-1], n=len(speeds), title=f"{len(speeds)} repeats")
 
 
-def _memory(cell: Row) -> Cell:
+def _memory(cell: ProfileCell) -> Cell:
     return _gib(cell["peak_bytes"]) if cell.get("peak_bytes") else _state(cell)
 
 
-def _state(cell: Row) -> Cell:
+def _state(cell: ProfileCell) -> Cell:
     status = str(cell.get("status", ""))
     return text_cell(SHORT.get(status, status), tone="bad", title=str(cell.get("reason") or ""))
 
 
-def _model_bytes(cell: Row) -> float | None:
+def _model_bytes(cell: ProfileCell) -> float | None:
     peak = _number(cell.get("peak_bytes"))
     return None if peak is None else peak - float(cell.get("baseline_bytes") or 0)
 
@@ -245,7 +246,7 @@ def _gib(value: JSON) -> Cell:
     return number_cell(None if number is None else number / GIB, 2 if number is None or number >= GIB else 3)
 
 
-def _peak_gib(cell: Row) -> float | None:
+def _peak_gib(cell: ProfileCell) -> float | None:
     number = _number(cell.get("peak_bytes"))
     return None if number is None else number / GIB
 
@@ -293,7 +294,10 @@ def write_plots(path: Path) -> list[Path]:
 
 
 def _series(
-    cells: Sequence[Row], axis: str, value: Callable[[Row], float | None], rest: Callable[[Row], str]
+    cells: Sequence[ProfileCell],
+    axis: str,
+    value: Callable[[ProfileCell], float | None],
+    rest: Callable[[ProfileCell], str],
 ) -> dict[str, dict[int, float]]:
     """Lines by the cell's name and `rest`; those of a single point are left out."""
     found: dict[str, dict[int, float]] = {}

@@ -13,18 +13,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from qwen_eval.core import JSON, Metric
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
+from qwen_eval.profile.finetune import METHOD_NAMES
+from qwen_eval.profile.measure import median
+from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, settings, with_runs
+from qwen_eval.runs.fields import section
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import Cell, Table, metric_cell, number_cell, text_cell
 
 LEDGER = Path(__file__).with_name("ledger.json")
 BENCHMARKS = {
     "mmlu": "MMLU", "ceval": "C-Eval", "cmmlu": "CMMLU", "gsm8k": "GSM8K", "math": "MATH", "humaneval": "HumanEval",
     "mbpp": "MBPP", "bbh": "BBH", "vcsum": "VCSUM", "leval": "L-Eval",
-    "wmt22": "WMT22",
+    "wmt22": "WMT22", "plugin": "tool_use", "plugin_template": "tool_use", "code_interpreter": "code_interpreter",
+    "hf_agent": "hf_agent", "hf_agent_chat": "hf_agent",
 }  # fmt: skip
+AGENTS = ("tool_use", "code_interpreter", "hf_agent")  # several published metrics of one run, each by its own name
+AGENT_METRICS = {
+    "tool_selection_acc": "tool_selection",
+    "tool_input_rougeL": "tool_input_rouge_l",
+}  # where ours differs
 HEADLINES = ("accuracy", "avg", "pass@1", "average", "Rouge-L", "BLEU avg")
 OUR_NAMES = {  # of the metrics that are no headline
     "BLEU zh-en": "bleu/zh-en", "BLEU en-zh": "bleu/en-zh", "TOEFL": "accuracy/tpo", "QuALITY": "accuracy/quality",
@@ -35,6 +46,7 @@ UNPUBLISHED = {
     "MATH": "the published script is not public", "MBPP": "the published script is not public",
     "BBH": "the published script is not public", "CMMLU": "", "VCSUM": "published truncation and prompt are not public",
     "L-Eval": "published truncation and prompt are not public", "arXiv": "the published documents are not public",
+    "tool_use": "the published rows are not public",
     "WMT22": "that Chinese was cut by jieba is inferred from the harness, not published",
 }  # fmt: skip
 HARDWARE = ("gpu", "torch", "cuda", "context_tokens")  # of a speed: where it was measured, not what
@@ -50,7 +62,7 @@ class Published:
     variant: str | None
     benchmark: str
     metric: str
-    setting: Mapping[str, JSON]
+    setting: Mapping[str, Any]
     value: float | None
     text: str | None
     unit: str | None
@@ -89,8 +101,8 @@ def sources() -> Mapping[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _read() -> dict[str, JSON]:
-    value: dict[str, JSON] = json.loads(LEDGER.read_text(encoding="utf-8"))
+def _read() -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(LEDGER.read_text(encoding="utf-8"))
     return value
 
 
@@ -100,7 +112,7 @@ def _read() -> dict[str, JSON]:
 def published_tables(runs: RunSet) -> list[Table]:
     """Every number of ours that has a published counterpart, and what differs between the two."""
     found = [(run, row) for run in runs.finished for row in _quality_rows(run)]
-    found += [(run, row) for run in runs.profiles for row in _speed_rows(run)]
+    found += [(run, row) for run in runs.profiles for row in (*_speed_rows(run), *_finetune_rows(run))]
     members = list({id(run): run for run, _ in found}.values())
     places = run_names([(f"{run.label} {run.variant} {run.task}", [run]) for run in members])
     place_of = {} if places is None else {run.path: place for run, place in zip(members, places)}
@@ -118,7 +130,7 @@ def published_tables(runs: RunSet) -> list[Table]:
     return [with_runs(table, [place_of[run.path] for run, _ in found] if place_of else None, at=2)]
 
 
-def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
+def counterparts(run: Run) -> list[tuple[str, Metric, Published]]:
     """(name of our metric, our metric, published number), closest protocol first."""
     found: list[tuple[str, Metric, Published]] = []
     for row in ledger():
@@ -130,7 +142,7 @@ def counterparts(run: LoadedRun) -> list[tuple[str, Metric, Published]]:
     return sorted(found, key=lambda item: (item[0], len(differences(run, item[2])), -len(item[2].sources)))
 
 
-def differences(run: LoadedRun, row: Published) -> list[str]:
+def differences(run: Run, row: Published) -> list[str]:
     """What is known to differ between how we and they measured."""
     found = []
     facets = settings(run)
@@ -145,6 +157,10 @@ def differences(run: LoadedRun, row: Published) -> list[str]:
         found.append("ours reads answers with protocol=robust")
     if row.variant == "BF16" and not run.variant.startswith("BF16"):
         found.append(f"precision: ours {run.variant}, published BF16")
+    if run.task == "plugin_template":
+        found.append("ours through the tool template, published in ReAct form")
+    if row.metric == "math_executable_rate":
+        found.append("published over questions of its own; ours over GSM8K where those are not given")
     if UNPUBLISHED.get(row.benchmark):
         found.append(UNPUBLISHED[row.benchmark])
     if (row.benchmark, row.metric) == ("L-Eval", "average"):
@@ -154,7 +170,7 @@ def differences(run: LoadedRun, row: Published) -> list[str]:
     return found
 
 
-def _quality_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+def _quality_rows(run: Run) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
     for name, metric, row in counterparts(run):
         scale = 100.0 if metric.kind == "share" else 1.0
@@ -171,7 +187,7 @@ def _quality_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
+def _speed_rows(run: Run) -> list[tuple[Cell, ...]]:
     """Speed and peak memory of cells of a published shape: generated from one token, or encoded; batch and cache."""
     rows: list[tuple[Cell, ...]] = []
     for cell in profile_cells(run):
@@ -191,7 +207,39 @@ def _speed_rows(run: LoadedRun) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _same_model(run: LoadedRun, row: Published) -> bool:
+def _finetune_rows(run: Run) -> list[tuple[Cell, ...]]:
+    """Memory and seconds of a step of the same method and length on one GPU."""
+    rows: list[tuple[Cell, ...]] = []
+    for cell in profile_cells(run):
+        steps = sorted(float(step) for step in cell.get("step_s") or ())
+        ours = {"seconds_per_iter": median(steps), "gpu_memory": _gib(cell.get("peak_bytes"))}
+        for row in ledger():
+            value = ours.get(row.metric)
+            if row.benchmark != "finetune" or value is None or not row.value or not _same_tuning(run, cell, row):
+                continue
+            differing = [f"device: ours {device_name(run)}, published {row.setting.get('gpu')}"]
+            differing += ["ours NF4, published GPTQ Int4"] if row.variant == "Q-LoRA" else []
+            differing += ["ours of random weights"] if run.engine_info.get("is_random") else []
+            what = f"{'seconds a step' if row.unit == 's/it' else 'memory'} ({row.variant}, {cell['seq']} tokens)"
+            rows.append((
+                text_cell(run.label), text_cell(run.variant), text_cell(what), number_cell(value, 2),
+                Cell(text=row.text or str(row.value), value=row.value),
+                Cell(text=f"{value / row.value:.2f} ×", value=value / row.value), text_cell(None),
+                text_cell("; ".join(differing)), text_cell(_sources(row)),
+            ))  # fmt: skip
+    return rows
+
+
+def _same_tuning(run: Run, cell: ProfileCell, row: Published) -> bool:
+    single = row.setting.get("nodes") == row.setting.get("gpus_per_node") == 1
+    step = row.setting.get("seq_len"), row.setting.get("grad_accum")
+    same_step = step == (cell.get("seq"), cell.get("accumulation"))
+    model = _squeezed(run.model).replace("chat", "")  # the table names sizes: adapters were put on chat models
+    is_method = METHOD_NAMES.get(str(cell.get("method"))) == row.variant
+    return single and same_step and is_method and model == _squeezed(row.model)
+
+
+def _same_model(run: Run, row: Published) -> bool:
     if _squeezed(run.model) not in (_squeezed(row.model), _squeezed(f"{row.model}-{row.variant or ''}")):
         return False
     if row.benchmark == "arXiv":
@@ -203,11 +251,13 @@ def _same_model(run: LoadedRun, row: Published) -> bool:
     return precision == ("LLM.int8" if is_bnb else row.variant) or (row.variant == "BF16" and precision in PRECISIONS)
 
 
-def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
+def _our_metric(run: Run, row: Published) -> tuple[str, Metric] | None:
     if row.benchmark == "arXiv":
         return _our_perplexity(run, row)
     if BENCHMARKS.get(run.task) != row.benchmark or run.headline is None:
         return None
+    if row.benchmark in AGENTS:
+        return _agent_metric(run, row)
     if row.metric in HEADLINES:
         return None if run.headline[1].kind == "count" else run.headline  # a split without answers was only answered
     if (named := OUR_NAMES.get(row.metric)) in run.metrics:
@@ -221,8 +271,16 @@ def _our_metric(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
     return None
 
 
-def _our_perplexity(run: LoadedRun, row: Published) -> tuple[str, Metric] | None:
-    switches = (run.model_spec.get("rope") or {}).get("dynamic_ntk"), run.model_spec.get("logn")
+def _agent_metric(run: Run, row: Published) -> tuple[str, Metric] | None:
+    """The metric of the same meaning, in the same mode."""
+    if row.benchmark == "hf_agent" and (row.setting.get("mode") == "chat") != (run.task == "hf_agent_chat"):
+        return None
+    name = AGENT_METRICS.get(row.metric, row.metric)
+    return (name, run.metrics[name]) if name in run.metrics else None
+
+
+def _our_perplexity(run: Run, row: Published) -> tuple[str, Metric] | None:
+    switches = section(run.model_spec.get("rope")).get("dynamic_ntk"), run.model_spec.get("logn")
     wanted = row.setting.get("dynamic_ntk"), row.setting.get("logn")
     if [str(x).lower() for x in switches] != [str(x).lower() for x in wanted]:
         return None
@@ -235,7 +293,7 @@ def _our_perplexity(run: LoadedRun, row: Published) -> tuple[str, Metric] | None
     return None
 
 
-def _speed_differences(run: LoadedRun, row: Published) -> list[str]:
+def _speed_differences(run: Run, row: Published) -> list[str]:
     """The device always, then how it was measured."""
     found = [f"device: ours {device_name(run)}, published {row.setting.get('gpu', 'A100-SXM4-80G')}"]
     if run.config.get("method") == "measured":
@@ -248,7 +306,7 @@ def _speed_differences(run: LoadedRun, row: Published) -> list[str]:
     return found
 
 
-def _same_shape(cell: Mapping[str, JSON], row: Published) -> bool:
+def _same_shape(cell: Mapping[str, Any], row: Published) -> bool:
     said = row.setting
     tokens = said.get("gen_tokens") or said.get("tokens")
     is_encoding = str(said.get("mode", "")).startswith("encode")
@@ -269,6 +327,9 @@ def _what(row: Published, ours: str) -> str:
     setting += [f"{row.setting[key]} tokens" for key in ("seq_len", "gen_tokens", "tokens") if key in row.setting]
     setting += [f"batch {row.setting['batch_size']}"] if "batch_size" in row.setting else []
     setting += ["int8 cache"] if row.setting.get("kv_cache_int8") else []
+    setting += [
+        str(row.setting[key]) for key in ("dataset_version", "mode") if row.benchmark in AGENTS and key in row.setting
+    ]
     setting += ["encoding"] if str(row.setting.get("mode", "")).startswith("encode") else []
     metric = "" if row.metric in HEADLINES or row.benchmark == "arXiv" else f" {row.metric}"
     listed = ", ".join(part for part in setting if part)

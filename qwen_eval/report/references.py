@@ -1,7 +1,6 @@
-"""The paired difference of each variant of a model to its reference, to stand beside their scores.
+"""The paired difference of each variant of a model to its reference, shown beside their scores.
 
-Two intervals side by side hide what a paired comparison shows: most of their width is which items were drawn, and that
-is common to both.
+Two separate intervals hide it: most of their width comes from which items were drawn, which both runs share.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from qwen_eval.core import QwenEvalError
 from qwen_eval.report.compare import compare_sides
 from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.gate import delta_cell
-from qwen_eval.report.runs import LoadedRun, base_name, precision_rank
+from qwen_eval.report.runs import base_name, precision_rank
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import Cell, text_cell
 
 NOTE = "Δ: paired difference to the model's reference [95 %], points of a share, per cent of a perplexity."
 
 
-def differences(runs: Sequence[LoadedRun]) -> dict[Path, Cell]:
+def differences(runs: Sequence[Run]) -> dict[Path, Cell]:
     """Path of a run -> its Δ to the run of the highest precision of that model and task; nothing for a model alone."""
-    members: dict[tuple[str, str], list[LoadedRun]] = defaultdict(list)
+    members: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=_rank):
         members[run.task, base_name(run.model)].append(run)
     found: dict[Path, Cell] = {}
@@ -36,7 +36,7 @@ def differences(runs: Sequence[LoadedRun]) -> dict[Path, Cell]:
     return found
 
 
-def column(cells: Mapping[Path, Cell], runs: Sequence[LoadedRun | None]) -> list[Cell] | None:
+def column(cells: Mapping[Path, Cell], runs: Sequence[Run | None]) -> list[Cell] | None:
     """One cell a run; None where no run has a difference, so that no empty column is shown."""
     found = [cells.get(run.path) if run else None for run in runs]
     if not any(found):
@@ -44,20 +44,20 @@ def column(cells: Mapping[Path, Cell], runs: Sequence[LoadedRun | None]) -> list
     return [cell or text_cell(None) for cell in found]
 
 
-def _difference(first: Side, run: LoadedRun) -> Cell:
+def _difference(first: Side, run: Run) -> Cell:
     try:
         comparison = compare_sides(first, Side(run=run), Margins())
     except (QwenEvalError, OSError) as error:
         return text_cell(None, title=str(error))
     difference = comparison.difference
     if difference is None or math.isnan(difference.delta):
-        return text_cell(None, title="; ".join(comparison.obstacles) or "no score per sample")
+        return text_cell(None, title="; ".join(comparison.not_comparable) or "no score per sample")
     cell = delta_cell(comparison, difference)
     reference = f"to {first.run.label} {first.run.variant}, {first.run.path}"
     flips = f"{comparison.losses} lost, {comparison.gains} gained"
     return replace(cell, title=f"{reference}: {cell.title}; {flips}")
 
 
-def _rank(run: LoadedRun) -> tuple[int, bool, str]:
+def _rank(run: Run) -> tuple[int, bool, str]:
     """The reference first: highest precision with the fewest switches, the default tag."""
     return precision_rank(run.variant), run.tag != "default", str(run.path)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from qwen_eval.core import JSON, Answer, ChoiceLogprobs, Completions, Record
-from qwen_eval.report.runs import LoadedRun
+from qwen_eval.runs.run import Run
 
 HEAD_CHARS, TAIL_CHARS = 6_000, 6_000  # of a long prompt: 32K tokens of haystack help nobody in a browser
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -16,7 +16,7 @@ ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", 
 OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 
-def sample_data(runs: Sequence[LoadedRun], *, max_samples: int) -> dict[str, JSON]:
+def sample_data(runs: Sequence[Run], *, max_samples: int) -> dict[str, JSON]:
     """`{"runs": [...], "left_out": n}`; every run keeps its first samples when there are more than `max_samples`."""
     kept = [run for run in runs if run.kind == "eval" and run.records]
     share = _share([len(run.records) for run in kept], max_samples)
@@ -47,11 +47,11 @@ def _harmless(value: JSON) -> JSON:
     if isinstance(value, str):
         return value if value.isprintable() else OBEYED.sub("\ufffd", value)
     if isinstance(value, Mapping):
-        return {_harmless(key): _harmless(item) for key, item in value.items()}
+        return {str(_harmless(key)): _harmless(item) for key, item in value.items()}
     return [_harmless(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _run(run: LoadedRun, limit: int) -> dict[str, JSON]:
+def _run(run: Run, limit: int) -> dict[str, JSON]:
     rows, before = [], ""
     for record in run.records[:limit]:
         prompt = elided(record.prompts[0] if record.prompts else "")

@@ -1,7 +1,7 @@
-"""What decided a run's numbers besides its model, how two runs differ in that, and the footnotes of a table about it.
+"""The settings of a run besides its model, the differences between two runs, and the footnotes of a table about them.
 
-The truth is the section `decides` of spec.json: a run is resumed only when all of it is equal. What is not told as a
-difference is listed here with its reason; a key that is new, of a new task too, is told.
+All of the section `decides` of spec.json counts: a run is resumed only when all of it is equal. The keys that are not
+reported as differences are listed here with the reason; a new key, also of a new task, is reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_eval.core import JSON
-from qwen_eval.report.runs import LoadedRun
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import Footnote, Table, text_cell
 
 CARD_ORDER = ("mmlu", "ceval", "gsm8k", "math", "humaneval", "mbpp", "bbh", "cmmlu")  # the columns of the base table
@@ -38,7 +38,7 @@ SECTIONS = (
 CIRCUMSTANCES = ("engine", "model", "packages", "run")  # they change numbers a little, and may be just what is compared
 
 
-def settings(run: LoadedRun) -> dict[str, JSON]:
+def settings(run: Run) -> dict[str, JSON]:
     """Everything that decides what kind of number this is, but not the model: leaves by name, `{"shots": 5, …}`."""
     decides, benchmark = run.decides, run.benchmark
     asked = _section(decides.get("task")) or _section(run.config.get("task"))
@@ -71,7 +71,7 @@ def settings_text(
     return ", ".join(parts)
 
 
-def differing_keys(first: LoadedRun, second: LoadedRun) -> list[str]:
+def differing_keys(first: Run, second: Run) -> list[str]:
     """Names of the settings in which two runs differ, the plainest first.
 
     Counts and the digest of the prompts follow from other settings: they are told when nothing else is.
@@ -84,7 +84,7 @@ def differing_keys(first: LoadedRun, second: LoadedRun) -> list[str]:
     return causes if any(not _is_circumstance(key) for key in causes) else found
 
 
-def differing_settings(first: LoadedRun, second: LoadedRun) -> list[str]:
+def differing_settings(first: Run, second: Run) -> list[str]:
     """`["shots: 5 against 0"]`: why two scores are not of one kind; engine and packages do not make them unlike."""
     a, b = settings(first), settings(second)
     return [
@@ -94,9 +94,9 @@ def differing_settings(first: LoadedRun, second: LoadedRun) -> list[str]:
     ]
 
 
-def by_task(runs: Iterable[LoadedRun]) -> list[tuple[str, list[LoadedRun]]]:
+def by_task(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
     """Runs by task, the tasks in the order of the model cards."""
-    found: dict[str, list[LoadedRun]] = defaultdict(list)
+    found: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         found[run.task].append(run)
     rank = {task: i for i, task in enumerate(CARD_ORDER)}
@@ -106,8 +106,8 @@ def by_task(runs: Iterable[LoadedRun]) -> list[tuple[str, list[LoadedRun]]]:
 class Footnotes:
     """Letters for runs whose settings differ from those of most runs of their task."""
 
-    def __init__(self, runs: Sequence[LoadedRun], *, across_tasks: bool = False) -> None:
-        self._common: dict[str, LoadedRun] = {}
+    def __init__(self, runs: Sequence[Run], *, across_tasks: bool = False) -> None:
+        self._common: dict[str, Run] = {}
         self._letters: dict[str, str] = {}
         self._across = across_tasks
         for task, members in by_task(runs):
@@ -119,7 +119,7 @@ class Footnotes:
     def column(self, task: str) -> str:
         return settings_text(settings(self._common[task])) or "default protocol"
 
-    def of(self, run: LoadedRun) -> Footnote | None:
+    def of(self, run: Run) -> Footnote | None:
         """None for a run with the settings of its column."""
         common = self._common[run.task]
         mine, usual = settings(run), settings(common)
@@ -134,7 +134,7 @@ class Footnotes:
         letter = self._letters.setdefault(text, MARKS[number % 26] * (1 + number // 26))
         return Footnote(mark=f"[{letter}]", text=f"settings differ: {text}")
 
-    def mark(self, run: LoadedRun) -> str:
+    def mark(self, run: Run) -> str:
         """`" [a]"`, or nothing: for a heading, whose footnote the table must list itself."""
         found = self.of(run)
         return f" {found.mark}" if found else ""
@@ -144,12 +144,12 @@ class Footnotes:
         return tuple(f"[{letter}] settings differ: {text}" for text, letter in self._letters.items())
 
 
-def checkpoint_of(run: LoadedRun) -> tuple[str, ...]:
+def checkpoint_of(run: Run) -> tuple[str, ...]:
     """What must be equal for two runs to stand in one row: name, tag, precision and the weights themselves."""
     return run.label, run.variant, run.weights, json.dumps(run.model_spec.get("window"))
 
 
-def run_names(rows: Sequence[tuple[str, Sequence[LoadedRun]]]) -> list[str] | None:
+def run_names(rows: Sequence[tuple[str, Sequence[Run]]]) -> list[str] | None:
     """What tells apart rows of one name, for a column `run`: directory and weights; None where all names differ."""
     counts = Counter(name for name, _ in rows)
     if max(counts.values(), default=1) == 1:
@@ -186,7 +186,7 @@ def plain(value: JSON) -> str:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _mode(run: LoadedRun, asked: str) -> str:
+def _mode(run: Run, asked: str) -> str:
     return asked if asked != "auto" else "chat" if run.model_spec.get("chat") else "base"
 
 
@@ -218,7 +218,7 @@ def _without(section: Mapping[str, JSON], keys: Iterable[str]) -> dict[str, JSON
     return {key: value for key, value in section.items() if key not in keys}
 
 
-def _place(runs: Sequence[LoadedRun]) -> tuple[str, ...]:
+def _place(runs: Sequence[Run]) -> tuple[str, ...]:
     return Path(os.path.commonpath([run.path.absolute() for run in runs])).parts
 
 

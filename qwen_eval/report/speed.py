@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from qwen_eval.core import JSON, Metric
+from qwen_eval.core import Metric
 from qwen_eval.metrics import mean
 from qwen_eval.report.comparison import Comparison, Margins
 from qwen_eval.report.paired import Difference, speed_ratio
-from qwen_eval.report.runs import LoadedRun, device_name, profile_cells
+from qwen_eval.report.runs import ProfileCell, device_name, profile_cells
+from qwen_eval.runs.run import Run
 
 GIB = 2**30
 LOAD_FLOOR_S = 1.0  # a shorter load is judged as this long: below it the state of the disk's cache decides
-Cell = Mapping[str, JSON]
 SHAPE = ("name", "batch", "prompt_tokens", "new_tokens", "kv_cache", "attention")
 
 
@@ -40,7 +40,7 @@ QUANTITIES = (
 )  # fmt: skip
 
 
-def compare_speed(first: LoadedRun, second: LoadedRun, margins: Margins, label: str) -> list[Comparison]:
+def compare_speed(first: Run, second: Run, margins: Margins, label: str) -> list[Comparison]:
     """One comparison for each cell and quantity of the reference; a cell that is gone is not comparable."""
     base = Comparison(
         task=first.task, label=label, family="speed", metric="", first=None, second=None,
@@ -48,13 +48,13 @@ def compare_speed(first: LoadedRun, second: LoadedRun, margins: Margins, label: 
     )  # fmt: skip
     devices = device_name(first), device_name(second)
     if devices[0] != devices[1] or "unknown" in devices:
-        return [replace(base, obstacles=(f"device: {devices[0]} against {devices[1]}",))]
+        return [replace(base, not_comparable=(f"device: {devices[0]} against {devices[1]}",))]
     sides = [profile_cells(run) for run in (first, second)]
     if not sides[0]:
-        return [replace(base, obstacles=("the reference has no cell",))]
+        return [replace(base, not_comparable=("the reference has no cell",))]
     doubled = [name for side in sides for name, times in Counter(map(cell_name, side)).items() if times > 1]
     if doubled:
-        return [replace(base, obstacles=(f"two cells of one shape: {doubled[0]}",))]
+        return [replace(base, not_comparable=(f"two cells of one shape: {doubled[0]}",))]
     now = {_shape(cell): cell for cell in sides[1]}
     found = [item for cell in sides[0] for item in _compare_cell(base, cell, now.get(_shape(cell)), margins)]
     new = [cell_name(cell) for cell in sides[1] if _shape(cell) not in set(map(_shape, sides[0]))]
@@ -62,30 +62,34 @@ def compare_speed(first: LoadedRun, second: LoadedRun, margins: Margins, label: 
     return [replace(found[0], notes=notes), *found[1:]]
 
 
-def _compare_cell(base: Comparison, first: Cell, second: Cell | None, margins: Margins) -> list[Comparison]:
+def _compare_cell(
+    base: Comparison, first: ProfileCell, second: ProfileCell | None, margins: Margins
+) -> list[Comparison]:
     base = replace(base, label=f"{base.label} {cell_name(first)}".strip())
     if _state(first) != "ok":
-        return [replace(base, obstacles=(f"the reference of this cell is {_state(first)}",))]
+        return [replace(base, not_comparable=(f"the reference of this cell is {_state(first)}",))]
     if second is None:
-        return [replace(base, obstacles=("the cell is gone",))]
+        return [replace(base, not_comparable=("the cell is gone",))]
     if _state(second) != "ok":
         return [replace(base, failures=(f"the cell is {_state(second)}: {second.get('reason') or 'no reason given'}",))]
     measured = [quantity for quantity in QUANTITIES if _is_judged(quantity, first)]
     if not measured:
-        return [replace(base, obstacles=("nothing was measured in the reference of this cell",))]
+        return [replace(base, not_comparable=("nothing was measured in the reference of this cell",))]
     return [_compare_quantity(base, quantity, first, second, margins) for quantity in measured]
 
 
-def _compare_quantity(base: Comparison, quantity: Quantity, first: Cell, second: Cell, margins: Margins) -> Comparison:
+def _compare_quantity(
+    base: Comparison, quantity: Quantity, first: ProfileCell, second: ProfileCell, margins: Margins
+) -> Comparison:
     values = [_numbers(cell, quantity) for cell in (first, second)]
     base = replace(
         base, label=f"{base.label} {quantity.name}", metric=quantity.key, higher_is_better=quantity.higher_is_better
     )
     odd = [_odd(side) for side in values]
     if odd[0]:
-        return replace(base, obstacles=(f"{quantity.name} of the reference is {odd[0]}",))
+        return replace(base, not_comparable=(f"{quantity.name} of the reference is {odd[0]}",))
     if not values[1]:
-        return replace(base, obstacles=(f"{quantity.name} was not measured",))
+        return replace(base, not_comparable=(f"{quantity.name} was not measured",))
     if odd[1]:
         return replace(base, failures=(f"{quantity.name} is {odd[1]}",))
     a, b = ([quantity.value(value) for value in side] for side in values)
@@ -104,7 +108,7 @@ def _once(first: Sequence[float], second: Sequence[float]) -> Difference:
     return Difference(delta=delta, n=len(first) + len(second), num_clusters=1, test="one measurement")
 
 
-def cell_name(cell: Cell) -> str:
+def cell_name(cell: ProfileCell) -> str:
     """`"decode, batch 1, 1 + 2048 tokens"`."""
     parts = [str(cell.get("name") or "cell")]
     parts += [f"batch {cell['batch']}"] if cell.get("batch") is not None else []
@@ -114,15 +118,15 @@ def cell_name(cell: Cell) -> str:
     return ", ".join(parts)
 
 
-def _shape(cell: Cell) -> tuple[str, ...]:
+def _shape(cell: ProfileCell) -> tuple[str, ...]:
     return tuple(str(cell.get(key)) for key in SHAPE)
 
 
-def _state(cell: Cell) -> str:
+def _state(cell: ProfileCell) -> str:
     return str(cell.get("status", "ok"))
 
 
-def _is_judged(quantity: Quantity, cell: Cell) -> bool:
+def _is_judged(quantity: Quantity, cell: ProfileCell) -> bool:
     """Measured at all; the total only where its parts are not, and no prefill of a single token."""
     if not _numbers(cell, quantity):
         return False
@@ -131,7 +135,7 @@ def _is_judged(quantity: Quantity, cell: Cell) -> bool:
     return quantity.name != "prefill" or int(cell.get("prompt_tokens") or 0) > 1
 
 
-def _numbers(cell: Cell, quantity: Quantity) -> list[float]:
+def _numbers(cell: ProfileCell, quantity: Quantity) -> list[float]:
     raw = cell.get(quantity.key)
     values = raw if isinstance(raw, list) else [] if raw is None else [raw]
     return [float(value) if isinstance(value, (int, float)) else math.nan for value in values]

@@ -13,12 +13,13 @@ from qwen_eval.core import Metric
 from qwen_eval.report.long_context import tables as long_context
 from qwen_eval.report.profile import profile_tables
 from qwen_eval.report.references import NOTE, column, differences
-from qwen_eval.report.runs import LoadedRun, RunSet, base_name, order, precision_rank
+from qwen_eval.report.runs import RunSet, base_name, order, precision_rank
 from qwen_eval.report.settings import Footnotes, by_task, checkpoint_of, run_names, settings, settings_text, with_runs
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import NONE, Cell, Table, metric_cell, number_cell, text_cell
 
 CATEGORIES = ("stem", "socialsciences", "socialscience", "humanities", "other", "others", "hard", "chinaspecific")
-Row = tuple[tuple[str, ...], dict[str, LoadedRun]]  # what names it, its run of each task
+NamedRuns = tuple[tuple[str, ...], dict[str, Run]]  # what names it, its run of each task
 
 
 def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
@@ -31,7 +32,7 @@ def layouts(runs: RunSet) -> dict[str, Callable[[], list[Table]]]:
     return {
         "models": lambda: models_by_tasks(runs.finished, deltas()),
         "runs": lambda: every_run(runs, deltas()),
-        "quantisation": lambda: quantisation(runs.finished, deltas()),
+        "quantization": lambda: quantization(runs.finished, deltas()),
         "categories": lambda: categories(runs.finished),
         "long": lambda: long_context(runs.finished),
         "profile": lambda: profile(runs.profiles),
@@ -62,7 +63,7 @@ def every_run(runs: RunSet, deltas: Mapping[Path, Cell]) -> list[Table]:
     return [with_runs(table, run_names([(f"{run.label} {run.variant} {run.task}", [run]) for run in members]), at=2)]
 
 
-def _run_row(run: LoadedRun, footnotes: Footnotes) -> tuple[Cell, ...]:
+def _run_row(run: Run, footnotes: Footnotes) -> tuple[Cell, ...]:
     name, metric = run.headline or ("", None)
     metric = metric if run.status in ("complete", "partial") else None
     tone = {"complete": "", "partial": "weak"}.get(run.status, "bad")
@@ -74,7 +75,7 @@ def _run_row(run: LoadedRun, footnotes: Footnotes) -> tuple[Cell, ...]:
     )  # fmt: skip
 
 
-def models_by_tasks(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
+def models_by_tasks(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table]:
     """Headline scores in per cent, tasks in the order of the model cards; a row is one checkpoint. A cell whose
     settings differ from those of most runs of its column is footnoted."""
     if not runs:
@@ -83,8 +84,8 @@ def models_by_tasks(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> l
     return [_wide("models", "Models × tasks", rows, runs, deltas)]
 
 
-def quantisation(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list[Table]:
-    """Variants of one model under each other, as in the cards' table of quantised models."""
+def quantization(runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> list[Table]:
+    """Variants of one model under each other, as in the cards' table of quantized models."""
     variants: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         variants[base_name(run.model)].add(run.variant)
@@ -93,7 +94,7 @@ def quantisation(runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> list
         return []
     rows = _grid(kept, lambda run: (base_name(run.model), run.variant))
     rows.sort(key=lambda row: (row[0][0], precision_rank(row[0][1])))
-    return [_wide("quantisation", "Precisions of one model", rows, kept, deltas)]
+    return [_wide("quantization", "Precisions of one model", rows, kept, deltas)]
 
 
 def _is_precision(tag: str) -> bool:
@@ -101,7 +102,7 @@ def _is_precision(tag: str) -> bool:
     return tag == "default" or tag.startswith("precision-")
 
 
-def categories(runs: Sequence[LoadedRun]) -> list[Table]:
+def categories(runs: Sequence[Run]) -> list[Table]:
     """Per task the headline and its categories (STEM ...), as in the cards' MMLU and C-Eval tables."""
     tables = []
     for task, members in by_task(runs):
@@ -121,7 +122,7 @@ def categories(runs: Sequence[LoadedRun]) -> list[Table]:
     return tables
 
 
-def by_group(runs: Sequence[LoadedRun]) -> list[Table]:
+def by_group(runs: Sequence[Run]) -> list[Table]:
     """Per task its groups (subjects, BBH's tasks), one a row, models side by side."""
     tables = []
     for task, members in by_task(runs):
@@ -140,7 +141,7 @@ def by_group(runs: Sequence[LoadedRun]) -> list[Table]:
     return tables
 
 
-def profile(runs: Sequence[LoadedRun]) -> list[Table]:
+def profile(runs: Sequence[Run]) -> list[Table]:
     """Speed and memory: a row a measured cell of a profile's `cells` (docs/reports.md says what a cell holds)."""
     return profile_tables(sorted(runs, key=order))
 
@@ -166,11 +167,11 @@ def problems(runs: RunSet) -> list[Table]:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _names_of(runs: Sequence[LoadedRun]) -> list[str] | None:
+def _names_of(runs: Sequence[Run]) -> list[str] | None:
     return run_names([(f"{run.label} {run.variant}", [run]) for run in runs])
 
 
-def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[LoadedRun], deltas: Mapping[Path, Cell]) -> Table:
+def _wide(name: str, title: str, rows: Sequence[NamedRuns], runs: Sequence[Run], deltas: Mapping[Path, Cell]) -> Table:
     """A column a task, and beside it the differences to the reference where a model has several rows."""
     footnotes = Footnotes(runs)
     columns = {"model": [text_cell(labels[0]) for labels, _ in rows]}
@@ -188,16 +189,16 @@ def _wide(name: str, title: str, rows: Sequence[Row], runs: Sequence[LoadedRun],
     return with_runs(table, run_names([(" ".join(labels), list(cells.values())) for labels, cells in rows]), at=2)
 
 
-def _score(run: LoadedRun | None, footnotes: Footnotes) -> Cell:
+def _score(run: Run | None, footnotes: Footnotes) -> Cell:
     if run is None or run.headline is None:
         return Cell(text=NONE)
     cell = metric_cell(run.headline[1], footnote=footnotes.of(run))
     return replace(cell, title=f"{run.headline[0]}, {cell.title}; {run.path}")
 
 
-def _grid(runs: Sequence[LoadedRun], named: Callable[[LoadedRun], tuple[str, ...]]) -> list[Row]:
+def _grid(runs: Sequence[Run], named: Callable[[Run], tuple[str, ...]]) -> list[NamedRuns]:
     """A row a checkpoint; a second run of the same task opens a further row instead of hiding the first."""
-    rows: dict[tuple[object, ...], Row] = {}
+    rows: dict[tuple[object, ...], NamedRuns] = {}
     for run in sorted(runs, key=order):
         key, repeat = (named(run), checkpoint_of(run)), 0
         while run.task in rows.setdefault((*key, repeat), (named(run), {}))[1]:
@@ -222,7 +223,7 @@ def _ordered(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _rate(run: LoadedRun, name: str) -> Cell:
+def _rate(run: Run, name: str) -> Cell:
     metric: Metric | None = run.rates.get(name)
     if metric is None:
         return Cell(text=NONE)
@@ -230,5 +231,5 @@ def _rate(run: LoadedRun, name: str) -> Cell:
     return replace(metric_cell(metric), text=f"{metric.value * 100:.1f} %", tone=tone)
 
 
-def _reason(run: LoadedRun, reasons: Mapping[str, str]) -> str:
+def _reason(run: Run, reasons: Mapping[str, str]) -> str:
     return str(run.result.get("error") or reasons[run.status])

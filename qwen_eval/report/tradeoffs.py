@@ -1,21 +1,21 @@
-"""Quality beside speed and memory, a point a checkpoint: one benchmark, one kind of cell. Unlike runs are left out."""
+"""Quality against speed and memory, a point a checkpoint: one benchmark, one kind of cell. Other runs are left out."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
-from qwen_eval.core import JSON
-from qwen_eval.report.runs import LoadedRun, RunSet, device_name, profile_cells, speeds_of
+from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import by_task, settings, settings_text
+from qwen_eval.runs.run import Run
 
 SHAPE = ("name", "batch", "prompt_tokens", "new_tokens")
 Name = tuple[str, str]
-Measured = dict[Name, tuple[LoadedRun, tuple[float, float]]]  # its profile, median tokens/s and peak bytes
+Measured = dict[Name, tuple[Run, tuple[float, float]]]  # its profile, median tokens/s and peak bytes
 T = TypeVar("T")
 
 
@@ -53,9 +53,9 @@ def tradeoffs(runs: RunSet) -> Tradeoffs:
     return Tradeoffs(what=what, points=tuple(points), notes=tuple(dict.fromkeys([*notes, *left_out])))
 
 
-def _points(runs: Sequence[LoadedRun], measured: Measured) -> tuple[list[Tradeoff], list[str]]:
+def _points(runs: Sequence[Run], measured: Measured) -> tuple[list[Tradeoff], list[str]]:
     """One point a name with one run, and the names that have several or whose profile is of other weights."""
-    runs_of: dict[Name, list[LoadedRun]] = defaultdict(list)
+    runs_of: dict[Name, list[Run]] = defaultdict(list)
     for run in runs:
         runs_of[_name(run)].append(run)
     points, notes = [], []
@@ -71,14 +71,14 @@ def _points(runs: Sequence[LoadedRun], measured: Measured) -> tuple[list[Tradeof
     return points, notes
 
 
-def _measured(profiles: Sequence[LoadedRun]) -> tuple[Measured, list[str]]:
+def _measured(profiles: Sequence[Run]) -> tuple[Measured, list[str]]:
     """(median tokens/s, peak bytes) of each name, all of one shape on one device; a name measured twice is left out."""
     cells = [(run, cell) for run in profiles for cell in profile_cells(run) if cell.get("new_tokens")]
     cells = [(run, cell) for run, cell in cells if speeds_of(cell)]
     if not cells:
         return {}, []
     alike = _commonest(cells, lambda item: (device_name(item[0]), *(item[1].get(key) for key in SHAPE)))
-    by_name: dict[Name, list[tuple[LoadedRun, Mapping[str, JSON]]]] = defaultdict(list)
+    by_name: dict[Name, list[tuple[Run, ProfileCell]]] = defaultdict(list)
     for run, cell in alike:
         by_name[_name(run)].append((run, cell))
     twice = [name for name, found in by_name.items() if len(found) > 1]
@@ -100,14 +100,14 @@ def _commonest(items: Iterable[T], key_of: Callable[[T], Hashable]) -> list[T]:
     return max(groups.values(), key=len)
 
 
-def _name(run: LoadedRun) -> Name:
+def _name(run: Run) -> Name:
     return run.model, run.variant
 
 
-def _said(run: LoadedRun) -> str:
+def _said(run: Run) -> str:
     return f"{run.label} {run.variant} ({settings_text(settings(run)) or 'default protocol'})"
 
 
-def _is_same_checkpoint(first: LoadedRun, second: LoadedRun) -> bool:
+def _is_same_checkpoint(first: Run, second: Run) -> bool:
     """Unless both say which weights they are, names must do."""
     return not (first.weights and second.weights) or first.weights == second.weights

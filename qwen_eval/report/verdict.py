@@ -1,7 +1,7 @@
 """From a comparison to one word: worse, better, unchanged, cannot tell, not comparable. docs/statistics.md says why.
 
-"Worse" and "better" need significance (Holm over all tests of the report); "unchanged" needs evidence too: the same
-answers, or an interval inside the margin. Everything else is "cannot tell at this n".
+"Worse" and "better" need significance (Holm over all tests of the report); "unchanged" needs evidence as well: the
+same answers, or an interval inside the margin. Everything else is "cannot tell at this n".
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _verdict(c: Comparison, num_tests: int) -> tuple[Verdict, str]:
     """Nothing that got better may hide what got worse: every way to "worse" is tried before any other word."""
     if c.failures:
         return "worse", "; ".join(c.failures)
-    if c.obstacles:
-        return "not comparable", "; ".join(c.obstacles)
+    if c.not_comparable:
+        return "not comparable", "; ".join(c.not_comparable)
     if c.is_identical:
         return "unchanged", "every answer is the same"
     gains, losses = c.regraded

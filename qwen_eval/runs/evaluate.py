@@ -1,11 +1,11 @@
-"""The loop: ask what is not graded yet, grade, store, summarise. One run directory, one model, one benchmark."""
+"""One run: ask the samples that are not graded yet, grade, store and summarise them. One model, one benchmark."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from qwen_eval.core import (
     HasArtifacts,
     HasNotes,
     LocatesNonFinite,
-    Metric,
+    MayFail,
     QwenEvalError,
     Record,
     Request,
@@ -38,24 +38,26 @@ from qwen_eval.data.sources import draw
 from qwen_eval.engines.kinds import deciding_keys, identity
 from qwen_eval.engines.options import check_options
 from qwen_eval.metrics import rates
+from qwen_eval.runs.fields import as_object, is_number, section
 from qwen_eval.runs.grading import Finished, Graders
 from qwen_eval.runs.integrity import damage_of, doubled
 from qwen_eval.runs.progress import Progress
 from qwen_eval.runs.prompt_lengths import CUT_PROMPT, is_cut, length_warnings, read_by_model
 from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256
+from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.store import (
     FORMAT,
     HIDDEN,
+    RESULT,
     RunDirectory,
     differences,
-    metric_from_json,
     metric_to_json,
     write_bytes,
     write_json,
 )
 from qwen_eval.tasks.registry import FROM_FILES, TaskContext, build
 
-# Where a checkpoint or a benchmark lies decides no number: the digests of what lies there are compared instead.
+# The place of a checkpoint or a benchmark cannot change a number: the digests of the files are compared instead.
 PLACES = {"task": ("path", "file"), "model": ("path", "hub", "digest")}
 SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
 
@@ -63,20 +65,6 @@ MOST_CUT = 0.05  # of the replies
 BOTH_READINGS = "both"  # scores of ours and of the official reader, whatever the protocol
 
 OpenEngine = Callable[[EvalSpec], Engine]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run came to, read back from its directory."""
-
-    directory: Path
-    metrics: Mapping[str, Metric]
-    rates: Mapping[str, Metric]
-    n: int
-    partial: Mapping[str, JSON]  # empty: the whole benchmark
-    warnings: Sequence[str]
-    was_finished: bool  # before this command: nothing was asked
-    result: Mapping[str, JSON]
 
 
 @dataclass
@@ -96,7 +84,7 @@ def elsewhere(spec: EvalSpec) -> str:
     return "tag=NAME" if spec.run_dir is None else "run_dir=DIR"
 
 
-def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | None = None) -> Outcome:
+def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | None = None) -> Run:
     """Run, resume or recall one cell. `open_engine` is called only when something is left to ask.
 
     Raises QwenEvalError; whatever was graded before stays in the run directory and is not asked again.
@@ -106,7 +94,7 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
     with RunDirectory.open(run_directory(spec), elsewhere=elsewhere(spec)) as run:
         known = None if spec.overwrite else _finished(spec, run)
         if known is not None:
-            return _outcome(run.path, known, was_finished=True)
+            return known
         engine = open_engine(spec)
         task = build(spec.task, task_context(spec, engine))
         samples = selected(task, spec)
@@ -114,27 +102,28 @@ def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | No
         start = time.perf_counter()
         done = _answered(run, samples)
         meter = ask(engine, task, [s for s in samples if s.id not in done], run.append, progress, num_done=len(done))
-        section = _run_section(meter, time.perf_counter() - start, num_resumed=len(done))
+        session = _session(meter, time.perf_counter() - start, num_resumed=len(done))
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
-        warnings = [*warnings, *(task.notes if isinstance(task, HasNotes) else ()), *cut_replies(result["rates"])]
-        warnings += length_warnings(records, engine.info)
-        result |= {"run": section, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
+        warnings += task.notes if isinstance(task, HasNotes) else ()
+        warnings += cut_replies(section(result["rates"]))
+        warnings += [*length_warnings(records, engine.info), *engine.info.get("warnings", ())]
+        result |= {"run": session, "engine": dict(engine.info), "warnings": warnings, "provenance": provenance()}
         write_artifacts(task, records, run.path)
         run.finish(result)
-        return _outcome(run.path, result, was_finished=False)
+        return load_run(run.path)
 
 
 def cut_replies(rates: Mapping[str, JSON]) -> list[str]:
-    """One warning where so many replies met the limit of new tokens that the score is not the model's."""
-    cut = rates.get("truncated", {}).get("value", 0.0)
-    if not cut > MOST_CUT:
+    """A warning if so many replies were truncated that the score is not a fair measure of the model."""
+    cut = section(rates.get("truncated")).get("value")
+    if not is_number(cut) or cut <= MOST_CUT:
         return []
     return [f"{100 * cut:.1f} % of the replies were cut at the limit of new tokens; raise task.max_new_tokens"]
 
 
 def task_context(spec: EvalSpec, engine: Engine | None, *, facts: Mapping[str, JSON] | None = None) -> TaskContext:
-    """`facts`: what the engine of a finished run said of itself, where none is open."""
+    """`facts`: the stored `Engine.info` of a finished run, where no engine is open."""
     return TaskContext(
         protocol=spec.protocol,
         is_chat=spec.model.chat if spec.task.mode == "auto" else spec.task.mode == "chat",
@@ -200,7 +189,7 @@ def ask(
     """Ask all samples together, turn by turn; graded ones go to `keep` as they are graded, beside the engine.
 
     Those that fail on non-finite numbers go to `keep_failed`; without it, EngineError at the end: they are not stored,
-    and the run is not finished.
+    and the run is not finished. EngineError at the end, too, for those that the engine gave no answer.
     """
     meter = Meter()
 
@@ -211,7 +200,7 @@ def ask(
     progress.start(task.name, total=num_done + len(samples), num_done=num_done)
     try:
         with Graders(task, store) as graders:
-            failed = _converse(engine, task, samples, graders)
+            failed, unanswered = _converse(engine, task, samples, graders)
     finally:
         progress.stop()
     if failed and keep_failed is None:
@@ -219,12 +208,20 @@ def ask(
     if keep_failed is not None:
         for sample, request in failed:
             keep_failed(sample, request)
+    if unanswered:
+        raise EngineError(no_answer(unanswered, len(samples)))
     return meter
 
 
-def _converse(engine: Engine, task: Task, samples: Sequence[Sample], graders: Graders) -> list[tuple[Sample, Request]]:
-    """Ask until every sample is finished, and hand it to the graders; returns those whose answer was not finite."""
+def _converse(
+    engine: Engine, task: Task, samples: Sequence[Sample], graders: Graders
+) -> tuple[list[tuple[Sample, Request]], list[tuple[Sample, str]]]:
+    """Ask until every sample is finished, and hand it to the graders.
+
+    Returns those whose answer was not finite, and those without an answer, each with the reason.
+    """
     failed: list[tuple[Sample, Request]] = []
+    unanswered: list[tuple[Sample, str]] = []
     upcoming: list[tuple[_Conversation, Request]] = []
 
     def advance(conversation: _Conversation) -> None:
@@ -248,8 +245,19 @@ def _converse(engine: Engine, task: Task, samples: Sequence[Sample], graders: Gr
                 continue
             conversation.turns.append(Turn(request=request, answer=answer))
             advance(conversation)
-        assert num_answers == len(asked), f"the engine answered {num_answers} of {len(asked)} requests"
-    return failed
+        lost = engine.failures if isinstance(engine, MayFail) else {}
+        unanswered += [(asked[index][0].sample, reason) for index, reason in sorted(lost.items())]
+        assert num_answers + len(lost) == len(asked), f"{num_answers} answers to {len(asked)} requests"
+    return failed, unanswered
+
+
+def no_answer(unanswered: Sequence[tuple[Sample, str]], num_asked: int) -> str:
+    """How many samples the engine gave no answer, why the first has none, and the way out."""
+    sample, reason = unanswered[0]
+    return (
+        f"{len(unanswered)} of {num_asked} samples have no answer ({sample.id}: {reason}); "
+        "the others are stored, the same command asks for the rest"
+    )
 
 
 def failure(engine: Engine, failed: Sequence[tuple[Sample, Request]], num_asked: int) -> str:
@@ -331,34 +339,36 @@ def write_artifacts(task: Task, records: Sequence[Record], directory: Path) -> N
         elif isinstance(content, str):
             write_bytes(directory / name, content.encode("utf-8"))
         else:
-            write_json(directory / name, content)
+            write_json(directory / name, as_object(content))
 
 
-def _finished(spec: EvalSpec, run: RunDirectory) -> dict[str, JSON] | None:
-    """The result of an equal, finished run, found without loading the model; None whenever that is not certain.
+def _finished(spec: EvalSpec, run: RunDirectory) -> Run | None:
+    """An equal, finished run, found without loading the model; None whenever that is not certain.
 
     StoreError where the run was made with another checkpoint or endpoint than the one at hand, or was damaged since.
     """
-    stored = run.spec()
-    if stored is None:
+    if run.spec() is None:
         return None
     try:
         weights = identity(spec.engine, spec.model)
-    except QwenEvalError:  # nothing at hand: opening it says what is missing
+    except QwenEvalError:  # no checkpoint at hand: opening the engine reports what is missing
         return None
     run.refuse_changes({"weights": weights})
     damage = damage_of(run.path)
     if damage is not None and not damage.is_rebuildable:
         raise StoreError(f"{run.path}: {damage.reason} with {run.elsewhere}")
-    if damage is not None or not (result := run.result()) or not set(SHOWN) <= set(result):
+    if damage is not None or not (run.path / RESULT).exists():
         return None  # the records are kept: what is missing is asked, and the result is made from them again
+    stored = load_run(run.path)
+    if not set(SHOWN) <= set(stored.result):
+        return None
     try:
-        facts = {**result["engine"], "weights": weights}
+        facts = {**stored.engine_info, "weights": weights}
         task = build(spec.task, task_context(spec, None, facts=facts))
         now = run_spec(spec, task, selected(task, spec), facts)
-    except QwenEvalError:  # a task that needs the tokenizer; the slow way says what is wrong if anything is
+    except QwenEvalError:  # a task that needs the tokenizer; opening the engine reports any other mistake
         return None
-    return None if differences(stored["decides"], now["decides"]) else result
+    return None if differences(stored.decides, now["decides"]) else replace(stored, was_finished=True)
 
 
 def _answered(run: RunDirectory, samples: Sequence[Sample]) -> set[str]:
@@ -371,7 +381,7 @@ def _answered(run: RunDirectory, samples: Sequence[Sample]) -> set[str]:
     return set(ids)
 
 
-def _run_section(meter: Meter, run_s: float, *, num_resumed: int) -> dict[str, JSON]:
+def _session(meter: Meter, run_s: float, *, num_resumed: int) -> dict[str, JSON]:
     """Of the session that finished the run: what earlier sessions asked is `num_resumed` samples, of unknown time."""
     return {
         "run_s": run_s,
@@ -380,19 +390,6 @@ def _run_section(meter: Meter, run_s: float, *, num_resumed: int) -> dict[str, J
         "num_prompt_tokens": meter.num_prompt_tokens,
         "num_answer_tokens": meter.num_answer_tokens,
     }
-
-
-def _outcome(directory: Path, result: Mapping[str, JSON], *, was_finished: bool) -> Outcome:
-    return Outcome(
-        directory=directory,
-        metrics={name: metric_from_json(row) for name, row in result["metrics"].items()},
-        rates={name: metric_from_json(row) for name, row in result["rates"].items()},
-        n=result["n"],
-        partial=result["partial"],
-        warnings=result["warnings"],
-        was_finished=was_finished,
-        result=result,
-    )
 
 
 def _num_answer_tokens(answer: Answer) -> int:

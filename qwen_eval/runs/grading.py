@@ -1,7 +1,7 @@
-"""Grading beside the engine, within a time limit: the model waits for no grader, and no reply stops a run.
+"""Grading beside the engine, within a time limit: the model never waits for a grader, and no reply stops a run.
 
-Readers are bounded (`extraction.symptoms.READ_CHARACTERS`); the limit is for the reply that no one foresaw. Programs
-run in the sandbox, which has limits of its own.
+Extractors read a bounded text (`extraction.symptoms.READ_CHARACTERS`); the time limit is for unforeseen replies.
+Programs run in the sandbox, which has limits of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Finished:
 
 
 class GradingTimeout(Exception):
-    """A reply could not be read in time."""
+    """Extraction did not finish in time."""
 
 
 class Graders:

@@ -1,6 +1,6 @@
-"""Whether a run directory still holds what was run: records that give its result.json, neither of them edited.
+"""Checks that a finished run is intact: its files are unchanged, and its records give its result.json.
 
-Every reader of finished runs asks here: recall, report, gate, regrade.
+Every reader of finished runs uses it: evaluate, report, gate, regrade and the Python API.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_eval.core import JSON, Record, StoreError
+from qwen_eval.runs.fields import is_count, is_number, section
 from qwen_eval.runs.seal import SEAL, broken_parts
-from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, is_count, metric_from_json, read_json, read_records
+from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, metrics_from_json, read_json, read_records
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.tasks.registry import TaskContext, build
 
@@ -30,7 +31,7 @@ class Damage:
 
 
 def refuse_damaged(directory: Path | str) -> None:
-    """StoreError in one line for a run that is not what was run; unfinished runs pass."""
+    """StoreError in one line for a damaged run; unfinished runs pass."""
     damage = damage_of(Path(directory))
     if damage is not None:
         raise StoreError(f"{directory}: {damage.reason}")
@@ -64,10 +65,9 @@ def _has_metrics(result: Mapping[str, JSON]) -> bool:
     if result.get("n") is not None and not is_count(result["n"]):
         return False
     try:
-        for section in ("metrics", "rates"):
-            for row in (result.get(section) or {}).values():
-                metric_from_json(row)
-    except (KeyError, TypeError, AttributeError):
+        for name in ("metrics", "rates"):
+            metrics_from_json(result.get(name) or {})
+    except (KeyError, TypeError):
         return False
     return True
 
@@ -77,7 +77,7 @@ def _of_sealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str, J
     if "spec" in broken:
         return Damage(reason=f"damaged: {SPEC} was changed after the run; {RESTORE}")
     if "records" in broken:
-        sealed, found = result[SEAL].get("num_records"), _num_lines(directory / RECORDS)
+        sealed, found = section(result[SEAL]).get("num_records"), _num_lines(directory / RECORDS)
         what = "was changed" if sealed == found else f"has {found} records, it had {sealed}"
         return Damage(reason=f"damaged: {RECORDS} {what} after the run; {RESTORE}")
     if "result" in broken:
@@ -101,13 +101,12 @@ def damage(directory: Path) -> str | None:
     return None if found is None else found.reason
 
 
-# --- runs of before there was a seal ---------------------------------------------------------------------------------
+# --- runs from before the seal was introduced ------------------------------------------------------------------------
 
 
 def _of_unsealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str, JSON]) -> Damage | None:
     """Counts, doubled samples, and the headline computed again from the stored grades where its task can be built."""
-    decides = spec.get("decides")
-    protocol = str(decides.get("protocol")) if isinstance(decides, Mapping) else ""
+    protocol = str(section(spec.get("decides")).get("protocol"))
     records = [record.under(protocol) for record in read_records(directory / RECORDS)]
     twice = doubled([record.sample_id for record in records])
     if twice is not None:
@@ -135,11 +134,9 @@ def doubled(ids: Sequence[str]) -> str | None:
 
 
 def _stored_headline(result: Mapping[str, JSON]) -> float | None:
-    try:
-        value = next(iter(result["metrics"].values()))["value"]
-        return None if value is None else float(value)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
-        return None
+    first = next(iter(section(result.get("metrics")).values()), None)
+    value = section(first).get("value")
+    return value if is_number(value) else None
 
 
 def _means(records: Sequence[Record]) -> list[float]:
@@ -152,13 +149,15 @@ def _means(records: Sequence[Record]) -> list[float]:
 
 
 def _headline(spec: Mapping[str, JSON], records: Sequence[Record], result: Mapping[str, JSON]) -> float | None:
-    """None where it cannot be had: an unknown task, one that needs a tokenizer, or grades of another version."""
+    """None where it cannot be computed: an unknown task, one that needs a tokenizer, or grades of another version."""
     try:
         config = stored_config(spec)
         task = build(config.task, TaskContext(protocol=config.protocol, is_chat=config.model.chat))
-        if task.version != spec["decides"]["task_version"]:
+        if task.version != section(spec["decides"])["task_version"]:
             return None
         name, metric = next(iter(task.summarise(records).items()))
     except Exception:  # somebody's records in somebody's configuration: what cannot be computed cannot be compared
         return None
-    return metric.value if name == next(iter(result["metrics"]), None) and math.isfinite(metric.value) else None
+    return (
+        metric.value if name == next(iter(section(result["metrics"])), None) and math.isfinite(metric.value) else None
+    )

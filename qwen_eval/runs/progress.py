@@ -1,4 +1,4 @@
-"""What a waiting person sees, on stderr: a bar on a terminal, a line now and then in a log, nothing when quiet."""
+"""Progress on stderr: a bar on a terminal, a line from time to time in a log, nothing with quiet=true."""
 
 from __future__ import annotations
 

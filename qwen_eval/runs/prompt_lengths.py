@@ -1,10 +1,11 @@
-"""What the model really read of a prompt, and how many prompts were cut or longer than the model is made for."""
+"""The part of a prompt that the model read, and warnings about prompts that were cut or exceed the training length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from qwen_eval.core import JSON, Choose, Engine, Record, Rendered, Request, TokenLogprobs
+from qwen_eval.core import Choose, Engine, Record, Rendered, Request, TokenLogprobs
 
 CUT_PROMPT = "cut_prompt"  # a flag of a record
 
@@ -24,8 +25,8 @@ def is_cut(engine: Engine, request: Request) -> bool:
     return isinstance(request, Choose) and len(request.kept(ids)) < len(ids)
 
 
-def length_warnings(records: Iterable[Record], info: Mapping[str, JSON]) -> list[str]:
-    """Of choices and generations: scored texts are made to a length, and their tasks say so themselves."""
+def length_warnings(records: Iterable[Record], info: Mapping[str, Any]) -> list[str]:
+    """For choices and generations only: tasks that score texts choose the lengths themselves."""
     rows = [row for row in records if not any(isinstance(answer, TokenLogprobs) for answer in row.answers)]
     found = []
     if num_cut := sum(CUT_PROMPT in row.grade.flags for row in rows):

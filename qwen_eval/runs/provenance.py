@@ -1,4 +1,4 @@
-"""What made a number: code, packages, machine. No torch: the engine tells its own part in `Engine.info`."""
+"""The origin of a number: code, packages, machine. No torch: the engine reports its part in `Engine.info`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`python -m qwen_eval.regrade run=DIR [protocol=upstream]`: grade stored answers again, without the model.
 
-The run itself is left as it is; the new grades go beside it, to `regrade-<protocol>.json`.
+The run is not changed; the new grades are written to `regrade-<protocol>.json` in its directory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen_eval.config import MISSING, PROTOCOLS, not_one_of
 from qwen_eval.core import (
+    JSON,
     ConfigError,
     DataError,
     Grade,
@@ -27,9 +28,9 @@ from qwen_eval.core import (
 )
 from qwen_eval.runs.evaluate import BOTH_READINGS, requests_sha256, selected, summary, task_context
 from qwen_eval.runs.grading import grades
-from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.provenance import provenance
-from qwen_eval.runs.store import Run, differences, metric_from_json, read_run, write_json
+from qwen_eval.runs.run import Run, load_run
+from qwen_eval.runs.store import differences, metrics_from_json, write_json
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.runs.summary import metric_cells
 from qwen_eval.tables import Table, print_tables, text_cell
@@ -56,46 +57,45 @@ class Regraded:
 def regrade(spec: RegradeSpec) -> Regraded:
     """Grade a finished run's answers again. StoreError when it is unfinished, DataError when its rows have changed.
 
-    For another protocol nothing is read or run again where the run has both readings: its scores are in the records.
+    For another protocol nothing is extracted or run again if the records have the scores of both.
     """
-    directory = Path(spec.run)
-    refuse_damaged(directory)
-    run = read_run(directory)
+    run = load_run(spec.run)
     if not run.result:
-        raise StoreError(f"{directory}: the run is not finished; finish it first, the same command goes on")
+        raise StoreError(f"{run.path}: the run is not finished; resume it first with the same command")
     config = stored_config(run.spec)
     before, config.protocol = config.protocol, spec.protocol or config.protocol
     task = build(config.task, task_context(config, None))
     samples = selected(task, config)
-    warnings = _check_same_questions(run, task, samples, directory)
+    warnings = _check_same_questions(run, task, samples)
     needs_reading = spec.protocol is None or not _has_both_readings(run, task)
-    records = _read_again(run, task, samples) if needs_reading else run.records
-    pairs = [(old.under(before), new.under(config.protocol)) for old, new in zip(run.records, records)]
+    records = _read_again(run, task, samples) if needs_reading else run.stored_records
+    pairs = [(old.under(before), new.under(config.protocol)) for old, new in zip(run.stored_records, records)]
     changed = [old.sample_id for old, new in pairs if _reading(old.grade) != _reading(new.grade)]
     result = summary(task, samples, records, config)
-    path = directory / f"regrade-{config.protocol}.json"
-    extra = {"protocol": config.protocol, "task_version": task.version, "changed": changed, "warnings": warnings}
+    path = run.path / f"regrade-{config.protocol}.json"
+    extra: dict[str, JSON] = {
+        "protocol": config.protocol,
+        "task_version": task.version,
+        "changed": changed,
+        "warnings": warnings,
+    }
     write_json(path, {**result, **extra, "provenance": provenance()})
-    old_metrics, new_metrics = (
-        {name: metric_from_json(row) for name, row in section["metrics"].items()} for section in (run.result, result)
-    )
-    return Regraded(
-        path=path, old=old_metrics, new=new_metrics, num_changed=len(changed), n=len(records), warnings=warnings
-    )
+    new = metrics_from_json(result["metrics"])
+    return Regraded(path=path, old=run.metrics, new=new, num_changed=len(changed), n=len(records), warnings=warnings)
 
 
 def _has_both_readings(run: Run, task: Task) -> bool:
     """Whether the scores of both protocols are stored, and are those of the readers at hand."""
-    decided = run.spec["decides"]
-    is_stored = run.spec.get("readings") == BOTH_READINGS or decided.get("protocol") == "robust"
-    is_current = decided.get("task_version") == task.version
-    return bool(is_stored and is_current) and all(r.grade.score_upstream is not None for r in run.records)
+    is_stored = run.spec.get("readings") == BOTH_READINGS or run.protocol == "robust"
+    is_current = run.decides.get("task_version") == task.version
+    return is_stored and is_current and all(r.grade.score_upstream is not None for r in run.stored_records)
 
 
-def _read_again(run: Run, task: Task, samples: Sequence[Sample]) -> list[Record]:
+def _read_again(run: Run, task: Task, samples: Sequence[Sample]) -> tuple[Record, ...]:
     by_id = {sample.id: sample for sample in samples}
     asked = [(by_id[record.sample_id], _turns(task, by_id[record.sample_id], record)) for record in run.records]
-    return [dataclasses.replace(record, grade=grade) for record, grade in zip(run.records, grades(task, asked))]
+    found = zip(run.stored_records, grades(task, asked))
+    return tuple(dataclasses.replace(record, grade=grade) for record, grade in found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,19 +127,15 @@ def _parse(argv: Sequence[str]) -> RegradeSpec:
     return spec
 
 
-def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample], directory: Path) -> list[str]:
-    decided = run.spec["decides"]
-    hashes = [
-        change
-        for change in differences(decided["benchmark"], dict(task.describe()))
-        if "sha256" in change.split(":")[0]
-    ]
+def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample]) -> list[str]:
+    changes = differences(run.benchmark, dict(task.describe()))
+    hashes = [change for change in changes if "sha256" in change.split(":")[0]]
     missing = {record.sample_id for record in run.records} - {sample.id for sample in samples}
     if hashes or missing:
         what = hashes[0] if hashes else f"{len(missing)} stored samples are no longer there"
-        raise DataError(f"{directory}: the benchmark's rows have changed since ({what}); regrade with the same rows")
-    if requests_sha256(task, samples) != decided["requests_sha256"]:
-        return ["the prompts would be others now: these are new grades of answers to the stored prompts"]
+        raise DataError(f"{run.path}: the benchmark's rows have changed since ({what}); regrade with the same rows")
+    if requests_sha256(task, samples) != run.decides.get("requests_sha256"):
+        return ["the task's prompts have changed: these are new grades of answers to the stored prompts"]
     return []
 
 
@@ -148,7 +144,7 @@ def _turns(task: Task, sample: Sample, record: Record) -> tuple[Turn, ...]:
     for answer in record.answers:
         request = task.request(sample, tuple(turns))
         if request is None:
-            raise StoreError(f"{record.sample_id}: the task asks fewer questions now than were answered; run it anew")
+            raise StoreError(f"{record.sample_id}: the task now asks fewer questions than were answered; run it again")
         turns.append(Turn(request=request, answer=answer))
     return tuple(turns)
 

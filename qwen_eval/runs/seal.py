@@ -1,4 +1,4 @@
-"""The seal of a finished run: digests of its spec, records and result, written into result.json. A later edit shows."""
+"""The seal of a finished run: digests of its spec, records and result in result.json. Later changes are detected."""
 
 from __future__ import annotations
 

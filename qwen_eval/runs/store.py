@@ -1,11 +1,11 @@
-"""The run directory: `spec.json` first, `records.jsonl` as answers come, `result.json` last and atomically.
+"""The run directory: `spec.json` is written first, `records.jsonl` as answers come, `result.json` last and atomically.
 
 spec.json      {"format", "kind", "readings", "config": the whole configuration,
                 "decides": what must be equal to resume, "provenance": git, packages, machine}
-records.jsonl  one graded sample a line, append-only; a last line without its newline was cut by a kill and is redone
+records.jsonl  one graded sample a line, append-only; an incomplete last line is dropped, and its sample asked again
 result.json    {"metrics", "rates", "n", "partial", "run", "engine", "warnings", "provenance", "seal"}
 
-A directory may be somebody else's: nothing in it is read without a bound, and no advice here loses a record.
+A directory may come from someone else: every read has a limit. No error message suggests a step that loses records.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any, get_args
 
 from qwen_eval.core import (
     JSON,
@@ -31,11 +31,24 @@ from qwen_eval.core import (
     ChoiceLogprobs,
     Completion,
     Completions,
+    FinishReason,
     Grade,
     Metric,
+    MetricKind,
     Record,
     StoreError,
     TokenLogprobs,
+)
+from qwen_eval.runs.fields import (
+    as_count,
+    as_counts,
+    as_list,
+    as_number,
+    as_numbers,
+    as_object,
+    as_score,
+    as_text,
+    as_texts,
 )
 from qwen_eval.runs.seal import sealed
 
@@ -45,24 +58,6 @@ MAX_LINE_BYTES = 32 << 20  # of one record
 DIGITS = 6
 HIDDEN = "hidden"  # a directory: final hidden states of scored texts, with keep_hidden=true
 SPEC, RECORDS, RESULT, LOCK = "spec.json", "records.jsonl", "result.json", ".lock"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run directory holds. `result` is empty when the run has not finished."""
-
-    spec: dict[str, JSON]
-    records: list[Record]
-    result: dict[str, JSON]
-
-
-def read_run(directory: Path | str) -> Run:
-    """Read a run, finished or not; StoreError when there is none or it is damaged."""
-    directory = Path(directory)
-    if not (directory / SPEC).is_file():
-        raise StoreError(f"{directory}: not a run directory, it has no {SPEC}")
-    result = read_json(directory / RESULT) if (directory / RESULT).exists() else {}
-    return Run(spec=read_json(directory / SPEC), records=list(read_records(directory / RECORDS)), result=result)
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -99,7 +94,7 @@ def _record_of_line(path: Path, number: int, line: bytes) -> Record:
 
 
 class RunDirectory:
-    """One process's hold on a run directory: `with RunDirectory.open(...) as run: run.append(record)`.
+    """A run directory, locked by this process: `with RunDirectory.open(...) as run: run.append(record)`.
 
     `elsewhere` is how the user names another directory, for advice: "tag=NAME", or "run_dir=DIR" where that was given.
     """
@@ -134,9 +129,9 @@ class RunDirectory:
         return run
 
     def check_spec(self, spec: Mapping[str, JSON], *, overwrite: bool = False) -> None:
-        """Write spec.json, or refuse when the directory holds a run of another spec; the difference is named.
+        """Write spec.json; StoreError, listing the differences, if the directory holds a run with other settings.
 
-        `overwrite` forgets the old run first: only now, when the new one is known to be sound.
+        `overwrite` deletes the old run first, but only here, once the new settings are known to be valid.
         """
         path = self.path / SPEC
         if overwrite:
@@ -146,10 +141,10 @@ class RunDirectory:
                 raise StoreError(f"{self.path}: has {RECORDS} but no {SPEC}; {self.way_out}")
             write_json(path, spec)
             return
-        self.refuse_changes(_plain(spec["decides"]))
+        self.refuse_changes(_plain(as_object(spec["decides"])))
 
     def refuse_changes(self, decides: Mapping[str, JSON]) -> None:
-        """StoreError that names how `decides` (all of it, or some keys) differs from that of the stored run."""
+        """StoreError, listing the differences, if `decides` (all or some keys) differs from that of the stored run."""
         stored = self.spec() or {}
         if stored.get("format") != FORMAT:
             written = f"format {_short(stored.get('format'))}, this version reads {FORMAT}"
@@ -165,7 +160,7 @@ class RunDirectory:
 
     @property
     def way_out(self) -> str:
-        """What to do where this directory cannot be used. Nobody is told to overwrite records."""
+        """What the user can do instead. It never suggests overwriting records."""
         has_records = (self.path / RECORDS).exists() and (self.path / RECORDS).stat().st_size > 0
         return f"pass {self.elsewhere} to keep both" if has_records else f"pass {self.elsewhere} or overwrite=true"
 
@@ -173,7 +168,7 @@ class RunDirectory:
         return list(read_records(self.path / RECORDS))
 
     def append(self, record: Record) -> None:
-        """Add one line and hand it to the system at once. On a full disk nothing half-written is left behind."""
+        """Append one line and flush it. On a full disk no partial line is left behind."""
         text = json.dumps(record_to_json(record), ensure_ascii=False, separators=(",", ":"))
         line = text.encode("utf-8", "surrogatepass") + b"\n"
         with _one_line(self.path / RECORDS):
@@ -279,26 +274,47 @@ def record_to_json(record: Record) -> dict[str, JSON]:
     }
 
 
-def record_from_json(row: Mapping[str, JSON]) -> Record:
-    parts: dict[str, JSON] = {key: tuple(value) if key in _TUPLES else value for key, value in row.items()}
-    parts["answers"] = answers_from_json(row["answers"])
-    parts["grade"] = Grade(**{**row["grade"], "flags": tuple(row["grade"]["flags"])})
-    return _checked(Record(**parts))
+def record_from_json(value: JSON) -> Record:
+    """KeyError, TypeError or ValueError for anything but a record of this version."""
+    row = as_object(value)
+    if row.keys() != _RECORD_KEYS:
+        raise KeyError(f"other fields: {', '.join(sorted(map(str, row.keys() ^ _RECORD_KEYS)))}")
+    return Record(
+        sample_id=as_text(row["sample_id"]),
+        group=as_text(row["group"]),
+        cluster=as_text(row["cluster"]),
+        target=row["target"],
+        prompts=as_texts(row["prompts"]),
+        prompt_sha256=as_texts(row["prompt_sha256"]),
+        num_prompt_tokens=as_counts(row["num_prompt_tokens"]),
+        answers=answers_from_json(row["answers"]),
+        grade=_grade_from_json(as_object(row["grade"])),
+    )
 
 
-def _checked(record: Record) -> Record:
-    """TypeError where a field is of another type than every reader of records may count on."""
-    grade = record.grade
-    texts = (record.sample_id, record.group, record.cluster, *record.prompts, *record.prompt_sha256, *grade.flags)
-    is_sound = all(isinstance(text, str) for text in texts) and isinstance(grade.values, dict)
-    is_sound &= all(map(is_count, record.num_prompt_tokens))
-    is_sound &= all(score is None or _is_number(score) for score in (grade.score, grade.score_upstream))
-    if not is_sound:
-        raise TypeError("a field of another type")
-    return record
+def _grade_from_json(row: Mapping[str, JSON]) -> Grade:
+    _refuse_unknown(row, _GRADE_KEYS)
+    return Grade(
+        score=as_score(row["score"]),
+        extracted=row.get("extracted"),
+        extracted_upstream=row.get("extracted_upstream"),
+        score_upstream=as_score(row.get("score_upstream")),
+        values=as_object(row.get("values", {})),
+        flags=as_texts(row["flags"]),
+    )
 
 
-_TUPLES = {"prompts", "prompt_sha256", "num_prompt_tokens"}
+def _refuse_unknown(row: Mapping[str, JSON], known: Collection[str]) -> None:
+    unknown = [key for key in row if key not in known]
+    if unknown:
+        raise KeyError(f"unknown field {_short(unknown[0])}")
+
+
+_RECORD_KEYS = {field.name for field in dataclasses.fields(Record)}
+_GRADE_KEYS = {field.name for field in dataclasses.fields(Grade)}
+_METRIC_KEYS = {field.name for field in dataclasses.fields(Metric)}
+_FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
+_METRIC_KINDS: dict[str, MetricKind] = {kind: kind for kind in get_args(MetricKind)}
 
 
 def answers_to_json(answers: tuple[Answer, ...]) -> list[dict[str, JSON]]:
@@ -306,8 +322,8 @@ def answers_to_json(answers: tuple[Answer, ...]) -> list[dict[str, JSON]]:
     return [_answer_to_json(answer) for answer in answers]
 
 
-def answers_from_json(rows: list[dict[str, JSON]]) -> tuple[Answer, ...]:
-    return tuple(_answer_from_json(dict(row)) for row in rows)
+def answers_from_json(value: JSON) -> tuple[Answer, ...]:
+    return tuple(_answer_from_json(as_object(row)) for row in as_list(value))
 
 
 def _answer_to_json(answer: Answer) -> dict[str, JSON]:
@@ -319,36 +335,46 @@ def _answer_to_json(answer: Answer) -> dict[str, JSON]:
     return {"type": "completions", "completions": [dataclasses.asdict(item) for item in answer.completions]}
 
 
-def _answer_from_json(row: dict[str, JSON]) -> Answer:
-    kind = row.pop("type")
-    if kind == "tokens":
-        ids, logprobs = _unpack("i", row["token_ids"]), _unpack("f", row["logprobs"])
-        return TokenLogprobs(token_ids=ids, logprobs=logprobs, num_greedy=row["num_greedy"])
+def _answer_from_json(row: Mapping[str, JSON]) -> Answer:
+    kind = row["type"]
     if kind == "choice":
-        parts: dict[str, JSON] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        choice = ChoiceLogprobs(**parts)
-        sum((*choice.logprobs, *choice.num_tokens, *choice.logits))  # TypeError where one is no number
-        return choice
+        total = row.get("logsumexp")
+        return ChoiceLogprobs(
+            logprobs=as_numbers(row["logprobs"]),
+            num_tokens=as_counts(row["num_tokens"]),
+            logits=as_numbers(row.get("logits", ())),
+            logsumexp=None if total is None else as_number(total),
+        )
+    if kind == "tokens":
+        return TokenLogprobs(
+            token_ids=_unpack_ints(as_text(row["token_ids"])),
+            logprobs=_unpack_floats(as_text(row["logprobs"])),
+            num_greedy=as_count(row["num_greedy"]),
+        )
     if kind == "completions":
-        items = ({**item, "token_ids": tuple(item["token_ids"])} for item in row["completions"])
-        completions = Completions(completions=tuple(Completion(**item) for item in items))
-        if not completions.completions or not all(map(_is_completion, completions.completions)):
-            raise TypeError("a completion of other types")
-        return completions
+        items = [_completion_from_json(as_object(item)) for item in as_list(row["completions"])]
+        if not items:
+            raise TypeError("an answer without completions")
+        return Completions(completions=tuple(items))
     raise ValueError(f"answer of type {kind!r}")
 
 
-def _is_completion(item: Completion) -> bool:
-    return isinstance(item.text, str) and isinstance(item.finish_reason, str) and is_count(item.num_tokens)
+def _completion_from_json(row: Mapping[str, JSON]) -> Completion:
+    return Completion(
+        text=as_text(row["text"]),
+        finish_reason=_FINISH_REASONS[as_text(row["finish_reason"])],
+        num_tokens=as_count(row["num_tokens"]),
+        token_ids=as_counts(row["token_ids"]),
+    )
 
 
 def metric_to_json(metric: Metric) -> dict[str, JSON]:
-    """NaN and infinity become null: they are no JSON, and a reader in another language would stumble.
+    """NaN and infinity become null, since JSON has neither.
 
-    Means and perplexities keep `DIGITS` digits. Later ones change with the batch a sample fell into, so that a resumed
-    run would differ from an uninterrupted one in noise; shares are counted, and exact.
+    Means and perplexities keep `DIGITS` digits. Further digits depend on the batch of a
+    sample, so a resumed run would differ from an uninterrupted one. Shares are counts, and exact.
     """
-    row: dict[str, JSON] = dataclasses.asdict(metric)
+    row: dict[str, Any] = dataclasses.asdict(metric)
     for key in ("value", "low", "high"):
         number = row[key]
         if number is not None and not math.isfinite(number):
@@ -358,31 +384,40 @@ def metric_to_json(metric: Metric) -> dict[str, JSON]:
     return row
 
 
-def metric_from_json(row: Mapping[str, JSON]) -> Metric:
-    """KeyError or TypeError for what is no metric."""
-    counts = [row["n"], *(row[key] for key in ("num_clusters",) if row.get(key) is not None)]
-    numbers = [row[key] for key in ("value", "low", "high") if row.get(key) is not None]
-    if not all(is_count(count) for count in counts) or not all(map(_is_number, numbers)):
-        raise TypeError(f"a metric of other types: {_short(dict(row))}")
-    return Metric(**{**row, "value": float("nan") if row["value"] is None else row["value"]})
+def metric_from_json(value: JSON) -> Metric:
+    """KeyError or TypeError for anything but a metric. NaN is stored as null."""
+    row = as_object(value)
+    _refuse_unknown(row, _METRIC_KEYS)
+    clusters = row.get("num_clusters")
+    return Metric(
+        value=math.nan if row["value"] is None else as_number(row["value"]),
+        n=as_count(row["n"]),
+        kind=_METRIC_KINDS[as_text(row.get("kind", "share"))],
+        low=as_score(row.get("low")),
+        high=as_score(row.get("high")),
+        num_clusters=None if clusters is None else as_count(clusters),
+        higher_is_better=bool(row.get("higher_is_better", True)),
+        unit=as_text(row.get("unit", "")),
+    )
 
 
-def is_count(value: JSON) -> bool:
-    return isinstance(value, int) and 0 <= value < 1 << 53
-
-
-def _is_number(value: JSON) -> bool:
-    """A float, or a whole number that is one: JSON's have no bound."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
+def metrics_from_json(value: JSON) -> dict[str, Metric]:
+    """A section of result.json: metrics by name."""
+    return {name: metric_from_json(row) for name, row in as_object(value).items()}
 
 
 def _pack(code: str, values: tuple[float, ...]) -> str:
     return base64.b64encode(struct.pack(f"<{len(values)}{code}", *values)).decode()
 
 
-def _unpack(code: str, text: str) -> tuple[JSON, ...]:
+def _unpack_ints(text: str) -> tuple[int, ...]:
     raw = base64.b64decode(text, validate=True)
-    return struct.unpack(f"<{len(raw) // 4}{code}", raw)
+    return struct.unpack(f"<{len(raw) // 4}i", raw)
+
+
+def _unpack_floats(text: str) -> tuple[float, ...]:
+    raw = base64.b64decode(text, validate=True)
+    return struct.unpack(f"<{len(raw) // 4}f", raw)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -398,7 +433,7 @@ def _one_line(path: Path) -> Iterator[None]:
 
 def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
-    while view:  # a nearly full disk takes a part first and fails on the rest
+    while view:  # on a nearly full disk a write may be partial
         view = view[os.write(file, view) :]
 
 
@@ -437,15 +472,16 @@ def read_json(path: Path) -> dict[str, JSON]:
 
 
 def _refuse_special(path: Path) -> None:
-    """A pipe would be waited for, and a device has no end."""
+    """Reading a pipe could block forever, and a device has no end."""
     with _one_line(path):
         if not stat.S_ISREG(path.stat().st_mode):
             raise StoreError(f"{path}: not a plain file")
 
 
-def _plain(value: JSON) -> JSON:
+def _plain(value: Mapping[str, JSON]) -> dict[str, JSON]:
     """As it will look when read back: tuples are lists, keys are strings."""
-    return json.loads(json.dumps(value, ensure_ascii=False))
+    plain: dict[str, JSON] = json.loads(json.dumps(value, ensure_ascii=False))
+    return plain
 
 
 def _short(value: JSON) -> str:

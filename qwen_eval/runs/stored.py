@@ -1,4 +1,4 @@
-"""What a stored run was asked: the configuration in its spec.json, as the dataclasses it was made from."""
+"""The configuration in the spec.json of a stored run, as dataclasses."""
 
 from __future__ import annotations
 

@@ -6,32 +6,33 @@ from collections.abc import Mapping
 
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import Metric
-from qwen_eval.runs.evaluate import Outcome, elsewhere
+from qwen_eval.runs.evaluate import elsewhere
+from qwen_eval.runs.run import Run
 from qwen_eval.tables import NONE, Cell, Table, print_tables, text_cell
 from qwen_eval.terminal import plain_text
 
 MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.json
 
 
-def show(spec: EvalSpec, outcome: Outcome) -> None:
-    """Print metrics with their 95 % intervals, what was noticed, and where the run lies; quietly only the last."""
+def show(spec: EvalSpec, run: Run) -> None:
+    """Print metrics with their 95 % intervals, the rates of odd replies, and the run directory; quietly only that."""
     if not spec.quiet:
-        print_tables([metrics_table(spec, outcome)])
-    print(plain_text(footer(spec, outcome)))
+        print_tables([metrics_table(spec, run)])
+    print(plain_text(footer(spec, run)))
 
 
-def metrics_table(spec: EvalSpec, outcome: Outcome) -> Table:
-    part = f", partial: {', '.join(f'{k}={v}' for k, v in outcome.partial.items())}" if outcome.partial else ""
-    rows = tuple((text_cell(name), *metric_cells(metric)) for name, metric in outcome.metrics.items())
-    notes = [f"{len(rows) - MAX_ROWS} more in {outcome.directory / 'result.json'}"] if len(rows) > MAX_ROWS else []
-    noticed = noticed_rates(outcome.rates)
+def metrics_table(spec: EvalSpec, run: Run) -> Table:
+    part = f", partial: {', '.join(f'{k}={v}' for k, v in run.partial.items())}" if run.partial else ""
+    rows = tuple((text_cell(name), *metric_cells(metric)) for name, metric in run.metrics.items())
+    notes = [f"{len(rows) - MAX_ROWS} more in {run.path / 'result.json'}"] if len(rows) > MAX_ROWS else []
+    noticed = noticed_rates(run.rates)
     notes += [noticed] if noticed else []
     return Table(
         name="metrics",
-        title=f"{spec.task.name} · {spec.model.name} · n={outcome.n}{part}",
+        title=f"{spec.task.name} · {spec.model.name} · n={run.num_samples}{part}",
         columns=("metric", "value", "95 % interval", "n"),
         rows=rows[:MAX_ROWS],
-        notes=(*notes, *(f"warning: {warning}" for warning in outcome.warnings)),
+        notes=(*notes, *(f"warning: {warning}" for warning in run.warnings)),
     )
 
 
@@ -60,13 +61,14 @@ def noticed_rates(rates: Mapping[str, Metric]) -> str:
     return ", ".join(f"{name} {number(rate.value, rate.kind)}" for name, rate in rates.items() if rate.value > 0)
 
 
-def footer(spec: EvalSpec, outcome: Outcome) -> str:
-    if outcome.was_finished:
-        return f"{outcome.directory}: was finished before, nothing asked; {elsewhere(spec)} runs it again beside it"
-    run = outcome.result["run"]
-    rate = f"{run['num_samples'] / run['run_s']:.3g} samples/s" if run["num_samples"] else "nothing asked"
-    resumed = f", {run['num_resumed']} from before" if run["num_resumed"] else ""
-    return f"{outcome.directory}: {run['run_s']:.1f} s, {rate}{resumed}"
+def footer(spec: EvalSpec, run: Run) -> str:
+    if run.was_finished:
+        return f"{run.path}: was finished before, nothing asked; {elsewhere(spec)} starts a new run"
+    session = run.session
+    assert session is not None, run.path
+    rate = f"{session.num_samples / session.run_s:.3g} samples/s" if session.num_samples else "nothing asked"
+    resumed = f", {session.num_resumed} resumed" if session.num_resumed else ""
+    return f"{run.path}: {session.run_s:.1f} s, {rate}{resumed}"
 
 
 def _real(value: float) -> float | None:

@@ -11,8 +11,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from qwen_eval.core import JSON, Answer, ChoiceLogprobs, Completions, Record
+from qwen_eval.core import Answer, ChoiceLogprobs, Completions, Record
 from qwen_eval.runs.provenance import provenance, text_sha256
 from qwen_eval.runs.store import write_bytes, write_json
 from qwen_eval.ship.config import ShipSpec
@@ -26,7 +27,7 @@ PACKAGE_ROOT = Path(__file__).parents[1]
 CERTIFICATE, EVIDENCE = "certificate.json", "evidence.jsonl"
 
 
-def write(run: Run, verdict: Verdict) -> dict[str, JSON]:
+def write(run: Run, verdict: Verdict) -> dict[str, Any]:
     """Evidence first, the certificate last. Two runs of one question differ in the section "provenance" alone."""
     tasks = {}
     for name, asked in run.asked.items():
@@ -40,7 +41,7 @@ def write(run: Run, verdict: Verdict) -> dict[str, JSON]:
     return content
 
 
-def _question(spec: ShipSpec, asked: Mapping[str, Asked]) -> dict[str, JSON]:
+def _question(spec: ShipSpec, asked: Mapping[str, Asked]) -> dict[str, Any]:
     first = next(iter(asked.values()), None)
     sides = {}
     for side in ("reference", "candidate"):
@@ -55,7 +56,7 @@ def _question(spec: ShipSpec, asked: Mapping[str, Asked]) -> dict[str, JSON]:
     }  # fmt: skip
 
 
-def _verdict(run: Run, verdict: Verdict) -> dict[str, JSON]:
+def _verdict(run: Run, verdict: Verdict) -> dict[str, Any]:
     return {
         "word": verdict.word,
         "is_equivalent": verdict.is_equivalent,
@@ -63,7 +64,7 @@ def _verdict(run: Run, verdict: Verdict) -> dict[str, JSON]:
     }
 
 
-def _task(asked: Asked, verdict: Verdict) -> dict[str, JSON]:
+def _task(asked: Asked, verdict: Verdict) -> dict[str, Any]:
     standing = asked.standing
     sides = {side: _side(asked, side) for side in ("reference", "candidate")}
     return {
@@ -83,7 +84,7 @@ def estimand(asked: Asked) -> str:
     return f"score on this benchmark ({mean}), items drawn at random without replacement"
 
 
-def standing_json(standing: Standing) -> dict[str, JSON]:
+def standing_json(standing: Standing) -> dict[str, Any]:
     return {
         "kind": standing.kind, "items": standing.num_items, "size": standing.size, "is_exact": standing.is_exact,
         "delta": rounded(standing.delta), "low": rounded(standing.low), "high": rounded(standing.high),
@@ -92,7 +93,7 @@ def standing_json(standing: Standing) -> dict[str, JSON]:
     }  # fmt: skip
 
 
-def _side(asked: Asked, side: str) -> dict[str, JSON]:
+def _side(asked: Asked, side: str) -> dict[str, Any]:
     decides = asked.pair.side(side).spec["decides"]
     return {
         "spec_sha256": json_sha256(decides),
@@ -129,13 +130,13 @@ def record_sha256(record: Record) -> str:
     return json_sha256(said)
 
 
-def _said(answer: Answer) -> JSON:
+def _said(answer: Answer) -> Any:
     if isinstance(answer, Completions):
         return [[item.text, item.finish_reason] for item in answer.completions]
     return list(answer.num_tokens if isinstance(answer, ChoiceLogprobs) else answer.token_ids)
 
 
-def json_sha256(value: JSON) -> str:
+def json_sha256(value: Any) -> str:
     """The same before and after a trip through a file: keys are sorted, tuples are lists."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -147,7 +148,7 @@ def code_sha256() -> str:
     return text_sha256(f"{path.relative_to(PACKAGE_ROOT).as_posix()}\n{path.read_text('utf-8')}" for path in files)
 
 
-def is_close(stored: JSON, found: JSON) -> bool:
+def is_close(stored: Any, found: Any) -> bool:
     """Equal JSON trees, numbers to five digits: another machine adds in another order."""
     if isinstance(stored, dict) and isinstance(found, dict):
         return stored.keys() == found.keys() and all(is_close(stored[key], found[key]) for key in stored)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from qwen_eval.core import JSON, Sample, Score
+from qwen_eval.core import Sample, Score
 from qwen_eval.report.runs import CERTIFICATE
 from qwen_eval.report.sequential import Array
 from qwen_eval.runs.provenance import provenance
@@ -89,9 +90,9 @@ class Run:
             self.close()
             raise
 
-    def _question(self) -> dict[str, JSON]:
+    def _question(self) -> dict[str, Any]:
         spec = self.spec
-        decides: dict[str, JSON] = {key: getattr(spec, key) for key in ASKED}
+        decides: dict[str, Any] = {key: getattr(spec, key) for key in ASKED}
         decides |= {"task": ",".join(spec.tasks)}
         config = {"reference": spec.reference.name, "candidate": spec.candidate.name}
         return {"format": FORMAT, "kind": CERTIFICATE, "config": config, "decides": decides, "provenance": provenance()}

@@ -6,10 +6,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import (
-    JSON,
     DataError,
     Engine,
     Grade,
@@ -22,7 +22,7 @@ from qwen_eval.core import (
     Task,
     ids_sha256,
 )
-from qwen_eval.engines.cache import EngineSlot
+from qwen_eval.engines.cache import EngineCache
 from qwen_eval.engines.options import check_options
 from qwen_eval.models.fingerprint import WEIGHTS
 from qwen_eval.models.hub import local_checkpoint_dir
@@ -45,18 +45,18 @@ class Engines:
     def __init__(self, spec: ShipSpec) -> None:
         self._spec = spec
         self.is_together = spec.together == "true" or (spec.together == "auto" and fit_together(spec))
-        first = EngineSlot()
-        self._slots = {"reference": first, "candidate": EngineSlot() if self.is_together else first}
+        first = EngineCache()
+        self._caches = {"reference": first, "candidate": EngineCache() if self.is_together else first}
 
     def open(self, side: str, cell: EvalSpec) -> Engine:
         """The engine of a side; where both are open, each may take half of the memory that an engine may take."""
         if self.is_together:
             half = cell.engine.memory_fraction / 2
             cell = dataclasses.replace(cell, engine=dataclasses.replace(cell.engine, memory_fraction=half))
-        return self._slots[side].open(cell)
+        return self._caches[side].open(cell)
 
     def close(self) -> None:
-        for slot in self._slots.values():
+        for slot in self._caches.values():
             slot.close()
 
 
@@ -94,12 +94,12 @@ class TaskSide:
         self.cell = spec.cell(side, name, run_dir=str(directory))
         self.warnings = check_options(self.cell.engine, self.cell.model)
         engine = engines.open(side, self.cell)
-        self.info: Mapping[str, JSON] = dict(engine.info)
+        self.info: Mapping[str, Any] = dict(engine.info)
         self.task: Task = build(self.cell.task, task_context(self.cell, engine))
         self.notes = list(self.task.notes) if isinstance(self.task, HasNotes) else []
         self.samples = selected(self.task, self.cell)
         self._rank = {sample.id: rank for rank, sample in enumerate(self.samples)}
-        self.spec = run_spec(self.cell, self.task, self.samples, engine.info)
+        self.spec: dict[str, Any] = run_spec(self.cell, self.task, self.samples, engine.info)
         self._run = RunDirectory.open(directory, elsewhere="tag=NAME")
         try:
             content = {**self.spec, "kind": CERTIFICATE, "side": side, "engine": self.info}

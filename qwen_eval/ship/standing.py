@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from qwen_eval.core import JSON, ConfigError, Record
+from qwen_eval.core import ConfigError, Record
 from qwen_eval.report.paired import holm, paired_perplexity
 from qwen_eval.report.sequential import (
     Draws,
@@ -34,7 +34,7 @@ class Look:
     worse: float
     not_better: float
 
-    def to_json(self) -> dict[str, JSON]:
+    def to_json(self) -> dict[str, Any]:
         return {"items": self.items, **{name: rounded(value) for name, value in vars(self).items() if name != "items"}}
 
 

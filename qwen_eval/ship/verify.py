@@ -11,10 +11,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import (
-    JSON,
     ChoiceLogprobs,
     GradesInBatches,
     QwenEvalError,
@@ -64,7 +64,7 @@ class Findings:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def compare(self, what: str, stored: JSON, found: JSON) -> bool:
+    def compare(self, what: str, stored: Any, found: Any) -> bool:
         if stored != found:
             self.faults.append(f"{what}: {_short(stored)} in the certificate, {_short(found)} now")
         return bool(stored == found)
@@ -75,7 +75,7 @@ class StoredSide:
     """One side of one task, as it lies in its directory."""
 
     side: str
-    spec: Mapping[str, JSON]
+    spec: Mapping[str, Any]
     config: EvalSpec
     task: Task
     samples: Sequence[Sample]
@@ -92,7 +92,8 @@ def verify(spec: ShipSpec) -> int:
     for line in findings.faults:
         print(plain_text(f"does not hold: {line}"))
     if not findings.faults:
-        print(plain_text(f"{path}: holds; {read_json(path)['verdict']['sentence']}"))
+        stored: dict[str, Any] = read_json(path)
+        print(plain_text(f"{path}: holds; {stored['verdict']['sentence']}"))
     return 1 if findings.faults else 0
 
 
@@ -111,7 +112,7 @@ def check_certificate(path: Path, spec: ShipSpec) -> Findings:
     return findings
 
 
-def _read(path: Path) -> dict[str, JSON]:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StoreError(f"verify={path}: no such file; give a certificate.json or the directory that holds it")
     stored = read_json(path)
@@ -120,7 +121,7 @@ def _read(path: Path) -> dict[str, JSON]:
     return stored
 
 
-def _check_content(stored: Mapping[str, JSON], findings: Findings) -> None:
+def _check_content(stored: Mapping[str, Any], findings: Findings) -> None:
     content = {key: value for key, value in stored.items() if key not in ("sha256", "provenance")}
     if json_sha256(content) != stored["sha256"]:
         findings.faults.append("certificate.json was edited: its own digest does not match")
@@ -132,7 +133,7 @@ def _check_content(stored: Mapping[str, JSON], findings: Findings) -> None:
 
 
 def _try_task(
-    directory: Path, name: str, stored: Mapping[str, JSON], spec: ShipSpec, findings: Findings
+    directory: Path, name: str, stored: Mapping[str, Any], spec: ShipSpec, findings: Findings
 ) -> Standing | None:
     try:
         return _check_task(directory, name, stored["tasks"][name], stored, spec, findings)
@@ -142,7 +143,7 @@ def _try_task(
 
 
 def _check_task(
-    directory: Path, name: str, section: Mapping[str, JSON], stored: Mapping[str, JSON], spec: ShipSpec,
+    directory: Path, name: str, section: Mapping[str, Any], stored: Mapping[str, Any], spec: ShipSpec,
     findings: Findings,
 ) -> Standing | None:  # fmt: skip
     """The standing computed again from the records; None where they do not allow it."""
@@ -177,7 +178,7 @@ def _has_records(name: str, sides: Mapping[str, StoredSide], drawn: Sequence[Sam
     return not any(missing.values())
 
 
-def _open(directory: Path, name: str, side: str, section: Mapping[str, JSON], findings: Findings) -> StoredSide | None:
+def _open(directory: Path, name: str, side: str, section: Mapping[str, Any], findings: Findings) -> StoredSide | None:
     """Reads a side and compares its questions with those that the task asks today."""
     where = f"{name}, {side}"
     try:
@@ -198,7 +199,7 @@ def _open(directory: Path, name: str, side: str, section: Mapping[str, JSON], fi
     return StoredSide(side=side, spec=found, config=config, task=task, samples=samples, records=records)
 
 
-def _context(config: EvalSpec, spec: Mapping[str, JSON]) -> TaskContext:
+def _context(config: EvalSpec, spec: Mapping[str, Any]) -> TaskContext:
     context = task_context(config, None, facts=spec.get("engine") or {})
     return replace(context, tokenizer=_tokenizer(config))
 
@@ -213,7 +214,7 @@ def _tokenizer(config: EvalSpec) -> Tokenizer | None:
         return None
 
 
-def _ordered(reference: StoredSide, section: Mapping[str, JSON], stored: Mapping[str, JSON]) -> Sequence[Sample]:
+def _ordered(reference: StoredSide, section: Mapping[str, Any], stored: Mapping[str, Any]) -> Sequence[Sample]:
     if section["kind"] == "items":
         return drawn_order(reference.samples, stored["order_seed"])
     group = next(iter(reference.task.summarise(reference.records.values()))).rpartition("/")[2]
@@ -222,7 +223,7 @@ def _ordered(reference: StoredSide, section: Mapping[str, JSON], stored: Mapping
 
 def _standing(
     name: str, reference: StoredSide, ordered: Sequence[Sample], pairs: Sequence[tuple[Record, Record]],
-    section: Mapping[str, JSON], stored: Mapping[str, JSON],
+    section: Mapping[str, Any], stored: Mapping[str, Any],
 ) -> Standing:  # fmt: skip
     if section["kind"] == "texts":
         return of_texts(name, pairs, stored["margin_ppl_percent"], stored["alpha"])
@@ -232,7 +233,7 @@ def _standing(
 
 
 def _check_evidence(
-    path: Path, name: str, section: Mapping[str, JSON], pairs: Sequence[tuple[Record, Record]], findings: Findings
+    path: Path, name: str, section: Mapping[str, Any], pairs: Sequence[tuple[Record, Record]], findings: Findings
 ) -> None:
     """The records against evidence.jsonl, line by line, and that against its digest: a changed record is named."""
     text = _text(path)
@@ -305,7 +306,7 @@ def _is_close_call(record: Record) -> bool:
 # --- the models ------------------------------------------------------------------------------------------------------
 
 
-def _check_models(stored: Mapping[str, JSON], spec: ShipSpec, findings: Findings) -> None:
+def _check_models(stored: Mapping[str, Any], spec: ShipSpec, findings: Findings) -> None:
     for side in named_sides():
         found = identity(spec.engine(side), spec.model(side))
         if found != stored[side]["weights"]:
@@ -359,6 +360,6 @@ def _differs(found: Record | None, stored: Record) -> bool:
     )
 
 
-def _short(value: JSON) -> str:
+def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:40]}…{text[-12:]}"

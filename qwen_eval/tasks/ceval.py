@@ -86,5 +86,5 @@ class Ceval(ChoiceTask):
         for record in records:
             if record.target is None:
                 number = str(record.grade.values["id"])
-                submission.setdefault(record.group, {})[number] = self.chosen(record.grade) or ""
+                submission.setdefault(record.group, {})[number] = str(self.chosen(record.grade) or "")
         return {"submission.json": submission} if submission else {}

@@ -181,7 +181,7 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
 
     @property
     def notes(self) -> list[str]:
-        """Rows whose gold text stands at two letters: the model is right at either, and is graded on one."""
+        """Rows whose gold text appears at two letters: both would be right, but only one counts."""
         twice = [s.id for s in self.samples() if s.target is not None and _has_gold_twice(s.data, s.target)]
         if not twice:
             return []
@@ -217,7 +217,10 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
         answer, letters = turns[0].answer, option_letters(sample.data)
         if isinstance(answer, ChoiceLogprobs):
             values = letter_values(answer, letters)
-            return self._grade(sample, letters[answer.best], official_letter(answer, letters), values=values)
+            letter = letters[answer.best] if answer.is_decided else None
+            symptoms: tuple[str, ...] = () if answer.is_decided else ("no_answer",)
+            official = official_letter(answer, letters)
+            return self._grade(sample, letter, official, values=values, symptoms=symptoms)
         assert isinstance(answer, Completions), answer
         letter = concluded_letter(answer.text, [sample.data[x] for x in letters], letters="".join(letters))
         official = self.official_letter(answer.text, sample.data)
@@ -285,7 +288,7 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
     def describe(self) -> Mapping[str, JSON]:
         num_samples = len(self.samples())
         shots = self._shots  # read before the digest is taken
-        return {
+        facts: dict[str, JSON] = {
             "split": self.spec.split,
             "shots": self.shots,
             "format": self.form,
@@ -294,7 +297,8 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
             "num_subjects": len(shots),
             "num_subjects_official": len(self.all_subjects()),
             **super().describe(),
-        } | ({"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else {})
+        }
+        return facts | {"max_new_tokens": self.spec.max_new_tokens} if self.is_chat else facts
 
 
 def _question(row: Mapping[str, str]) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from qwen_eval.core import JSON, DataError, Tokenizer
+from qwen_eval.core import DataError, Tokenizer
 from qwen_eval.data.sources import Source
 
 ENDINGS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
@@ -45,7 +46,7 @@ def _documents(source: Source, name: str, text_key: str) -> list[Document]:
     return [Document(id=name, text=source.text(name))]
 
 
-def _rows(rows: Sequence[dict[str, JSON]], name: str, text_key: str) -> list[Document]:
+def _rows(rows: Sequence[dict[str, Any]], name: str, text_key: str) -> list[Document]:
     for i, row in enumerate(rows):
         if not isinstance(row.get(text_key), str):
             raise DataError(

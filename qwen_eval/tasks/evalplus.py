@@ -10,8 +10,6 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qwen_eval.core import JSON
-
 # How the answer of these functions counts, by entry point; for all others it must equal the reference's.
 SETS = (
     "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array "
@@ -68,7 +66,7 @@ def check(candidate):
 """
 
 
-def plus_test(row: Mapping[str, JSON]) -> str:
+def plus_test(row: Mapping[str, Any]) -> str:
     """Source of a test that defines `check(candidate)`."""
     entry_point = row["entry_point"]
     reference = row["canonical_solution"] if "assertion" in row else row["prompt"] + row["canonical_solution"]

@@ -34,10 +34,10 @@ def prompt_text(name: str) -> str:
 
 
 class GenerativeTask(Benchmark[SpecT]):
-    """Ask once, read the answer out of the text. Subclasses say which rows, which words, how to read.
+    """Ask once and extract the answer from the text. Subclasses define the rows, the prompt and the extraction.
 
-    Under `protocol=upstream` nothing stops a generation but the end of text, as in the official scripts, and their
-    reader decides. Otherwise `stops` end it where its answer cannot change any more.
+    Under `protocol=upstream` only the end of text stops a generation, and the extraction of the official scripts is
+    used. Otherwise `stops` end it where the answer cannot change any more.
     """
 
     def __init__(self, spec: SpecT, context: TaskContext):

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school arithmetic, exact match on the number concluded (https://arxiv.org/abs/2110.14168).
+"""GSM8K: grade-school arithmetic, exact match on the final number (https://arxiv.org/abs/2110.14168).
 
 Base models get the official eight worked examples; chat models the bare question, up to four examples in one message
 (`shots=4`, the official script's), or up to eight as earlier turns (`shots=8`, as OpenCompass asks).

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
@@ -95,7 +96,7 @@ class Leval(GenerativeTask[LevalSpec]):
             raise DataError(f"{source.origin}: none of {', '.join(EXAMS)} there; {HOW}")
         return samples
 
-    def _document(self, exam: str, i: int, row: Mapping[str, JSON], where: str) -> list[Sample]:
+    def _document(self, exam: str, i: int, row: Mapping[str, Any], where: str) -> list[Sample]:
         """The questions of one document. The document is cut once, so that they share all of it."""
         questions, golds = row.get("instructions"), row.get("outputs")
         if not (isinstance(questions, list) and isinstance(golds, list) and isinstance(row.get("input"), str)):

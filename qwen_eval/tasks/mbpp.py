@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from qwen_eval.core import JSON, Completion, ConfigError, DataError, Message, Prompt, Sample
+from qwen_eval.core import Completion, ConfigError, DataError, Message, Prompt, Sample
 from qwen_eval.data.sources import Source
 from qwen_eval.extraction.programs import program_between_marks
 from qwen_eval.sandbox import Program, called_function
@@ -56,12 +58,12 @@ class Mbpp(CodeTask[Spec]):
                 samples.append(Sample(id=f"mbpp/{number}", data=row))
         return samples
 
-    def _file_rows(self, source: Source) -> list[dict[str, JSON]]:
+    def _file_rows(self, source: Source) -> list[dict[str, Any]]:
         names = FILES[self.name]
-        rows: list[dict[str, JSON]] = source.json(*names) if names[0].endswith(".json") else source.jsonl(*names)
+        rows: list[dict[str, Any]] = source.json(*names) if names[0].endswith(".json") else source.jsonl(*names)
         return rows
 
-    def _hub_rows(self, source: Source) -> list[dict[str, JSON]]:
+    def _hub_rows(self, source: Source) -> list[dict[str, Any]]:
         config = {"mbpp": "full", "mbpp_sanitized": "sanitized"}.get(self.name)
         return source.hub_rows(config, self.spec.split)
 
@@ -96,33 +98,33 @@ class Mbpp(CodeTask[Spec]):
         )
 
 
-def task_text(row: dict[str, JSON] | JSON) -> str:
+def task_text(row: Mapping[str, Any]) -> str:
     """The sentence that asks: `text` in the full set, `prompt` in the sanitized one, a docstring in EvalPlus'."""
     text = str(row["text"] if "text" in row else row["prompt"]).strip()
     return text.strip('"').strip().split("\nassert")[0] if "assertion" in row else text
 
 
-def tests_of(row: JSON) -> list[str]:
+def tests_of(row: Mapping[str, Any]) -> list[str]:
     """The assertions a model is shown."""
     if "test_list" in row:
         return list(row["test_list"])
     return [line for line in str(row["assertion"]).splitlines() if line.strip()]
 
 
-def entry_point(row: JSON) -> str:
+def entry_point(row: Mapping[str, Any]) -> str:
     """The function that the tests call; MBPP's own rows do not name it."""
     if "entry_point" in row:
         return str(row["entry_point"])
     return called_function("\n".join(row["test_list"]), row["code"].replace("\r\n", "\n"))
 
 
-def names_in_tests(row: JSON) -> set[str]:
+def names_in_tests(row: Mapping[str, Any]) -> set[str]:
     """The names that the shown tests and their set-up code use: a program must keep those that it defines."""
     source = "\n".join([*tests_of(row), row.get("test_setup_code") or ""]).replace("\r\n", "\n")
     return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
 
 
-def test_source(row: JSON) -> str:
+def test_source(row: Mapping[str, Any]) -> str:
     """What is run: of MBPP+ the inputs of EvalPlus' release, or the `test` that the hub's rows bring.
 
     Set-up code stands behind the solution: that of ids 367 and 927 uses the solution's own classes.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
+from typing import Any
 
-from qwen_eval.core import JSON, DataError
+from qwen_eval.core import DataError
 from qwen_eval.data.sources import HubSource, Row, printed_by_pandas
 from qwen_eval.extraction.official_letters import official_mmlu_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
@@ -83,7 +84,7 @@ class Mmlu(ChoiceTask):
         return official_mmlu_letter(reply, [row[letter] for letter in option_letters(row)])
 
 
-def _official_cells(row: Mapping[str, JSON]) -> dict[str, str]:
+def _official_cells(row: Mapping[str, Any]) -> dict[str, str]:
     """The hub keeps the options as a list and the answer as its index."""
     options = dict(zip(ascii_uppercase, row["choices"]))
     return {"question": row["question"], **options, "answer": list(options)[row["answer"]]}

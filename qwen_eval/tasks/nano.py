@@ -13,7 +13,6 @@ from typing import Any
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
-    JSON,
     ChoiceLogprobs,
     Choose,
     DataError,
@@ -91,8 +90,9 @@ class Nano(GenerativeTask[Spec]):
     def grade(self, sample: Sample, turns: Sequence[Turn]) -> Grade:
         answer = turns[0].answer
         if isinstance(answer, ChoiceLogprobs):
-            letter = ex.LETTERS[answer.best]
-            return Grade(score=float(letter == sample.target), extracted=letter)
+            letter = ex.LETTERS[answer.best] if answer.is_decided else None
+            symptoms: tuple[str, ...] = () if answer.is_decided else ("no_answer",)
+            return Grade(score=float(letter == sample.target), extracted=letter, flags=symptoms)
         completion = completions_of(turns[0])[0]
         found = read(sample.data["kind"], completion.text)
         return Grade(
@@ -110,7 +110,7 @@ class Nano(GenerativeTask[Spec]):
 
 
 def exercise_of(row: Any) -> ex.Exercise:
-    known: dict[str, JSON] = {name: value for name, value in row.items() if name in FIELDS}
+    known: dict[str, Any] = {name: value for name, value in row.items() if name in FIELDS}
     return ex.Exercise(**{"topic": "", "key": "", **known, "options": tuple(row.get("options", ()))})
 
 

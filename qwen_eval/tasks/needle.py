@@ -1,6 +1,6 @@
 """Needle in a haystack: a number hidden in a long text, asked for at its end. A grid of lengths and depths.
 
-The number is read out of whatever the model says (lenient, the score) or must be the beginning of it (strict).
+The number may appear anywhere in the reply (lenient, the score) or must be its beginning (strict).
 "Effective length" is the longest at which, and below which, at least 85 % are found (https://arxiv.org/abs/2404.06654).
 """
 
@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from qwen_eval.config import TaskSpec, not_one_of
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
@@ -239,7 +240,7 @@ class Needle(Benchmark[NeedleSpec]):
 
 
 def says(text: str, key: str) -> bool:
-    """Whether the digits of `key` stand in the text as a number of their own: full width, or with , or spaces within.
+    """Whether the text has the digits of `key` as a separate number, also full-width or with commas or spaces.
 
     >>> says("It is １，２３４，５６７.", "1234567"), says("91234567", "1234567")
     (True, False)
@@ -266,8 +267,8 @@ def _accuracy(records: Sequence[Record]) -> Metric:
     return share([record.grade.score for record in records])
 
 
-def _by(records: Sequence[Record], key: str) -> dict[JSON, list[Record]]:
-    groups: dict[JSON, list[Record]] = defaultdict(list)
+def _by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
+    groups: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.grade.values[key]].append(record)
     return dict(groups)

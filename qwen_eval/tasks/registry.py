@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_eval.config import TaskSpec, announced
-from qwen_eval.core import JSON, ConfigError, Sampling, Task, Tokenizer
+from qwen_eval.core import ConfigError, Sampling, Task, Tokenizer
 
 OWN = {
     "mmlu": "qwen_eval.tasks.mmlu:Mmlu",
@@ -21,7 +21,11 @@ OWN = {
     "mbpp_sanitized": "qwen_eval.tasks.mbpp:Mbpp",
     "mbpp_plus": "qwen_eval.tasks.mbpp:Mbpp",
     "plugin": "qwen_eval.tasks.plugin:Plugin",
+    "plugin_template": "qwen_eval.tasks.plugin:Plugin",
     "mbpp": "qwen_eval.tasks.mbpp:Mbpp",
+    "code_interpreter": "qwen_eval.tasks.code_interpreter:CodeInterpreter",
+    "hf_agent": "qwen_eval.tasks.hf_agent:HfAgent",
+    "hf_agent_chat": "qwen_eval.tasks.hf_agent:HfAgent",
     "bbh": "qwen_eval.tasks.bbh:Bbh",
     "long_ppl": "qwen_eval.tasks.long_ppl:LongPpl",
     "needle": "qwen_eval.tasks.needle:Needle",
@@ -58,22 +62,22 @@ def register(name: str, found: FileTask) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """What a task may know of its run beside its own spec. `tokenizer` is None for engines that have none."""
+    """What a task may know about its run, besides its own spec. `tokenizer` is None for engines without one."""
 
     protocol: str = "robust"
     is_chat: bool = False
     tokenizer: Tokenizer | None = None
     sandbox: str = "auto"
     hidden_dir: str | None = None  # where `Score` requests keep hidden states
-    model_facts: Mapping[str, JSON] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
+    model_facts: Mapping[str, Any] = field(default_factory=dict)  # engine.info: train_length, dynamic_ntk, windows ...
 
     def reply_tokens(self, spec: TaskSpec, *, is_chat: bool) -> int:
-        """The most new tokens of a reply: the task's own, and room to think where the model does so in a chat."""
+        """The maximum of new tokens of a reply: the task's, plus `thinking_tokens` for a chat model that thinks."""
         thinks = is_chat and bool(self.model_facts.get("thinks"))
         return spec.max_new_tokens + (spec.thinking_tokens if thinks else 0)
 
     def sampling(self, spec: TaskSpec, own: Sampling | None = None) -> Sampling:
-        """How texts are drawn: as the task says, or as the model's generation_config.json does."""
+        """How replies are sampled: as the task defines, or as the model's generation_config.json does."""
         if spec.sampling == "task":
             return own or Sampling()
         found = self.model_facts.get("sampling")

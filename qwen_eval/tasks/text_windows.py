@@ -1,4 +1,4 @@
-"""Which tokens of a text are scored after which: the published ways to cut a text for perplexity.
+"""Which tokens of a text are scored, with which context: the published ways to cut a text for perplexity.
 
 `ids[start : end]` is one window; its first `num_context` tokens are read and not scored. With `is_prefixed` the
 end-of-text token stands before it, and the window's first token is scored after that.

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, run simply and right: the engine for what the native one does not know.
+"""Any causal language model of transformers: the engine for models that the native one does not support.
 
 Legend: B batch, T tokens, V vocabulary. Prompts are padded on the left, so that the last positions are the wanted ones.
 """
@@ -183,7 +183,7 @@ class HfEngine:
     # --- texts -------------------------------------------------------------------------------------------------------
 
     def _generate_all(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Answer]]:
-        """Greedy ones of one kind in batches; sampled ones alone: such a text depends on its request and seed only."""
+        """Greedy requests in batches; sampled ones alone, so that a text depends only on its request and seed."""
         groups: dict[tuple[int, tuple[str, ...], Any], list[tuple[int, Generate]]] = defaultdict(list)
         for index, request in requests:
             if request.sampling.is_greedy:
@@ -368,15 +368,15 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> Any:
         torch.manual_seed(model.seed)
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, **options).to(device)
-    quantisation = _quantisation(model.quant)
-    if quantisation is not None:
-        options["quantization_config"] = quantisation
+    quantization = _quantization(model.quant)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     return AutoModelForCausalLM.from_pretrained(
         where, revision=revision, trust_remote_code=False, device_map=device, **options
     )
 
 
-def _quantisation(quant: str) -> Any:
+def _quantization(quant: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     arguments = quant_format(quant).transformers  # a stored format says so in its own config
@@ -402,7 +402,7 @@ def _dtype(name: str, device: str) -> Any:
 
 @contextmanager
 def one_line(where: str) -> Iterator[None]:
-    """What transformers says in a page, in a line."""
+    """The first line of a long message of transformers."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -9,7 +9,8 @@ ENGINE = EngineKind(
     opens="qwen_eval.engines.native.engine:open_engine",
     honours=MODEL_OPTIONS,
     tuned_by=(
-        "prefix_sharing", "max_batch_tokens", "max_batch_size", "prefill_chunk", "memory_fraction", "num_threads",
+        "prefix_sharing", "max_batch_tokens", "max_batch_size", "prefill_chunk", "kernels",
+        "memory_fraction", "num_threads",
     ),
     keeps_hidden=True,
 )  # fmt: skip

@@ -30,8 +30,11 @@ from qwen_eval.core import (
 )
 from qwen_eval.engines.native.generation import Generator, Row, completion_of, refuse_empty
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
+from qwen_eval.engines.native.workspace import MakeGraphs
+from qwen_eval.models import fused
 from qwen_eval.models.cost import BatchLimits, batch_limits
 from qwen_eval.models.device import memory_bytes
+from qwen_eval.models.graph import cuda_graphs
 from qwen_eval.models.hidden import HiddenStates
 from qwen_eval.models.load import DTYPES, open_forward
 from qwen_eval.models.runner import ModelRunner
@@ -54,6 +57,7 @@ class NativeEngine:
         max_batch_size: int | None = None,
         max_cached_tokens: int | None = None,
         protocol: str = "robust",
+        make_graphs: MakeGraphs = cuda_graphs,
     ) -> None:
         self.forward = forward
         self._tokenizer = tokenizer
@@ -72,6 +76,7 @@ class NativeEngine:
             max_slots=max_batch_size or (256 if forward.device.type == "cuda" else 64),
             prefill_tokens=max_batch_tokens,
             max_cached_tokens=max_cached_tokens,
+            make_graphs=make_graphs,
         )
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
         self._busy_s = 0.0
@@ -79,17 +84,20 @@ class NativeEngine:
     @property
     def info(self) -> Mapping[str, JSON]:
         """What was really used, and how much was computed so far."""
-        scorer, generator = self.scorer, self.generator
+        scored, generated = self.scorer.counters, self.generator.counters
         return {
             **self._facts,
             "engine": "native",
             "kv_cache": self.forward.codec.name,
             "attention": self.forward.kernel,
-            "computed_tokens": scorer.computed_tokens + generator.computed_tokens + generator.generated_tokens,
-            "prompt_tokens": scorer.prompt_tokens + generator.prompt_tokens,
-            "generated_tokens": generator.generated_tokens,
+            "computed_tokens": scored.computed_tokens + generated.computed_tokens + generated.generated_tokens,
+            "prompt_tokens": scored.prompt_tokens + generated.prompt_tokens,
+            "generated_tokens": generated.generated_tokens,
             "busy_s": self._busy_s,
-            "num_oom": scorer.num_oom + generator.num_oom,
+            "small_kernels": fused.name(self.forward.device),
+            "decode_attention": self.forward.decode_kernel,
+            "decode_steps": self.generator.steps,
+            "num_oom": scored.num_oom + generated.num_oom,
         }
 
     @property
@@ -115,6 +123,7 @@ class NativeEngine:
         return self.forward.first_non_finite(self._render_ids(request.prompt))
 
     def close(self) -> None:
+        self.generator.release()
         del self.forward, self.scorer.forward, self.generator.forward
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -136,6 +145,8 @@ class NativeEngine:
                 jobs.append(Job(ids=(*prompt, *continuation), first=len(prompt)))
                 owners.append((index, c))
         wanted = {index: len(request.choices) for index, request in requests}
+        if jobs:
+            self.generator.release()
         for j, scores in self.scorer.run(jobs):
             index, c = owners[j]
             if c < 0:
@@ -153,8 +164,10 @@ class NativeEngine:
             if len(ids) <= first:
                 raise ModelError(f"a text of {len(ids)} tokens has nothing to score after {first} of context")
             jobs.append(Job(ids=ids, first=first, num_fed=request.num_fed))
-        self.scorer.on_hidden = _keeper([request for _, request in requests], jobs)
-        for j, scores in self.scorer.run(jobs):
+        if jobs:
+            self.generator.release()
+        on_hidden = _keeper([request for _, request in requests], jobs)
+        for j, scores in self.scorer.run(jobs, on_hidden=on_hidden):
             yield (
                 requests[j][0],
                 TokenLogprobs(
@@ -221,6 +234,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     """Load the checkpoint of `model`; ModelError, ConfigError or EngineError in one line where that cannot be."""
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
+    fused.choose(spec.kernels)
     opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
     limits = memory_limits(opened.forward, spec, model.kv_cache)
     return NativeEngine(
@@ -232,6 +246,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         max_batch_size=spec.max_batch_size,
         max_cached_tokens=None if spec.max_batch_size else limits.cached_tokens,
         protocol=protocol,
+        make_graphs=(lambda _: None) if spec.kernels == "plain" else cuda_graphs,
     )
 
 

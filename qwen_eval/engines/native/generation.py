@@ -1,25 +1,24 @@
 """Generation by continuous batching: finished rows are replaced at once, shared prompt prefixes are computed once.
 
 Rows run in static slots; those that share a prompt prefix attend to one copy of it. Greedy answers do not depend on
-which rows run together (up to rounding), sampled ones draw from a generator of their own.
+which rows run together (up to rounding), sampled ones draw by noise of their own.
 """
 
 # B active rows, V vocabulary, E hidden size
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
-from qwen_eval.engines.native.prefix_tree import Node, build
-from qwen_eval.engines.native.sampling import NON_FINITE, draw, generator_of, greedy_tokens
-from qwen_eval.engines.native.scoring import is_out_of_memory
-from qwen_eval.models.kv_cache import Prefix, Slots
+from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
+from qwen_eval.engines.native.scheduler import Counters, halved, walk
+from qwen_eval.engines.native.workspace import Fetched, MakeGraphs, Need, Workspace, make_workspace
+from qwen_eval.models.decode import RunningRow, StepResult
+from qwen_eval.models.graph import StepGraphs, cuda_graphs
+from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
 
 
@@ -39,13 +38,6 @@ class Row:
     finish_reason: FinishReason | None = None
     prefix: Prefix | None = None
     cached: int = 0  # tokens of this row in its slot
-
-    def __post_init__(self) -> None:
-        self.is_plain_greedy = self.sampling.is_greedy and self.sampling.repetition_penalty == 1.0
-        self.generator = generator_of(self.sampling, self.prompt, self.k) if not self.sampling.is_greedy else None
-
-    def choose(self, logits_V: Tensor) -> int:
-        return draw(logits_V, [*self.prompt, *self.tokens], self.sampling, self.generator or torch.Generator())
 
     def accept(self, token: int, piece: bytes) -> None:
         """Take a token and see whether it ends the row: end token, stop string (across tokens), length."""
@@ -74,6 +66,9 @@ def completion_of(row: Row, tokenizer: Tokenizer) -> Completion:
     )
 
 
+OnStep = Callable[[int, Counters], None]  # after each forward: how many rows got a token, the work so far
+
+
 class Generator:
     """Runs rows over a `ModelRunner` in slots: at most `max_slots` rows and `max_cached_tokens` tokens.
 
@@ -89,16 +84,21 @@ class Generator:
         max_slots: int = 64,
         prefill_tokens: int = 4096,
         max_cached_tokens: int | None = None,
+        on_step: OnStep | None = None,
+        overlap: bool | None = None,
+        make_graphs: MakeGraphs = cuda_graphs,
     ) -> None:
         self.forward, self.tokenizer = forward, tokenizer
         self.max_cached_tokens = max_cached_tokens
         self.share = share and not forward.codec.is_chunked
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
-        self.generated_tokens = 0
-        self.computed_tokens = 0
-        self.prompt_tokens = 0
-        self.num_oom = 0
-        self.on_step: Callable[[int], None] | None = None  # after each forward, with how many rows got a token
+        self.on_step = on_step
+        self.counters = Counters()
+        # a step is launched before the tokens of the one before it are fetched; a CPU would compute it for ended rows
+        self.overlap = forward.device.type != "cpu" if overlap is None else overlap
+        self.make_graphs = make_graphs
+        self._kept: Workspace | None = None
+        self.steps = "plain"
 
     def run(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Finished rows as they finish."""
@@ -106,15 +106,41 @@ class Generator:
         while waiting:
             capacity = _capacity(waiting, self.forward.chunk)
             num_slots = self._num_slots(len(waiting), capacity)
-            batch = _Batch(self, self._queue(waiting), num_slots, capacity)
+            batch = _Batch(self, waiting, num_slots, capacity)
             try:
                 yield from batch.run()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or num_slots == 1:
-                    raise
-                self.num_oom += 1
-                self.max_slots = num_slots // 2
+                self.max_slots = halved(error, num_slots, num_slots, self.counters)
             waiting = deque(_restarted(row) for row in waiting if row.finish_reason is None)
+
+    def workspace(self, rows: Sequence[Row], num_slots: int, capacity: int) -> Workspace:
+        """That of the last run where it fits, since its steps are captured already."""
+        samplings = [row.sampling for row in rows]
+        need = Need(
+            num_slots=num_slots,
+            capacity=capacity,
+            num_positions=max(len(row.prompt) + row.max_new_tokens for row in rows),
+            alphas=frozenset(self.forward.rope.key(len(row.prompt)) for row in rows),
+            choice=TokenChoice.kind_of(samplings),
+        )
+        if self._kept is None or self._kept.need != need:
+            self.release()
+            lengths = [len(row.prompt) for row in rows]
+            made = make_workspace(self.forward, need, lengths, samplings, self.make_graphs)
+            if made.graphs is None:
+                return made
+            self._kept = made
+        return self._kept
+
+    def release(self) -> None:
+        """Give back the memory that is kept between runs for their captured steps."""
+        self._kept = None
+
+    def note_steps(self, graphs: StepGraphs[StepResult] | None) -> None:
+        """How the steps of a run were launched, for the result."""
+        if graphs is not None:
+            why = f"; {graphs.stopped}" if graphs.stopped else ""
+            self.steps = f"{graphs.num_captured} shapes captured, {graphs.num_replays} replays{why}"
 
     def _num_slots(self, num_rows: int, capacity: int) -> int:
         room = self.max_slots if self.max_cached_tokens is None else max(1, self.max_cached_tokens // capacity)
@@ -122,20 +148,17 @@ class Generator:
 
     def _queue(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prefix | None]]:
         """Rows in the order in which prefixes are needed; a prefix is computed when its first row is taken."""
-        groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
-        for row in rows:
-            groups[self.forward.rope.key(len(row.prompt))].append(row)
-        for members in groups.values():
-            limits = [len(row.prompt) - 1 if self.share else 0 for row in members]
-            pending: list[tuple[Node, Prefix | None]] = [(build([r.prompt for r in members], limits), None)]
-            while pending:
-                node, prefix = pending.pop()
-                if node.ids:
-                    self.computed_tokens += len(node.ids)
-                    prefix = self.forward.grown(prefix, node.ids, len(members[0].prompt))
-                for i in sorted(node.leaves, key=lambda i: len(members[i].prompt), reverse=True):
-                    yield members[i], prefix
-                pending.extend((child, prefix) for child in node.children)
+        waves = walk(
+            self.forward,
+            [row.prompt for row in rows],
+            limits=[len(row.prompt) - 1 if self.share else 0 for row in rows],
+            lengths=[len(row.prompt) for row in rows],
+            counters=self.counters,
+        )
+        for wave in waves:
+            for branch in wave:
+                for i in sorted(branch.members, key=lambda i: len(rows[i].prompt), reverse=True):
+                    yield rows[i], branch.prefix
 
 
 def _capacity(rows: Sequence[Row], chunk: int) -> int:
@@ -148,19 +171,29 @@ def _restarted(row: Row) -> Row:
     row.tokens.clear()
     row.text.clear()
     row.prefix, row.cached = None, 0
-    row.__post_init__()
     return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A step that was launched: its rows, as they were then, and their tokens, not yet fetched."""
+
+    rows: Sequence[Row]
+    tokens: Fetched
 
 
 class _Batch:
     """The running rows: the first `len(active)` slots, always without a gap."""
 
-    def __init__(
-        self, owner: Generator, queue: Iterator[tuple[Row, Prefix | None]], num_slots: int, capacity: int
-    ) -> None:
+    def __init__(self, owner: Generator, rows: Sequence[Row], num_slots: int, capacity: int) -> None:
+        queue = owner._queue(rows)
         self.owner, self.forward, self.queue, self.num_slots = owner, owner.forward, queue, num_slots
-        self.slots: Slots = owner.forward.slots(num_slots, capacity)
+        self.counters = owner.counters
+        workspace = owner.workspace(rows, num_slots, capacity)
+        self.slots, self.choice, self.decoding = workspace.slots, workspace.choice, workspace.decoding
         self.active: list[Row] = []
+        self.flight: _Flight | None = None
+        self.is_arranged = False
         self.next_up: tuple[Row, Prefix | None] | None = next(queue, None)
 
     def run(self) -> Iterator[Row]:
@@ -169,8 +202,9 @@ class _Batch:
                 self._admit()
                 yield from self._retire()
             if self.active:
-                self._step()
+                self._advance()
                 yield from self._retire()
+        self.owner.note_steps(self.decoding.graphs)
 
     def _admit(self) -> None:
         """Prefill as many waiting rows of one prefix as there is room for, in one packed forward."""
@@ -196,7 +230,7 @@ class _Batch:
     def _admit_long(self, row: Row, prefix: Prefix | None) -> None:
         """A prompt beyond one chunk gets a prefix of its own, all but its last token."""
         depth = prefix.length if prefix else 0
-        self.owner.computed_tokens += len(row.prompt) - 1 - depth
+        self.counters.computed_tokens += len(row.prompt) - 1 - depth
         own = self.forward.grown(prefix, row.prompt[depth:-1], len(row.prompt))
         self.next_up = next(self.queue, None)
         self._prefill([row], own)
@@ -205,54 +239,62 @@ class _Batch:
         depth = prefix.length if prefix else 0
         suffixes = [row.prompt[depth:] for row in rows]
         first = len(self.active)
-        self.owner.computed_tokens += sum(map(len, suffixes))
-        self.owner.prompt_tokens += sum(len(row.prompt) for row in rows)
+        self.counters.computed_tokens += sum(map(len, suffixes))
+        self.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
         for row, suffix in zip(rows, suffixes):
             row.prefix, row.cached = prefix, len(suffix)
         self.active.extend(rows)
-        self._regroup()
         hidden = self.forward.packed(
             suffixes,
             [len(row.prompt) for row in rows],
-            prefix=prefix,
+            prefixes=[prefix] * len(rows),
             last_only=True,
             sink=(self.slots, range(first, first + len(rows))),
         )
-        self._accept(rows, hidden)
+        self.choice.admit(first, [Draw(sampling=row.sampling, prompt=row.prompt, k=row.k) for row in rows])
+        tokens_B = self.choice(self.forward.model.logits(hidden), first)
+        self._accept(_Flight(rows=rows, tokens=Fetched(tokens_B)))
+        self.is_arranged = False
 
-    def _regroup(self) -> None:
-        """Per-row constants of the running batch, rebuilt only when it changes."""
-        device = self.forward.device
-        by_prefix: dict[int, tuple[Prefix, list[int]]] = {}
-        for i, row in enumerate(self.active):
-            if row.prefix is not None:
-                by_prefix.setdefault(id(row.prefix), (row.prefix, []))[1].append(i)
-        self.groups = [(prefix, torch.tensor(rows, device=device)) for prefix, rows in by_prefix.values()]
-        self.base_B = torch.tensor([r.prefix.length if r.prefix else 0 for r in self.active], device=device)
-        self.prefill_B = torch.tensor([len(r.prompt) for r in self.active], device=device)
-        self.cached_B = torch.tensor([r.cached for r in self.active], device=device)
+    def _arrange(self) -> None:
+        """Tell the device which rows run, after any of them came or went."""
+        running = [
+            RunningRow(prefill_tokens=len(row.prompt), own_tokens=row.cached, prefix=row.prefix) for row in self.active
+        ]
+        self.decoding.arrange(running, [row.tokens[-1] for row in self.active])
+        self.is_arranged = True
 
-    def _step(self) -> None:
-        tokens_B = torch.tensor([row.tokens[-1] for row in self.active], device=self.forward.device)
-        hidden = self.forward.step(tokens_B, self.slots, self.cached_B, self.base_B, self.prefill_B, self.groups)
-        self.cached_B += 1
+    def _advance(self) -> None:
+        """Tokens of one step, while the next is under way. A row that ends was then fed once more, for nothing."""
+        flight = self.flight or self._launch()
+        self.flight = self._launch() if self._may_overlap() else None
+        self._accept(flight)
+        if self.flight is not None and any(row.finish_reason is not None for row in self.active):
+            self._accept(self.flight)  # before rows move to other slots
+            self.flight = None
+
+    def _may_overlap(self) -> bool:
+        """Rows that end by their length end on time: only what the text says is not known in advance."""
+        return self.owner.overlap and all(len(row.tokens) + 1 < row.max_new_tokens for row in self.active)
+
+    def _launch(self) -> _Flight:
+        if not self.is_arranged:
+            self._arrange()
+        tokens_B, _ = self.decoding.step()
         for row in self.active:
             row.cached += 1
-        self._accept(self.active, hidden)
+        return _Flight(rows=list(self.active), tokens=Fetched(tokens_B))
 
-    @torch.inference_mode()
-    def _accept(self, rows: Sequence[Row], hidden_BE: Tensor) -> None:
-        logits_BV = self.forward.model.logits(hidden_BE)
-        greedy = greedy_tokens(logits_BV).tolist()
-        for i, row in enumerate(rows):
-            if greedy[i] == NON_FINITE:
+    def _accept(self, flight: _Flight) -> None:
+        running = [(row, token) for row, token in zip(flight.rows, flight.tokens.wait()) if row.finish_reason is None]
+        for row, token in running:
+            if token == NON_FINITE:
                 row.finish_reason = "non-finite"
-                continue
-            token = greedy[i] if row.is_plain_greedy else row.choose(logits_BV[i])
-            row.accept(token, self.owner.tokenizer.token_bytes(token))
-        self.owner.generated_tokens += len(rows)
+            else:
+                row.accept(token, self.owner.tokenizer.token_bytes(token))
+        self.counters.generated_tokens += len(running)
         if self.owner.on_step is not None:
-            self.owner.on_step(len(rows))
+            self.owner.on_step(len(running), self.counters)
 
     def _retire(self) -> Iterator[Row]:
         """Take finished rows out; the last slot moves into each gap."""
@@ -261,12 +303,12 @@ class _Batch:
             row, last = self.active[i], len(self.active) - 1
             if i != last:
                 self.slots.move(last, i, self.active[last].cached)
+                self.choice.move(last, i)
                 self.active[i] = self.active[last]
             self.active.pop()
             row.prefix = None
+            self.is_arranged = False
             yield row
-        if finished:
-            self._regroup()
 
 
 def refuse_empty(prompt: Sequence[int]) -> None:

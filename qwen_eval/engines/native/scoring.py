@@ -8,7 +8,7 @@ up to rounding, whatever the batch size or order.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from qwen_eval.core import EngineError
-from qwen_eval.engines.native.prefix_tree import Node, build
+from qwen_eval.engines.native.scheduler import Counters, halved, is_out_of_memory, walk
+from qwen_eval.models.attend import upload
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
 
 HEAD_BYTES = 48 * 2**20  # of logits at a time, fp32 copy included; 64 took 44 MiB more, 32 a third more time
-NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
+CUDA_HEAD_BYTES = 512 * 2**20
+BATCHES_UNDER_WAY = 4  # on a GPU, before the scores of the first are fetched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,15 @@ class Job:
         return self.ids if self.choices else self.ids[:-1]
 
     @property
+    def num_inputs(self) -> int:
+        return len(self.ids) if self.choices else len(self.ids) - 1
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Tokens to score, one for each row."""
+        return self.ids[self.first :]
+
+    @property
     def first_row(self) -> int:
         """Index of the first input whose hidden state is needed: no prefix may be shared beyond it."""
         return len(self.ids) - 1 if self.choices else self.first - 1
@@ -62,6 +73,9 @@ class Scores:
         return self.logits - self.logsumexp
 
 
+OnHidden = Callable[[int, Tensor], None]  # (job, final hidden states of its next scored rows)
+
+
 class Scorer:
     """Runs jobs over a `ModelRunner`. `max_batch_tokens` halves when memory runs out, and stays so."""
 
@@ -78,52 +92,55 @@ class Scorer:
         self.share = share and not forward.codec.is_chunked
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         self.model_dtype_logits = model_dtype_logits  # the original's: choice logits rounded to the model's dtype
-        self.computed_tokens = 0
-        self.prompt_tokens = 0
-        self.num_oom = 0
-        self.on_hidden: Callable[[int, Tensor], None] | None = None  # (job, final hidden states of its scored rows)
+        self.counters = Counters()
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Scores]]:
+    def run(self, jobs: Sequence[Job], *, on_hidden: OnHidden | None = None) -> Iterator[tuple[int, Scores]]:
         """(index of the job, its scores), in the order in which they are computed."""
-        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-        for i, job in enumerate(jobs):
-            # sequences of different NTK alpha cannot share keys; last-row jobs have a cheaper last layer
-            groups[(*self.forward.rope.key(job.length), bool(job.choices))].append(i)
-            self.prompt_tokens += len(job.inputs)
-        for members in groups.values():
-            yield from self._run_group(jobs, members)
+        self.counters.prompt_tokens += sum(job.num_inputs for job in jobs)
+        for is_choice in (True, False):  # jobs of a last row have a cheaper last layer
+            members = [i for i, job in enumerate(jobs) if bool(job.choices) == is_choice]
+            yield from self._run_kind(jobs, members, on_hidden)
 
-    def _run_group(self, jobs: Sequence[Job], members: Sequence[int]) -> Iterator[tuple[int, Scores]]:
-        sequences = [jobs[i].inputs for i in members]
-        limits = [jobs[i].first_row if self.share else 0 for i in members]
-        total_length = jobs[members[0]].length  # any length of the group gives its alpha
-        pending: list[tuple[Node, Prefix | None]] = [(build(sequences, limits), None)]
-        while pending:
-            node, parent = pending.pop()
-            prefix = self._grow(parent, node, total_length)
-            yield from self._run_leaves(jobs, [members[i] for i in node.leaves], node.end, prefix)
-            pending.extend((child, prefix) for child in node.children)
-
-    def _grow(self, parent: Prefix | None, node: Node, total_length: int) -> Prefix | None:
-        if not node.ids:
-            return parent
-        self.computed_tokens += len(node.ids)
-        return self.forward.grown(parent, node.ids, total_length)
-
-    def _run_leaves(
-        self, jobs: Sequence[Job], leaves: Sequence[int], depth: int, prefix: Prefix | None
+    def _run_kind(
+        self, jobs: Sequence[Job], members: Sequence[int], on_hidden: OnHidden | None
     ) -> Iterator[tuple[int, Scores]]:
-        queue = sorted(leaves, key=lambda i: len(jobs[i].inputs))
+        """A few batches are under way on a GPU before the first is fetched: the host never waits for one alone."""
+        waves = walk(
+            self.forward,
+            [jobs[i].inputs for i in members],
+            limits=[jobs[i].first_row if self.share else 0 for i in members],
+            lengths=[jobs[i].length for i in members],
+            counters=self.counters,
+            wave_tokens=self.max_batch_tokens,
+        )
+        under_way: deque[list[_Found]] = deque()
+        for wave in waves:
+            suffixes = [
+                _Suffix(index=members[m], job=jobs[members[m]], prefix=b.prefix) for b in wave for m in b.members
+            ]
+            for found in self._run_wave(suffixes, on_hidden):
+                under_way.append(found)
+                if len(under_way) > self._batches_under_way:
+                    yield from _fetched(under_way.popleft())
+        for found in under_way:
+            yield from _fetched(found)
+
+    @property
+    def _batches_under_way(self) -> int:
+        return 0 if self.forward.device.type == "cpu" else BATCHES_UNDER_WAY
+
+    def _run_wave(self, suffixes: Sequence[_Suffix], on_hidden: OnHidden | None) -> Iterator[list[_Found]]:
+        """Sequences of all prefixes of the wave side by side, the longest first."""
+        queue = sorted(suffixes, key=lambda suffix: suffix.num_tokens)
         while queue:
-            batch = self._next_batch([len(jobs[i].inputs) - depth for i in queue])
-            chosen = queue[-batch:]
+            batch = self._next_batch([suffix.num_tokens for suffix in queue])
             try:
-                results = self._run_batch(jobs, chosen, depth, prefix)
+                found = self._run_batch(queue[-batch:], on_hidden)
             except RuntimeError as error:
                 self._shrink(error, batch)
                 continue
             del queue[-batch:]
-            yield from results
+            yield found
 
     def _next_batch(self, lengths: Sequence[int]) -> int:
         """How many of the longest sequences (at the end) fit the token budget, padding counted; at least one."""
@@ -131,86 +148,88 @@ class Scorer:
         return max(1, min(most, self.max_batch_tokens // max(lengths[-1], 1)))
 
     def _shrink(self, error: RuntimeError, batch: int) -> None:
-        if not is_out_of_memory(error):
-            raise error
-        if batch == 1:
+        if batch == 1 and is_out_of_memory(error):
             raise EngineError(
                 "out of memory with a single sequence; use a smaller engine.prefill_chunk or model"
             ) from None
-        self.num_oom += 1
-        self.max_batch_tokens = max(1, self.max_batch_tokens // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.max_batch_tokens = halved(error, self.max_batch_tokens, batch, self.counters)
 
-    def _run_batch(
-        self, jobs: Sequence[Job], chosen: Sequence[int], depth: int, prefix: Prefix | None
-    ) -> list[tuple[int, Scores]]:
-        suffixes = [jobs[i].inputs[depth:] for i in chosen]
-        if len(chosen) == 1 and len(suffixes[0]) > self.forward.chunk:
-            return [(chosen[0], self._run_long(chosen[0], jobs[chosen[0]], depth, prefix))]
-        self.computed_tokens += sum(map(len, suffixes))
-        is_last_only = bool(jobs[chosen[0]].choices)
-        lengths = [jobs[i].length for i in chosen]
-        hidden = self.forward.packed(suffixes, lengths, prefix=prefix, last_only=is_last_only)
+    def _run_batch(self, chosen: Sequence[_Suffix], on_hidden: OnHidden | None) -> list[_Found]:
+        if len(chosen) == 1 and chosen[0].num_tokens > self.forward.chunk:
+            return [self._run_long(chosen[0], on_hidden)]
+        chosen = sorted(chosen, key=lambda suffix: id(suffix.prefix))  # those of one prefix attend to it together
+        tokens = [suffix.tokens for suffix in chosen]
+        self.counters.computed_tokens += sum(map(len, tokens))
+        is_last_only = bool(chosen[0].job.choices)
+        hidden = self.forward.packed(
+            tokens,
+            [suffix.job.length for suffix in chosen],
+            prefixes=[suffix.prefix for suffix in chosen],
+            last_only=is_last_only,
+        )
         if is_last_only:
-            return list(zip(chosen, self._choice_scores([jobs[i] for i in chosen], hidden)))
-        results = []
-        for i, part in zip(chosen, torch.split(hidden, [len(s) for s in suffixes])):
-            rows = part[jobs[i].first_row - depth :]
-            results.append((i, self._token_scores(i, rows, jobs[i].ids[jobs[i].first :])))
-        return results
+            return self._choice_scores(chosen, hidden)
+        parts = torch.split(hidden, list(map(len, tokens)))
+        rows = [part[suffix.job.first_row - suffix.depth :] for suffix, part in zip(chosen, parts)]
+        for suffix, part in zip(chosen, rows):
+            if on_hidden is not None:
+                on_hidden(suffix.index, part)
+        scores = self._token_scores(torch.cat(rows), [t for suffix in chosen for t in suffix.job.targets])
+        pieces = zip(*(torch.split(score, list(map(len, rows))) for score in scores))
+        return [_Found(s.index, logits, lse, hits) for s, (logits, lse, hits) in zip(chosen, pieces)]
 
-    def _run_long(self, index: int, job: Job, depth: int, prefix: Prefix | None) -> Scores:
+    def _run_long(self, suffix: _Suffix, on_hidden: OnHidden | None) -> _Found:
         """A sequence beyond one chunk: prefilled chunk by chunk, scored as it goes, nothing kept but the cache."""
-        grown = self.forward.empty_prefix() if prefix is None else prefix.fork()
-        suffix, position, num_greedy = job.inputs[depth:], depth, 0
-        self.computed_tokens += len(suffix)
+        grown = self.forward.empty_prefix() if suffix.prefix is None else suffix.prefix.fork()
+        job, tokens, position = suffix.job, suffix.tokens, suffix.depth
+        self.counters.computed_tokens += len(tokens)
         if job.choices:
-            for _ in self.forward.extend(grown, suffix[:-1], job.length):
+            for _ in self.forward.extend(grown, tokens[:-1], job.length):
                 pass
-            hidden = self.forward.packed([suffix[-1:]], [job.length], prefix=grown, last_only=True)
-            return self._choice_scores([job], hidden)[0]
-        logits, logsumexp = torch.empty(len(job.inputs) - job.first_row), torch.empty(len(job.inputs) - job.first_row)
-        for hidden in self.forward.extend(grown, suffix, job.length, want_hidden=True):
+            hidden = self.forward.packed([tokens[-1:]], [job.length], prefixes=[grown], last_only=True)
+            return self._choice_scores([suffix], hidden)[0]
+        parts = []
+        for hidden in self.forward.extend(grown, tokens, job.length, want_hidden=True):
             rows = hidden[max(0, job.first_row - position) :]
             first = position + len(hidden) - len(rows)
-            part = self._token_scores(index, rows, job.ids[first + 1 : first + 1 + len(rows)])
-            place = slice(first - job.first_row, first - job.first_row + len(rows))
-            logits[place], logsumexp[place] = part.logits, part.logsumexp
-            num_greedy += part.num_greedy
+            if on_hidden is not None and len(rows):
+                on_hidden(suffix.index, rows)
+            parts.append(self._token_scores(rows, job.ids[first + 1 : first + 1 + len(rows)]))
             position += len(hidden)
-        return Scores(logits=logits, logsumexp=logsumexp, num_greedy=num_greedy)
+        return _Found(suffix.index, *(torch.cat(same) for same in zip(*parts)))
 
     def _rows_at_a_time(self) -> int:
         vocab = self.forward.config.vocab_size
-        return max(1, HEAD_BYTES // (vocab * (4 + self.forward.model.dtype.itemsize)))
+        room = HEAD_BYTES if self.forward.device.type == "cpu" else CUDA_HEAD_BYTES
+        return max(1, room // (vocab * (4 + self.forward.model.dtype.itemsize)))
 
     @torch.inference_mode()
-    def _choice_scores(self, jobs: Sequence[Job], hidden_BE: Tensor) -> list[Scores]:
-        results = []
-        for jobs_part, rows in zip(
-            _chunks(jobs, self._rows_at_a_time()), torch.split(hidden_BE, self._rows_at_a_time())
-        ):
-            logits_BV = self.forward.model.logits(rows)
-            lse_B = logits_BV.float().logsumexp(-1).cpu()
-            for b, job in enumerate(jobs_part):
-                chosen = (
-                    logits_BV[b, list(job.choices)] if self.model_dtype_logits else self._exact(rows[b], job.choices)
-                )
-                results.append(Scores(logits=chosen.float().cpu(), logsumexp=lse_B[b : b + 1]))
-        return results
+    def _choice_scores(self, chosen: Sequence[_Suffix], hidden_BE: Tensor) -> list[_Found]:
+        widest = max(len(suffix.job.choices) for suffix in chosen)
+        padded = [[*s.job.choices, *s.job.choices[:1] * (widest - len(s.job.choices))] for s in chosen]
+        choices_BC = upload(torch.tensor(padded), hidden_BE.device)
+        found: list[_Found] = []
+        parts = (torch.split(x, self._rows_at_a_time()) for x in (hidden_BE, choices_BC))
+        for rows_BE, part_BC in zip(*parts):
+            logits_BV = self.forward.model.logits(rows_BE)
+            lse_B = logits_BV.float().logsumexp(-1)
+            exact = logits_BV.gather(1, part_BC).float() if self.model_dtype_logits else self._exact(rows_BE, part_BC)
+            for logits_C, lse in zip(exact, lse_B):
+                suffix = chosen[len(found)]
+                found.append(_Found(suffix.index, logits_C[: len(suffix.job.choices)], lse[None], None))
+        return found
 
-    def _exact(self, hidden_E: Tensor, choices: Sequence[int]) -> Tensor:
-        """[C] logits in fp32 from the hidden state: in bf16 two letters tie in several percent of the items."""
-        return self.forward.model.head.weight[list(choices)].float() @ hidden_E.float()
+    def _exact(self, hidden_BE: Tensor, choices_BC: Tensor) -> Tensor:
+        """[B,C] logits in fp32 from the hidden state: in bf16 two letters tie in several percent of the items."""
+        head_BCE = self.forward.model.head.weight[choices_BC].float()
+        return (head_BCE @ hidden_BE.float().unsqueeze(-1)).squeeze(-1)
 
     @torch.inference_mode()
-    def _token_scores(self, index: int, hidden_RE: Tensor, targets: Sequence[int]) -> Scores:
-        if self.on_hidden is not None:
-            self.on_hidden(index, hidden_RE)
-        targets_R = torch.tensor(targets, device=hidden_RE.device)
-        logits_R, lse_R, num_greedy = torch.empty(len(targets)), torch.empty(len(targets)), 0
+    def _token_scores(self, hidden_RE: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Per row, on the device: the target's logit, the log-sum-exp, whether the target was the most likely token."""
+        targets_R = upload(torch.tensor(targets, dtype=torch.long), hidden_RE.device)
         model, size = self.forward.model, min(self._rows_at_a_time(), max(len(targets), 1))
+        logits_R, lse_R, hits_R = (torch.empty(len(targets), device=hidden_RE.device) for _ in range(3))
         # one buffer for all slices: blocks of 32 MB that come and go among small ones that stay tear the C heap apart
         raw_RV = torch.empty(size, model.config.vocab_size, dtype=model.dtype, device=hidden_RE.device)
         fp32_RV = raw_RV if model.dtype == torch.float32 else torch.empty_like(raw_RV, dtype=torch.float32)
@@ -218,22 +237,52 @@ class Scorer:
             part = slice(start, start + size)
             wanted = targets_R[part]
             model.logits(hidden_RE[part], raw_RV[: len(wanted)])
-            logits_RV = fp32_RV[: len(wanted)]
+            rows_RV = fp32_RV[: len(wanted)]
             if fp32_RV is not raw_RV:
-                logits_RV.copy_(raw_RV[: len(wanted)])
-            num_greedy += int((logits_RV.argmax(-1) == wanted).sum())
-            logits_R[part] = logits_RV.gather(1, wanted[:, None])[:, 0].cpu()
-            top_R = logits_RV.amax(-1)
-            lse_R[part] = (logits_RV.sub_(top_R[:, None]).exp_().sum(-1).log() + top_R).cpu()
-        return Scores(logits=logits_R, logsumexp=lse_R, num_greedy=num_greedy)
+                rows_RV.copy_(raw_RV[: len(wanted)])
+            hits_R[part] = (rows_RV.argmax(-1) == wanted).float()
+            logits_R[part] = rows_RV.gather(1, wanted[:, None])[:, 0]
+            top_R = rows_RV.amax(-1)
+            lse_R[part] = rows_RV.sub_(top_R[:, None]).exp_().sum(-1).log() + top_R
+        return logits_R, lse_R, hits_R
 
 
-def _chunks(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+@dataclass(frozen=True, kw_only=True)
+class _Suffix:
+    """A job and the prefix after which it is computed."""
+
+    index: int
+    job: Job
+    prefix: Prefix | None
+
+    @property
+    def depth(self) -> int:
+        return self.prefix.length if self.prefix else 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.job.inputs[self.depth :]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.job.num_inputs - self.depth
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """The ways in which CUDA, cuBLAS and the CPU allocator say it."""
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in said for words in NO_MEMORY)
+@dataclass(frozen=True)
+class _Found:
+    """Scores of one job, still on the device. `hits_R`: 1 where the target was the likeliest; None of choices."""
+
+    index: int
+    logits: Tensor
+    logsumexp: Tensor
+    hits_R: Tensor | None
+
+
+def _fetched(found: Sequence[_Found]) -> Iterator[tuple[int, Scores]]:
+    """One transfer for all scores of a batch."""
+    pieces = [t for f in found for t in (f.logits, f.logsumexp, f.hits_R) if t is not None]
+    values = iter(torch.split(torch.cat(pieces).cpu(), [len(piece) for piece in pieces]))
+    for f in found:
+        logits, logsumexp = next(values), next(values)
+        num_greedy = 0 if f.hits_R is None else int(next(values).sum())
+        yield f.index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=num_greedy)

@@ -7,9 +7,11 @@ from qwen_eval.engines.kinds import EngineKind
 ENGINE = EngineKind(
     name="openai",
     opens="qwen_eval.engines.openai.engine:open_engine",
-    identity="qwen_eval.engines.openai.engine:identity",
+    identity="qwen_eval.engines.openai.engine:identity_of",
     honours=("system", "thinking"),  # the server decided the others when it was started
-    tuned_by=("base_url", "api_model", "concurrency"),
+    tuned_by=(
+        "base_url", "api_model", "concurrency", "server", "timeout_s", "retries", "retry_share", "tokenizer", "prices",
+    ),
     decides=("api_model",),
     model_at="server",
-)
+)  # fmt: skip

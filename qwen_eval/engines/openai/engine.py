@@ -1,15 +1,16 @@
 """An OpenAI-compatible HTTP API: a server of vLLM, SGLang, llama.cpp or `transformers serve`, or a hosted model.
 
-Texts from both endpoints; choices where the server gives log-probabilities; no scoring, for which token ids are needed.
+Texts from both endpoints; choices where the server gives log-probabilities; scores of given text where it echoes them.
+Every request ends: with an answer, or as one of `failures`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from qwen_eval.config import EngineSpec, ModelSpec
@@ -18,58 +19,93 @@ from qwen_eval.core import (
     Answer,
     ChoiceLogprobs,
     Choose,
-    Completion,
-    Completions,
     EngineError,
-    FinishReason,
     Generate,
     Message,
     Prompt,
     Rendered,
     Request,
-    Score,
+    Tokenizer,
 )
-from qwen_eval.engines.endpoint import endpoint_identity
+from qwen_eval.engines.api.account import Account, read_prices
+from qwen_eval.engines.api.faults import Fault, RequestFailed
+from qwen_eval.engines.api.loop import Crew, LoopThread
+from qwen_eval.engines.api.replies import (
+    Echo,
+    Reply,
+    choice_bounds,
+    completions_of,
+    read_echo,
+    read_reply,
+    scored,
+    top_logprobs,
+)
+from qwen_eval.engines.api.selfcheck import Check
+from qwen_eval.engines.api.servers import SERVERS, Server, api_key, base_url, required_key, server_of
+from qwen_eval.engines.endpoint import endpoint_identity, public_url
 from qwen_eval.models.segments import Chat
 from qwen_eval.models.template import THINKING_SWITCH, with_system
+from qwen_eval.models.tokenizer import load_tokenizer
 
-OPENAI_URL = "https://api.openai.com/v1"
-MAX_RETRIES = 5  # of connection errors, 408, 409, 429 and 5xx, with growing pauses
-TIMEOUT_S = 600.0
-TOP_LOGPROBS = 20  # the most a server gives
+NEEDS = "engine=openai needs the package httpx2: pip install 'qwen_eval[api]'"
+HOPELESS = 8  # failures one after the other, and nothing answered between: the rest would fare no better
+FEW_LOGPROBS = 5  # what OpenAI's own completions name at most
 
 
 class OpenAiEngine:
-    """Asks `model` at `client` (an `openai.OpenAI`), `concurrency` requests in flight."""
+    """Asks `model` at `client` (an `EndpointClient`), with as many requests in flight as its limits say."""
 
     def __init__(
-        self, client: Any, model: str, *, concurrency: int = 16, system: str | None = None, thinking: str = "auto"
+        self,
+        client: Any,
+        thread: Any,
+        model: str,
+        *,
+        concurrency: int = 16,
+        server: Server = SERVERS["openai"],
+        key: str | None = None,
+        system: str | None = None,
+        thinking: str = "auto",
+        tokenizer: Tokenizer | None = None,
+        account: Account | None = None,
     ) -> None:
-        self._client, self._api_model, self._concurrency = client, model, concurrency
-        self._system, self._thinking = system, thinking
-
-    tokenizer = None  # the server keeps it to itself
+        self._client, self._thread, self._api_model, self._concurrency = client, thread, model, concurrency
+        self._server, self._key, self._system, self._thinking = server, key, system, thinking
+        self._account, self._checked, self._warnings = account or Account(), set[type](), list[str]()
+        self._num_top = server.top_logprobs
+        self._has_echo = False  # until it has been tried
+        self.tokenizer = tokenizer
+        self.failures: dict[int, str] = {}
 
     @cached_property
     def _identity(self) -> str:
-        return endpoint_identity(str(self._client.base_url), self._api_model)
+        return endpoint_identity(self._client.url, self._api_model, self._key)
+
+    @property
+    def may_echo(self) -> bool:
+        """Whether it is worth trying."""
+        return self._server.has_completions and self._server.has_echo is not False
 
     @property
     def info(self) -> Mapping[str, JSON]:
-        url = str(self._client.base_url)
         return {
             "engine": "openai",
-            "base_url": url,
+            "base_url": public_url(self._client.url),
             "api_model": self._api_model,
             "weights": self._identity,
-            "not_applied": ["max_prompt_tokens"],  # only the server can count tokens
+            "not_applied": [] if self.tokenizer else ["max_prompt_tokens"],  # only the server can count tokens
             "thinks": {"on": True, "off": False}.get(self._thinking),  # None: as the server's template does
+            "usage": self._account.facts | {"num_retries": self._client.num_retries},
+            "warnings": list(self._warnings),
         }
 
     def render(self, prompt: Prompt) -> Rendered:
-        """What is sent; the server's own rendering and token ids are not known."""
+        """What is sent. Without `engine.tokenizer` the server's own rendering and token ids are not known."""
+        if self.tokenizer is not None:
+            ids = tuple(self.tokenizer.render(prompt))
+            return Rendered(text=self.tokenizer.decode(ids), ids=ids)
         if prompt.ids is not None:
-            raise EngineError("engine=openai takes text or messages, not token ids; use engine=native, hf or vllm")
+            raise EngineError("engine=openai takes text or messages; for token ids pass engine.tokenizer=DIR")
         if prompt.text is not None:
             return Rendered(text=prompt.text, ids=())
         messages = with_system(prompt.messages, self._system)
@@ -77,88 +113,183 @@ class OpenAiEngine:
         return Rendered(text="\n".join([*parts, f"[assistant]\n{prompt.prefill}"]), ids=())
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        pool = ThreadPoolExecutor(self._concurrency)
-        try:
-            futures: dict[Future[Answer], int] = {pool.submit(self._answer, r): i for i, r in enumerate(requests)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:  # after an error nothing more is asked: requests cost money
-            pool.shutdown(wait=False, cancel_futures=True)
+        """Answers as they come; what has none stands in `failures`. EngineError where going on makes no sense."""
+        self.failures = {}
+        self._check(requests)
+        in_a_row = 0
+        crew: Crew[Request, Answer] = Crew(self._thread, self._answer, self._concurrency)
+        for index, answer in crew.answers(requests):
+            if not isinstance(answer, RequestFailed):
+                in_a_row = 0
+                yield index, answer
+                continue
+            self.failures[index], in_a_row = str(answer), in_a_row + 1
+            if in_a_row >= min(HOPELESS, len(requests)):
+                raise EngineError(
+                    f"{self._client.public_url}: {answer}; {in_a_row} requests failed one after the other"
+                )
 
     def close(self) -> None:
-        self._client.close()
+        if self._thread.is_closed:
+            return
+        self._thread.call(self._client.close())
+        self._thread.close()
 
-    def _answer(self, request: Request) -> Answer:
-        import openai
+    def _check(self, requests: Sequence[Request]) -> None:
+        """Once for each kind of request, before the first of it: whether the server can be believed."""
+        kinds = {type(request) for request in requests} - self._checked
+        if kinds - ({Generate} if self.tokenizer is None else set()):
+            check = Check(self)
+            self._thread.call(check.run([next(r for r in requests if type(r) is kind) for kind in kinds]))
+            self._has_echo = self._has_echo or check.has_echo
+            self._warnings += check.warnings
+        self._checked |= kinds
 
-        try:
-            if isinstance(request, Generate):
-                return self._generate(request)
-            if isinstance(request, Choose):
-                return self._choose(request)
-        except openai.APIConnectionError as error:
-            raise EngineError(f"{self._client.base_url}: no server answers ({_line(error)})") from error
-        except openai.OpenAIError as error:
-            raise EngineError(f"{self._client.base_url}: {_line(error)}") from error
-        assert isinstance(request, Score), type(request)
-        raise EngineError("engine=openai cannot score text: an API gives no token ids; use engine=native, hf or vllm")
+    async def _answer(self, request: Request) -> Answer:
+        if isinstance(request, Generate):
+            return completions_of(await self.generated(request), request)
+        if isinstance(request, Choose):
+            return await self._choose(request)
+        ids = self.render(request.prompt).ids
+        return scored(await self.echo(list(ids)), ids, request.num_context)
 
     # --- texts -------------------------------------------------------------------------------------------------------
 
-    def _generate(self, request: Generate) -> Answer:
+    async def generated(self, request: Generate) -> Reply:
         sampling = request.sampling
-        options: dict[str, Any] = {"max_tokens": request.max_new_tokens, "temperature": sampling.temperature}
+        options: dict[str, JSON] = {"max_tokens": request.max_new_tokens, "temperature": sampling.temperature}
         options |= {"top_p": sampling.top_p, "n": request.n}
         if request.stop:
             options["stop"] = list(request.stop)
         if not sampling.is_greedy:
             options["seed"] = sampling.seed
-        extra: dict[str, float] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        if sampling.top_k:  # this and the next are no part of OpenAI's own API: a server that lacks them says so
+            options["top_k"] = sampling.top_k
         if sampling.repetition_penalty != 1.0:
-            extra["repetition_penalty"] = sampling.repetition_penalty
-        if extra:
-            options["extra_body"] = extra  # no part of OpenAI's own API: a server that lacks them says so
-        return self._completions(self._ask(request.prompt, options), request)
+            options["repetition_penalty"] = sampling.repetition_penalty
 
-    def _completions(self, reply: Any, request: Generate) -> Answer:
-        num_tokens = reply.usage.completion_tokens // max(1, len(reply.choices)) if reply.usage else 0
-        if len(reply.choices) < request.n:
-            raise EngineError(f"the server sent {len(reply.choices)} of {request.n} completions; use another server")
-        return Completions(completions=tuple(_completion(choice, request, num_tokens) for choice in reply.choices))
+        def read(found: JSON) -> Reply:
+            reply = read_reply(found, request.n)
+            completions_of(reply, request)  # whether it can be read, while it can be asked again
+            return reply
 
-    def _ask(self, prompt: Prompt, options: Mapping[str, Any]) -> Any:
+        reply: Reply = await self._ask(request.prompt, options, read)
+        return reply
+
+    async def _ask(self, prompt: Prompt, options: Mapping[str, JSON], read: Any, *, ids: Sequence[int] = ()) -> Any:
+        """`ids`: what is sent for raw text instead of it."""
         if prompt.messages:
-            messages = api_messages(with_system(prompt.messages, self._system))
-            if self._thinking != "auto":
-                options = with_body(options, chat_template_kwargs={THINKING_SWITCH: self._thinking == "on"})
-            if prompt.tools:
-                options = {**options, "tools": [json.loads(tool) for tool in prompt.tools]}
-            if prompt.prefill:  # vLLM's and SGLang's words for "continue this message"
-                messages.append({"role": "assistant", "content": prompt.prefill})
-                options = with_body(options, add_generation_prompt=False, continue_final_message=True)
-            return self._client.chat.completions.create(model=self._api_model, messages=messages, **options)
-        text = self.render(prompt).text
-        return self._client.completions.create(model=self._api_model, prompt=text, **options)
+            return await self._post("/chat/completions", {**self._chat(prompt), **options}, read)
+        if not self._server.has_completions:
+            raise EngineError("this server takes no raw text; ask in chat form with task.mode=chat")
+        return await self._post("/completions", {"prompt": list(ids) or self.render(prompt).text, **options}, read)
 
-    # --- choices -----------------------------------------------------------------------------------------------------
+    async def _post(self, path: str, body: Mapping[str, JSON], read: Any) -> Any:
+        def counted(found: JSON) -> Any:
+            self._account.add(read_reply(found).usage)
+            return read(found)
 
-    def _choose(self, request: Choose) -> Answer:
-        """The first token's log-probabilities: choices must be single tokens among the likeliest the server names."""
-        chat = bool(request.prompt.messages)
-        options = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if chat else {"logprobs": TOP_LOGPROBS}
-        reply = self._ask(request.prompt, {"max_tokens": 1, "temperature": 0.0, **options})
-        found = _top_logprobs(reply.choices[0], is_chat=chat)
-        if not found:
-            raise EngineError("the server gives no log-probabilities; ask for text with task.mode=chat")
-        missing = [choice for choice in request.choices if choice not in found]
-        if missing:
-            raise EngineError(
-                f"{missing[0]!r} is not among the {len(found)} likeliest tokens that the server names; "
-                "ask for text with task.mode=chat, or use engine=native, hf or vllm"
-            )
-        return ChoiceLogprobs(
-            logprobs=tuple(found[choice] for choice in request.choices), num_tokens=(1,) * len(request.choices)
+        return await self._client.ask(path, {"model": self._api_model, **body}, counted)
+
+    def _chat(self, prompt: Prompt) -> dict[str, Any]:
+        body: dict[str, Any] = {"messages": api_messages(with_system(prompt.messages, self._system))}
+        if self._thinking != "auto":
+            body |= self._server.thinking_body(THINKING_SWITCH, self._thinking == "on")
+        if prompt.tools:
+            body["tools"] = [json.loads(tool) for tool in prompt.tools]
+        if prompt.prefill:
+            begun = {"role": "assistant", "content": prompt.prefill, **self._server.prefill_message}
+            body["messages"].append(begun)
+            body |= self._server.prefill_body
+        return body
+
+    # --- choices and scores ------------------------------------------------------------------------------------------
+
+    async def _choose(self, request: Choose) -> Answer:
+        """The first token's log-probabilities, exact for the likeliest tokens. What the server does not name is scored
+        by an echo, and where there is none has a bound.
+        """
+        found = await self.first_logprobs(request)
+        values, bounded = choice_bounds(found, request)
+        nums = [1] * len(values)
+        if bounded and self._has_echo and not request.prompt.messages:
+            scores = [await self._continued(request, request.choices[index]) for index in bounded]
+            values = tuple(scores[bounded.index(i)][0] if i in bounded else value for i, value in enumerate(values))
+            nums = [scores[bounded.index(i)][1] if i in bounded else 1 for i in range(len(values))]
+            bounded = ()
+        return ChoiceLogprobs(logprobs=values, num_tokens=tuple(nums), bounded=bounded)
+
+    async def first_logprobs(self, request: Choose, *, max_tokens: int = 1, has_any: bool = True) -> dict[str, float]:
+        """Of the likeliest first tokens. `has_any`: the server has given some, so that a reply without is a fault."""
+        is_chat = bool(request.prompt.messages)
+        wanted = {"logprobs": True, "top_logprobs": self._num_top} if is_chat else {"logprobs": self._num_top}
+        options = {"max_tokens": max_tokens, "temperature": 0.0, **wanted}
+
+        def read(reply: JSON) -> dict[str, float]:
+            named = top_logprobs(read_reply(reply).choices[0])
+            if has_any and not named:
+                raise Fault("a reply without log-probabilities")
+            return named
+
+        try:
+            found: dict[str, float] = await self._ask(request.prompt, options, read, ids=self._kept(request))
+        except RequestFailed as refused:
+            if "logprobs" not in str(refused) or self._num_top <= FEW_LOGPROBS:
+                raise
+            self._num_top = FEW_LOGPROBS
+            return await self.first_logprobs(request, max_tokens=max_tokens, has_any=has_any)
+        return found
+
+    def _kept(self, request: Choose) -> tuple[int, ...]:
+        return request.kept(self.render(request.prompt).ids) if self.tokenizer and not request.prompt.messages else ()
+
+    async def _continued(self, request: Choose, choice: str) -> tuple[float, int]:
+        """(log-probability of `choice` after the prompt, its number of tokens)."""
+        ids = self._kept(request)
+        if ids and self.tokenizer is not None:
+            tail = self.tokenizer.encode(choice)
+            echo = await self.echo([*ids, *tail])
+            answer = scored(echo, [*ids, *tail], len(ids))
+            return sum(answer.logprobs), len(tail)
+        text = self.render(request.prompt).text
+        return tail_logprob(await self.echo(text + choice), len(text), len(text + choice))
+
+    async def echo(self, text: str | list[int]) -> Echo:
+        """The log-probabilities of a given text. One token is generated: some servers refuse to generate none."""
+        found: Echo = await self._post("/completions", echo_body(text), _echo)
+        return found
+
+    async def echo_if_any(self, text: str) -> Echo | None:
+        """None where the server refuses, or replies without one."""
+
+        def read(reply: JSON) -> Echo | None:
+            with suppress(Fault):
+                return _echo(reply)
+            return None
+
+        try:
+            found: Echo | None = await self._post("/completions", echo_body(text), read)
+        except RequestFailed:
+            return None
+        return found
+
+
+def echo_body(text: str | list[int]) -> dict[str, JSON]:
+    return {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
+
+
+def _echo(reply: JSON) -> Echo:
+    return read_echo(read_reply(reply).choices[0])
+
+
+def tail_logprob(echo: Echo, start: int, end: int) -> tuple[float, int]:
+    """Of the tokens between two characters; RequestFailed where no token begins at `start`."""
+    inside = [value for value, at in zip(echo.logprobs, echo.offsets) if start <= at < end]
+    if start not in echo.offsets or None in inside:
+        raise RequestFailed(
+            "no token ends where the prompt ends, so that a choice cannot be scored; pass engine.tokenizer=DIR"
         )
+    return sum(value for value in inside if value is not None), len(inside)
 
 
 def api_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -174,50 +305,35 @@ def api_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return rows
 
 
-def with_body(options: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    """Words that are no part of OpenAI's own API; vLLM's and SGLang's servers know them."""
-    return {**options, "extra_body": {**options.get("extra_body", {}), **fields}}
-
-
-def _completion(choice: Any, request: Generate, num_tokens: int) -> Completion:
-    text = choice.text if hasattr(choice, "text") else choice.message.content
-    text = text or ""
-    reasons: dict[str, FinishReason] = {"length": "length"}
-    reason = reasons.get(choice.finish_reason, "eos")
-    ends = [at for at in (text.find(stop) for stop in request.stop) if at >= 0]
-    if ends:  # some servers leave the stop string in
-        text, reason = text[: min(ends)], "stop"
-    return Completion(text=text, finish_reason=reason, num_tokens=num_tokens)
-
-
-def _top_logprobs(choice: Any, *, is_chat: bool) -> dict[str, float]:
-    if choice.logprobs is None:
-        return {}
-    if is_chat:
-        content = choice.logprobs.content or []
-        return {item.token: item.logprob for item in content[0].top_logprobs} if content else {}
-    tops = choice.logprobs.top_logprobs or []
-    return dict(tops[0]) if tops else {}
-
-
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> OpenAiEngine:
-    """A client for `engine.base_url`; the key is read from OPENAI_API_KEY and never stored."""
+    """A client for `engine.base_url`; the key is read from the environment and never stored."""
     try:
-        import openai
+        from qwen_eval.engines.api.client import EndpointClient, Limits
     except ImportError as error:
-        raise EngineError("engine=openai needs the package openai: pip install 'qwen_eval[api]'") from error
-    key = os.environ.get("OPENAI_API_KEY")
-    if spec.base_url is None and key is None:
-        raise EngineError("engine=openai: pass engine.base_url=http://HOST:PORT/v1, or set OPENAI_API_KEY")
-    make: Callable[..., Any] = openai.OpenAI
-    client = make(base_url=base_url(spec), api_key=key or "none", max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
-    name = api_model(spec, model)
-    return OpenAiEngine(client, name, concurrency=spec.concurrency, system=model.system, thinking=model.thinking)
+        raise EngineError(NEEDS) from error
+    url, key, name = base_url(spec), required_key(spec), api_model(spec, model)
+    limits = Limits(
+        concurrency=spec.concurrency, timeout_s=spec.timeout_s, retries=spec.retries, retry_share=spec.retry_share
+    )
+    prices = read_prices(spec.prices, name) if spec.prices else None
+    return OpenAiEngine(
+        EndpointClient(url, key, limits),
+        LoopThread(),
+        name,
+        concurrency=spec.concurrency,
+        server=server_of(spec),
+        key=key,
+        system=model.system,
+        thinking=model.thinking,
+        tokenizer=_tokenizer(spec, model),
+        account=Account(prices=prices),
+    )
 
 
-def identity(spec: EngineSpec, model: ModelSpec) -> str:
-    """The endpoint, and what it says of the model asked for; EngineError when nobody answers."""
-    return endpoint_identity(base_url(spec), api_model(spec, model))
+def _tokenizer(spec: EngineSpec, model: ModelSpec) -> Tokenizer | None:
+    if spec.tokenizer is None:
+        return None
+    return load_tokenizer(Path(spec.tokenizer), system=model.system, thinking=model.thinking)
 
 
 def api_model(spec: EngineSpec, model: ModelSpec) -> str:
@@ -225,9 +341,5 @@ def api_model(spec: EngineSpec, model: ModelSpec) -> str:
     return spec.api_model or model.hub_id or model.name
 
 
-def base_url(spec: EngineSpec) -> str:
-    return spec.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def identity_of(spec: EngineSpec, model: ModelSpec) -> str:
+    return endpoint_identity(base_url(spec), api_model(spec, model), api_key(spec))

@@ -8,5 +8,13 @@ ENGINE = EngineKind(
     name="vllm",
     opens="qwen_eval.engines.vllm.engine:open_engine",
     honours=("dtype", "quant", "system", "thinking"),
-    tuned_by=("max_batch_size", "memory_fraction", "tensor_parallel"),
+    tuned_by=(
+        "prefix_sharing",
+        "max_batch_tokens",
+        "max_batch_size",
+        "memory_fraction",
+        "tensor_parallel",
+        "pipeline_parallel",
+        "executor",
+    ),
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,54 +35,125 @@ from qwen_eval.models.lora import refuse_adapter
 from qwen_eval.models.quant.formats import quant_format
 
 DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-BATCH = 512  # requests handed over at once: their answers are stored before the next ones are asked
+MAX_OPEN = 512  # requests handed over and not answered yet; answers come one by one, so that a killed run loses few
+MAX_OPEN_SCORED = 65_536  # tokens with log-probabilities among them: each is a small object of Python
+# Tokens of one forward. vLLM's own 8,192 make 5 GB of fp32 logits where a whole prompt is scored, which it does not
+# count when it divides the memory.
+BATCH_TOKENS = 2048
+BY_IDS = "logprob_token_ids"  # of SamplingParams since vLLM 0.11: log-probabilities of given tokens
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One prompt for vLLM. `num_scored`: tokens of the prompt whose log-probabilities come back."""
+
+    ids: list[int]
+    sampling: Any
+    num_scored: int = 0
+
+
+@dataclass
+class _Open:
+    """A request whose rows are not all answered."""
+
+    index: int
+    outputs: list[Any]
+    num_left: int
 
 
 class VllmEngine:
-    """Answers requests with `llm` (a `vllm.LLM`). Choices and scores are read from the prompt's log-probabilities."""
+    """Answers requests with `llm` (a `vllm.LLM`), whose engine is stepped here so that answers are had as they come.
+
+    Single-token choices: one generated token, with the log-probabilities of the wanted ids, so that the prefix cache
+    serves the prompts. Longer choices and scored texts: the prompt's log-probabilities, one prompt a choice.
+    """
 
     def __init__(self, llm: Any, tokenizer: HfTokenizer, make_sampling: Any, *, weights: str | None = None) -> None:
         self._llm, self._make_sampling, self._weights = llm, make_sampling, weights
+        self._by_ids = hasattr(make_sampling(), BY_IDS)
         self.tokenizer = tokenizer
         self._chat_facts = self.tokenizer.facts
+        self._ids = itertools.count()
+        self.failures: dict[int, str] = {}
 
     @property
     def info(self) -> Mapping[str, JSON]:
         import vllm
 
         weights = {"weights": self._weights} if self._weights else {}
-        return {"engine": "vllm", "version": vllm.__version__, **weights, **self._chat_facts}
+        choices = BY_IDS if self._by_ids else f"prompt_logprobs, one prompt a choice: no {BY_IDS} in this vLLM, slower"
+        return {"engine": "vllm", "version": vllm.__version__, "choices": choices, **weights, **self._chat_facts}
 
     def render(self, prompt: Prompt) -> Rendered:
         ids = tuple(self.tokenizer.render(prompt))
         return Rendered(text=self.tokenizer.decode(ids), ids=ids)
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        for start in range(0, len(requests), BATCH):
-            batch = requests[start : start + BATCH]
-            rows = [self._rows(request) for request in batch]
-            flat = [row for group in rows for row in group]
-            outputs = iter(
-                self._llm.generate(
-                    [{"prompt_token_ids": ids} for ids, _ in flat], [sampling for _, sampling in flat], use_tqdm=False
-                )
-            )
-            for index, (request, group) in enumerate(zip(batch, rows), start=start):
-                yield index, self._answer(request, [next(outputs) for _ in group])
+        self.failures = {}
+        opened: dict[str, tuple[_Open, int]] = {}  # of vLLM's request id: the request and the number of its row
+        waiting = iter(enumerate(requests))
+        num_scored = 0
+        try:
+            while True:
+                while len(opened) < MAX_OPEN and num_scored < MAX_OPEN_SCORED and (item := next(waiting, None)):
+                    num_scored += self._hand_over(*item, opened)
+                if not opened:
+                    return
+                for output in self._llm.llm_engine.step():
+                    if not output.finished:
+                        continue
+                    entry, number = opened.pop(output.request_id)
+                    num_scored -= len(output.prompt_logprobs or ())
+                    entry.outputs[number], entry.num_left = output, entry.num_left - 1
+                    if entry.num_left == 0:
+                        yield entry.index, self._answer(requests[entry.index], entry.outputs)
+        finally:
+            if opened:  # the caller stopped early
+                self._llm.llm_engine.abort_request(list(opened))
 
     def close(self) -> None:
-        self._llm = None
+        """End vLLM's processes and free their shared memory: by itself it does so only when Python collects it."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            _shut_down(llm)
 
-    def _rows(self, request: Request) -> list[tuple[list[int], Any]]:
-        """What is handed to vLLM for one request: token ids with sampling parameters, one row a choice."""
+    def _hand_over(self, index: int, request: Request, opened: dict[str, tuple[_Open, int]]) -> int:
+        """Returns the number of scored tokens; a prompt that vLLM refuses (too long) is one of `failures`."""
+        rows = self._rows(request)
+        entry = _Open(index, [None] * len(rows), len(rows))
+        names = [str(next(self._ids)) for _ in rows]
+        engine = self._llm.llm_engine
+        for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+            try:
+                engine.add_request(name, {"prompt_token_ids": row.ids}, row.sampling)
+            except ValueError as error:
+                self.failures[index] = f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"
+                for given in names[:number]:
+                    del opened[given]
+                engine.abort_request(names[:number])
+                return 0
+            opened[name] = (entry, number)
+        return sum(row.num_scored for row in rows)
+
+    def _rows(self, request: Request) -> list[_Row]:
+        """What is handed to vLLM for one request."""
         ids = self.tokenizer.render(request.prompt)
         if isinstance(request, Generate):
-            return [(ids, self._sampling(request))]
-        scored = self._make_sampling(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+            return [_Row(ids=ids, sampling=self._sampling(request))]
+        scored = self._make_sampling(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         if isinstance(request, Score):
-            return [(ids, scored)]
+            return [_Row(ids=ids, sampling=scored, num_scored=len(ids))]
         ids = list(request.kept(tuple(ids)))
-        return [(ids + self.tokenizer.encode(choice), scored) for choice in request.choices]
+        tails = [self.tokenizer.encode(choice) for choice in request.choices]
+        if self._is_by_ids(tails):
+            wanted = list(dict.fromkeys(tail[0] for tail in tails))
+            choosing = self._make_sampling(max_tokens=1, temperature=0.0, detokenize=False, **{BY_IDS: wanted})
+            return [_Row(ids=ids, sampling=choosing)]
+        return [_Row(ids=ids + tail, sampling=scored, num_scored=len(ids + tail)) for tail in tails]
+
+    def _is_by_ids(self, tails: Sequence[Sequence[int]]) -> bool:
+        return self._by_ids and all(len(tail) == 1 for tail in tails)
 
     def _sampling(self, request: Generate) -> Any:
         sampling = request.sampling
@@ -105,9 +180,23 @@ class VllmEngine:
             logprobs = tuple(float(row[token].logprob) for row, token in zip(rows, ids))
             return TokenLogprobs(token_ids=tuple(ids), logprobs=logprobs, num_greedy=num_greedy)
         assert isinstance(request, Choose), type(request)
-        num_tokens = tuple(len(self.tokenizer.encode(choice)) for choice in request.choices)
+        tails = [self.tokenizer.encode(choice) for choice in request.choices]
+        num_tokens = tuple(map(len, tails))
+        if self._is_by_ids(tails):
+            row = outputs[0].outputs[0].logprobs[0]
+            return ChoiceLogprobs(logprobs=tuple(float(row[i].logprob) for (i,) in tails), num_tokens=num_tokens)
         sums = tuple(_tail_logprob(output, num) for output, num in zip(outputs, num_tokens))
         return ChoiceLogprobs(logprobs=sums, num_tokens=num_tokens)
+
+
+def _shut_down(llm: Any) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _tail_logprob(output: Any, num_tokens: int) -> float:
@@ -127,6 +216,10 @@ def _completion(item: Any, request: Generate) -> Completion:
 
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> VllmEngine:
     """Start vLLM on `model.path` or the hub id; remote code is never run."""
+    if quant_format(model.quant).is_made_here:
+        raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
+    for name, value in QUIET.items():  # read when vLLM is imported, and by its processes
+        os.environ.setdefault(name, value)
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
@@ -136,17 +229,27 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     where = model.path or model.hub_id
     if where is None:
         raise EngineError(f"model={model.name}: engine=vllm needs model.path=DIR or model.hub_id=ORGANISATION/NAME")
+    try:
+        llm = LLM(model=where, **_options(spec, model))
+    except (RuntimeError, ValueError, OSError, ImportError) as error:  # the reason stands in the log of its processes
+        raise EngineError(f"{where}: vLLM does not start ({' '.join(str(error).split())[:200]})") from error
+    tokenizer = HfTokenizer(llm.get_tokenizer(), system=model.system, thinking=model.thinking)
+    return VllmEngine(llm, tokenizer, SamplingParams, weights=_fingerprint(model))
+
+
+def _options(spec: EngineSpec, model: ModelSpec) -> dict[str, Any]:
+    """The words of `vllm.LLM` for our keys."""
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "gpu_memory_utilization": spec.memory_fraction}
-    options |= {"tensor_parallel_size": spec.tensor_parallel, "seed": model.seed, "trust_remote_code": False}
+    options |= {"tensor_parallel_size": spec.tensor_parallel, "pipeline_parallel_size": spec.pipeline_parallel}
+    options |= {"seed": model.seed, "trust_remote_code": False, "enable_prefix_caching": spec.prefix_sharing}
+    options |= {"max_num_batched_tokens": spec.max_batch_tokens or BATCH_TOKENS, "enable_chunked_prefill": True}
     if model.path is None:
         options["revision"] = model.revision
     if spec.max_batch_size is not None:
         options["max_num_seqs"] = spec.max_batch_size
-    if quant_format(model.quant).is_made_here:
-        raise EngineError(f"model.quant={model.quant}: not offered by engine=vllm; use engine=native or hf")
-    llm = LLM(model=where, **options)
-    tokenizer = HfTokenizer(llm.get_tokenizer(), system=model.system, thinking=model.thinking)
-    return VllmEngine(llm, tokenizer, SamplingParams, weights=_fingerprint(model))
+    if spec.executor != "auto":
+        options["distributed_executor_backend"] = spec.executor
+    return options
 
 
 def _fingerprint(model: ModelSpec) -> str:

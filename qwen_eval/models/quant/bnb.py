@@ -1,6 +1,6 @@
-"""NF4 and LLM.int8 through bitsandbytes: unquantised weights are quantised while they are loaded.
+"""NF4 and LLM.int8 through bitsandbytes: unquantized weights are quantized while they are loaded.
 
-NF4 (QLoRA, https://arxiv.org/abs/2305.14314): 4-bit normal-float blocks of 64 with double quantisation of the scales.
+NF4 (QLoRA, https://arxiv.org/abs/2305.14314): 4-bit normal-float blocks of 64 with double quantization of the scales.
 LLM.int8 (https://arxiv.org/abs/2208.07339): int8 per output row; input columns beyond the threshold stay in full width.
 """
 
@@ -18,7 +18,7 @@ from qwen_eval.core import EngineError
 FUSED = "support_avx512bf16_for_cpu"  # the library's own switch on a 4-bit layer
 FUSED_BLOCK = 32  # outputs packed together by the fused kernel
 NF4_BLOCK = 64  # weights that share a scale
-OUTLIER_THRESHOLD = 6.0  # the paper's; inputs beyond it are not quantised
+OUTLIER_THRESHOLD = 6.0  # the paper's; inputs beyond it are not quantized
 Quant = Literal["nf4", "int8"]
 
 
@@ -33,7 +33,7 @@ class BnbLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Codes, scales and the tables of the double quantisation."""
+        """Codes, scales and the tables of the double quantization."""
         scales = getattr(self.inner.weight, "SCB", None)  # of LLM.int8; it moves to the state at the first forward
         if scales is None and hasattr(self.inner, "state"):
             scales = self.inner.state.SCB
@@ -49,11 +49,11 @@ class BnbLinear(nn.Module):
 def build_linear(
     weight: Tensor, bias: Tensor | None, quant: Quant, *, dtype: torch.dtype, device: torch.device | str
 ) -> BnbLinear:
-    """Quantise `weight` [out, in] for computing in `dtype`. EngineError when bitsandbytes is not installed."""
+    """Quantize `weight` [out, in] for computing in `dtype`. EngineError when bitsandbytes is not installed."""
     bnb = _bitsandbytes()
     out_features, in_features = weight.shape
     size: dict[str, Any] = {"input_features": in_features, "output_features": out_features, "bias": bias is not None}
-    # bitsandbytes quantises when the parameter is moved to its device, from the dtype it has at that moment
+    # bitsandbytes quantizes when the parameter is moved to its device, from the dtype it has at that moment
     source = weight.detach().to("cpu", dtype).contiguous()
     if quant == "nf4":
         inner = bnb.nn.Linear4bit(**size, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
@@ -81,13 +81,13 @@ def _kernel(inner: Any, quant: Quant) -> str:
     if quant == "int8":
         return f"LLM.int8, outliers beyond {OUTLIER_THRESHOLD:g}"
     is_fused = getattr(inner, FUSED, False) and inner.weight.device.type == "cpu"
-    return "NF4, fused for AVX512-BF16" if is_fused else "NF4, double quantised"
+    return "NF4, fused for AVX512-BF16" if is_fused else "NF4, double quantized"
 
 
 def builder(
     quant: Quant, *, dtype: torch.dtype, device: torch.device | str
 ) -> Callable[[str, Tensor, Tensor | None], nn.Module]:
-    """(name, weight, bias) -> Linear, for quantising a whole checkpoint while it loads."""
+    """(name, weight, bias) -> Linear, for quantizing a whole checkpoint while it loads."""
 
     def build(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return build_linear(weight, bias, quant, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The formats of quantised weights: the one table that knows them (`model.quant`). No torch here.
+"""The formats of quantized weights: the one table that knows them (`model.quant`). No torch here.
 
 A stored format is one in which checkpoints are published; the others are made from plain weights while they load.
 """
@@ -52,7 +52,7 @@ class QuantFormat:
 
     @property
     def is_made_here(self) -> bool:
-        """Quantised while loading, from our own modules, which hold q, k and v in one."""
+        """Quantized while loading, from our own modules, which hold q, k and v in one."""
         return bool(self.reads) and not self.is_stored
 
     def builder(self, settings: Any, **place: Any) -> Any:

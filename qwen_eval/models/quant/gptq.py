@@ -1,6 +1,6 @@
 """GPTQ checkpoints: reading, checking and unpacking (https://arxiv.org/abs/2210.17323; file layout of AutoGPTQ).
 
-A quantised Linear of `in` inputs and `out` outputs is stored as
+A quantized Linear of `in` inputs and `out` outputs is stored as
 `qweight` int32 [in * bits / 32, out]: rows packed along `in`, lowest bits first;
 `qzeros` int32 [groups, out * bits / 32]: packed along `out`; format v1 stores the zero point minus one;
 `scales` float [groups, out]; `g_idx` int32 [in], the group of each input; `bias` float [out].
@@ -23,7 +23,7 @@ from qwen_eval.models.config import shown
 from qwen_eval.models.quant import formats, kernels
 
 BITS = (4, 8)
-SLAB_N = 8192  # outputs dequantised at a time
+SLAB_N = 8192  # outputs dequantized at a time
 HONOURED = "quant_method bits group_size desc_act sym checkpoint_format format dynamic"
 # How the weights were found, and which kernels its authors used; which modules are packed, the tensors say.
 HARMLESS = """
@@ -44,7 +44,7 @@ V1, V2 = "gptq", "gptq_v2"  # values of checkpoint_format; v2 stores the zero po
 
 @dataclass(frozen=True, kw_only=True)
 class GptqConfig:
-    """What of a quantisation config decides how the tensors are read. `group_size` -1: one group for all inputs."""
+    """What of a quantization config decides how the tensors are read. `group_size` -1: one group for all inputs."""
 
     bits: int
     group_size: int = 128
@@ -82,9 +82,9 @@ class Codes:
 
 
 def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig | None:
-    """The GPTQ settings of a checkpoint, from config.json or else quantize_config.json; None when it is not quantised.
+    """The GPTQ settings of a checkpoint, from config.json or else quantize_config.json; None when it is not quantized.
 
-    ModelError for any other quantisation method and for settings this reader does not know: never read as if plain.
+    ModelError for any other quantization method and for settings this reader does not know: never read as if plain.
     """
     found = formats.read_stored(config_json, directory)
     assert found is None or isinstance(found.settings, GptqConfig), found
@@ -94,7 +94,7 @@ def read_config(config_json: Mapping[str, Any], directory: Path) -> GptqConfig |
 def settings(raw: Any, origin: Path) -> GptqConfig:
     """What a quantization_config says; ModelError for what this reader does not know."""
     if not isinstance(raw, Mapping):
-        raise ModelError(f"{origin}: quantisation settings are {type(raw).__name__}, expected an object")
+        raise ModelError(f"{origin}: quantization settings are {type(raw).__name__}, expected an object")
     method = raw.get("quant_method", "gptq")
     if method != "gptq":
         raise ModelError(
@@ -128,7 +128,7 @@ def _check_settings(raw: Mapping[str, Any], origin: Path) -> None:
         if name in FIXED and value not in FIXED[name]:
             raise ModelError(f"{origin}: {name}={shown(value)} is not supported, only {FIXED[name][0]!r}")
         if value and name not in FIXED and name not in (HONOURED + HARMLESS).split():
-            how = f"quantisation setting {shown(name)[1:-1]}={shown(value)}"
+            how = f"quantization setting {shown(name)[1:-1]}={shown(value)}"
             raise ModelError(f"{origin}: unknown {how} may change how weights are read; remove it if it does not")
     for name in ("desc_act", "sym"):
         if raw.get(name) not in (None, True, False):
@@ -227,7 +227,7 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)  # the top bit is the sign
 
 
-def dequantise(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> Tensor:
     """The exact weight, fp32 [out, in]: `scale * (q - zero)` with the product in fp32."""
     return unpack(tensors, config, name=name).weight
 
@@ -264,18 +264,19 @@ def build_linear(
     device: torch.device | str,
     name: str = "linear",
 ) -> nn.Module:
-    """A Linear for these tensors: packed where torch has a kernel for dtype and device, else dequantised once.
+    """A Linear for these tensors: packed where torch has a kernel for dtype and device, else dequantized once.
 
-    The module says what it is: `.kernel`, `.weight_bytes`. In fp32 it is always the exact dequantised weight.
+    The module has `.kernel` and `.weight_bytes`. In fp32 it is always the exact dequantized weight.
     """
     device = torch.device(device)
+    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}  # unpacked there: a GPU does it in passing
     codes = unpack(tensors, config, name=name)
     bias = tensors.get("bias")
     if kernels.has_packed(dtype, device):
         groups = kernels.contiguous_groups(codes.group_K, codes.scale_GN.shape[0])
         if groups is not None:
             return kernels.pack(codes.q_KN, codes.zero_GN, codes.scale_GN, groups, config.bits, bias, device=device)
-    return kernels.DequantisedLinear(codes.weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
+    return kernels.DequantizedLinear(codes.weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +305,7 @@ class Builder:
             slab = {**tensors, "qweight": tensors["qweight"][:, outputs], "qzeros": tensors["qzeros"][:, words]}
             slab |= {"scales": tensors["scales"][:, outputs]}
             slab.pop("bias", None)
-            weight_NK[outputs] = dequantise(slab, self.config, name=name).to(self.dtype)
+            weight_NK[outputs] = dequantize(slab, self.config, name=name).to(self.dtype)
         return weight_NK
 
 

@@ -1,4 +1,4 @@
-"""Linears of quantised weights: torch's packed int4 kernels, and the dequantised fallback.
+"""Linears of quantized weights: torch's packed int4 kernels, and the dequantized fallback.
 
 Legend: K inputs, N outputs, G groups, R rows of the batch, g inputs of one group.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,8 +27,10 @@ CPU_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GROUP_SIZES = (256, 128, 64, 32)  # of torch's int4 kernels
 BLOCK_N = 64  # outputs packed together by the CPU kernel with AVX-512
 CUDA_INNER_TILES = 8
-SLAB_N = 1024  # outputs dequantised at a time: a few MiB
-# From about this many rows on, dequantising the layer for this call and multiplying densely is faster than the packed
+TILE_N = 8  # outputs of one tile of tinygemm
+MEASURED_ROWS = (8, 16, 32, 64, 128, 256)
+SLAB_N = 1024  # outputs dequantized at a time: a few MiB
+# From about this many rows on, dequantizing the layer for this call and multiplying densely is faster than the packed
 # kernel, whose time grows with the rows (tools/bench_int4_decode.py prints the curve).
 MAX_PACKED_ROWS = 96
 
@@ -41,14 +43,14 @@ class Groups:
     permutation: Tensor | None
 
 
-class DequantisedLinear(nn.Module):
-    """Weights as plain numbers: right everywhere, and as large as an unquantised layer."""
+class DequantizedLinear(nn.Module):
+    """Weights as plain numbers: right everywhere, and as large as an unquantized layer."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight_NK)
         self.register_buffer("bias", bias_N)
-        self.kernel = f"dequantised {str(weight_NK.dtype).removeprefix('torch.')}"
+        self.kernel = f"dequantized {str(weight_NK.dtype).removeprefix('torch.')}"
 
     weight: Tensor
     bias: Tensor | None
@@ -72,7 +74,7 @@ class DequantisedLinear(nn.Module):
 class PackedLinear(nn.Module):
     """bf16 input and output, weights in torch's int4 layout, one plane for 4 bits and two for 8 bits.
 
-    Few rows go through the packed kernel; many rows dequantise this layer for the length of the call (on the CPU, whose
+    Few rows go through the packed kernel; many rows dequantize this layer for the length of the call (on the CPU, whose
     layout is known) and use the dense product.
     """
 
@@ -102,6 +104,13 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         where = "CPU" if packed.device.type == "cpu" else "CUDA tinygemm"
         self.kernel = f"torch int4pack ({where})" + (", two planes for 8 bits" if num_planes == 2 else "")
+        self.max_packed_rows = MAX_PACKED_ROWS if can_unpack(packed.device.type) else None
+
+    def use(self, max_packed_rows: int | None) -> None:
+        """Dequantize for each call of more rows than this, from now on; None: never."""
+        self.max_packed_rows = max_packed_rows
+        if max_packed_rows is not None:
+            self.kernel += f", dense beyond {max_packed_rows} rows"
 
     @property
     def weight_bytes(self) -> int:
@@ -113,7 +122,7 @@ class PackedLinear(nn.Module):
         x_RK = x.reshape(-1, self.in_features)
         if self.permutation is not None:
             x_RK = x_RK[:, self.permutation]
-        is_dense = len(x_RK) > MAX_PACKED_ROWS and can_unpack(self.packed.device.type)
+        is_dense = self.max_packed_rows is not None and len(x_RK) > self.max_packed_rows
         y_RN = self._dense(x_RK) if is_dense else self._packed(x_RK)
         y_RN = y_RN[:, : self.out_features]
         if self.bias is not None:
@@ -126,7 +135,9 @@ class PackedLinear(nn.Module):
         return _int4_mm(x_RK.contiguous(), self.packed, self.group_size, self.scale_zero)
 
     def _dense(self, x_RK: Tensor) -> Tensor:
-        """Slabs of outputs, each dequantised into memory that is still in the cache when it is multiplied."""
+        """Slabs of outputs, each dequantized into memory that is still in the cache when it is multiplied."""
+        if x_RK.device.type != "cpu":
+            return x_RK @ self._scaled(unpack_tiles(self.packed, tile_order(self.packed)).to(x_RK.dtype), slice(None))
         dtype = dense_dtype()
         x, num_padded = x_RK.to(dtype), self.scale_zero.shape[1]
         y_RN = torch.empty(len(x), num_padded, dtype=x_RK.dtype)
@@ -139,9 +150,12 @@ class PackedLinear(nn.Module):
         """The weight the packed kernel multiplies with, [K, outputs], inputs in permuted order; whole blocks only."""
         rows = self.packed.view(-1, self.in_features * self.num_planes, block_outputs() // 2)
         blocks = rows[outputs.start // block_outputs() : outputs.stop // block_outputs()]
-        scale_zero = self.scale_zero[:, outputs].to(dtype)
+        return self._scaled(unpack_cpu(blocks, dtype), outputs)
+
+    def _scaled(self, planes: Tensor, outputs: slice) -> Tensor:
+        """Codes [planes * K, outputs] as weights [K, outputs], in place where it can be."""
+        scale_zero = self.scale_zero[:, outputs].to(planes.dtype)
         groups = len(scale_zero) // self.num_planes
-        planes = unpack_cpu(blocks, dtype)
         if self.num_planes == 2:
             high, low = planes.chunk(2)
             planes = high.sub_(8).mul_(16).add_(low)
@@ -248,6 +262,77 @@ def unpack_cpu(blocks_BKh: Tensor, dtype: torch.dtype) -> Tensor:
     return codes_KBN.view(num_inputs, -1)
 
 
+def unpack_tiles(packed: Tensor, order: Tensor) -> Tensor:
+    """The codes 0..15 as [K, N] uint8, from tinygemm's layout [N/8, K/(16 tiles), 32, tiles/2] of int32 words."""
+    blocks, strips = packed.shape[:2]
+    shifts = torch.arange(0, 32, 4, device=packed.device)
+    nibbles = ((packed.reshape(blocks, strips, -1, 1) >> shifts) & 15).to(torch.uint8).flatten(2)
+    tiles = nibbles[:, :, order].view(blocks, strips, TILE_N, -1)
+    return tiles.permute(1, 3, 0, 2).reshape(-1, blocks * TILE_N)
+
+
+def tile_order(packed: Tensor) -> Tensor:
+    """Where in a tile of `packed` each code lies, [8 * inputs of a tile] in the order of outputs, then inputs."""
+    return _learnt_order(packed.device, 2 * packed.shape[3])
+
+
+@functools.cache
+def _learnt_order(device: torch.device, inner_tiles: int) -> Tensor:
+    def pack_tile(q_NK: Tensor) -> Tensor:
+        return _int4_pack(q_NK.to(device))
+
+    return learn_order(pack_tile, 16 * inner_tiles).to(device)
+
+
+def learn_order(pack_tile: Callable[[Tensor], Tensor], tile_inputs: int) -> Tensor:
+    """The order of nibbles in one packed tile, read off tiles that hold their own positions, four bits at a time.
+
+    The layout is the library's secret: it is found out, not assumed.
+    """
+    positions = torch.arange(TILE_N * tile_inputs).view(TILE_N, tile_inputs)
+    shifts = torch.arange(0, 32, 4)
+    found = torch.zeros(positions.numel(), dtype=torch.long)
+    for bits in range(0, positions.numel().bit_length(), 4):
+        words = pack_tile(((positions >> bits) & 15).int()).cpu().reshape(-1, 1)
+        found |= ((words >> shifts) & 15).long().flatten() << bits
+    return torch.argsort(found)
+
+
+def choose_rows(modules: Iterable[nn.Module]) -> None:
+    """On a GPU: from how many rows on dequantizing a layer and multiplying densely is faster, measured by shape."""
+    by_shape: dict[tuple[int, ...], list[PackedLinear]] = {}
+    for module in modules:
+        if isinstance(module, PackedLinear) and module.packed.device.type == "cuda":
+            key = (module.out_features, module.in_features, module.num_planes, module.packed.device.index or 0)
+            by_shape.setdefault(key, []).append(module)
+    for linears in by_shape.values():
+        limit = crossover(functools.partial(_cuda_seconds, linears[0]))
+        for linear in linears:
+            linear.use(limit)
+
+
+def crossover(seconds: Callable[[bool, int], float]) -> int | None:
+    """The largest of `MEASURED_ROWS` up to which the packed kernel wins; `seconds(is_dense, rows)` measures."""
+    wins = [rows for rows in MEASURED_ROWS if seconds(False, rows) <= seconds(True, rows)]
+    if len(wins) == len(MEASURED_ROWS):
+        return None
+    return max(wins, default=MEASURED_ROWS[0])
+
+
+@torch.inference_mode()
+def _cuda_seconds(linear: PackedLinear, is_dense: bool, rows: int) -> float:
+    x_RK = torch.ones(rows, linear.in_features, dtype=torch.bfloat16, device=linear.packed.device)
+    product = linear._dense if is_dense else linear._packed
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    product(x_RK)  # the first call sets the kernel up
+    start.record()
+    for _ in range(3):
+        product(x_RK)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 3e3
+
+
 def block_outputs() -> int:
     return BLOCK_N if torch.backends.cpu.get_cpu_capability() == "AVX512" else BLOCK_N // 2
 
@@ -265,7 +350,7 @@ def can_unpack(device_type: str) -> bool:
 def dense_dtype() -> torch.dtype:
     """bf16 where the CPU multiplies it natively (AMX or AVX512-BF16), else fp32, which is then 3 times faster.
 
-    QWEN_EVAL_CPU_DTYPE=bf16|fp32 says it for another machine: to reproduce its numbers, and to test its path.
+    QWEN_EVAL_CPU_DTYPE=bf16|fp32 overrides it, to reproduce the numbers of another machine and to test its path.
     """
     wanted = os.environ.get(CPU_DTYPE)
     if wanted is not None and wanted not in CPU_DTYPES:
@@ -282,7 +367,7 @@ def _native_dtype() -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightReport:
-    """What the quantised Linears of a model became: layers per kernel, their bytes and what bf16 would take."""
+    """The quantized Linears of a model: layers per kernel, their bytes and what bf16 would take."""
 
     kernels: dict[str, int]
     weight_bytes: int
@@ -290,21 +375,21 @@ class WeightReport:
 
     @property
     def fallback(self) -> str | None:
-        """One line to be said aloud when layers were dequantised, with what it costs; None when all are packed."""
-        plain = {kernel: count for kernel, count in self.kernels.items() if kernel.startswith("dequantised")}
+        """One line to report that layers were dequantized, with the memory it costs; None if all are packed."""
+        plain = {kernel: count for kernel, count in self.kernels.items() if kernel.startswith("dequantized")}
         if not plain:
             return None
         names = ", ".join(f"{count} layers {kernel}" for kernel, count in plain.items())
         share = self.weight_bytes / max(1, self.bf16_bytes)
         return (
-            f"no packed kernel here for these quantised weights: {names}; the quantised layers take "
+            f"no packed kernel here for these quantized weights: {names}; the quantized layers take "
             f"{self.weight_bytes / 2**20:.0f} MiB, {share:.2f} of bf16 (model.dtype=bf16 packs where torch can)"
         )
 
 
 @runtime_checkable
-class QuantisedLinear(Protocol):
-    """What every quantised Linear tells about itself."""
+class QuantizedLinear(Protocol):
+    """What every quantized Linear tells about itself."""
 
     kernel: str
     in_features: int
@@ -313,8 +398,8 @@ class QuantisedLinear(Protocol):
 
 
 def report(modules: Iterable[nn.Module]) -> WeightReport:
-    """Sum up the quantised Linears among the modules (pass `model.modules()`)."""
-    linears = [module for module in modules if isinstance(module, QuantisedLinear)]
+    """Sum up the quantized Linears among the modules (pass `model.modules()`)."""
+    linears = [module for module in modules if isinstance(module, QuantizedLinear)]
     return WeightReport(
         kernels=dict(Counter(linear.kernel for linear in linears)),
         weight_bytes=sum(linear.weight_bytes for linear in linears),

@@ -16,6 +16,7 @@ from torch import Tensor
 from qwen_eval.core import ModelError
 from qwen_eval.models.checkpoint import Placement, load
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.decode import RunningRow
 from qwen_eval.models.kv_cache import Int8Codec
 from qwen_eval.models.quant import gptq, kernels
 from qwen_eval.models.runner import ModelRunner
@@ -42,11 +43,14 @@ def whole(forward: ModelRunner, ids: list[int]) -> Tensor:
 
 def teacher_forced(forward: ModelRunner, ids: list[int], tokens: Tensor) -> Tensor:
     """Logits [n + 1, V]: after the prompt, then after each of the n tokens; they attend to the cache."""
-    slots, prefill = forward.slots(1, len(ids) + len(tokens) + 1), torch.tensor([len(ids)])
+    room = len(ids) + len(tokens) + 1
+    slots = forward.slots(1, room)
+    decoding = forward.decoding(slots, prefill_lengths=[len(ids)], num_positions=room)
     hidden = forward.packed([ids], [len(ids)], last_only=True, sink=(slots, [0]))
     steps = [forward.model.logits(hidden)]
     for i, token in enumerate(tokens):
-        hidden = forward.step(token.long()[None], slots, prefill + i, torch.zeros(1, dtype=torch.long), prefill)
+        decoding.arrange([RunningRow(prefill_tokens=len(ids), own_tokens=len(ids) + i)], [int(token)])
+        hidden, _ = decoding.step()
         steps.append(forward.model.logits(hidden))
     return torch.cat(steps).float()
 
@@ -87,7 +91,7 @@ def test_a_gptq_checkpoint_in_half_precision_stays_within_rounding(
 
 
 @pytest.mark.parametrize("folder", GPTQ_MODELS, ids=lambda p: p.name)
-def test_all_linears_of_the_blocks_are_quantised_and_counted(folder: Path) -> None:
+def test_all_linears_of_the_blocks_are_quantized_and_counted(folder: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = open_gptq(folder, dtype).model
         report = kernels.report(model.modules())

@@ -1,4 +1,4 @@
-"""Why two runs may not be compared: another benchmark, other samples, other prompts, other gold."""
+"""Whether two runs are comparable: the same benchmark, samples, prompts and gold answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from qwen_eval.report.items import Item
 from qwen_eval.report.settings import differing_settings
 
 
-def obstacles(first: Side, second: Side, family: Family) -> list[str]:
-    """Why two runs are not comparable, the plainest reason first; empty when they are."""
+def not_comparable(first: Side, second: Side, family: Family) -> list[str]:
+    """Reasons why two runs are not comparable, the simplest first; empty if they are."""
     found = [
         f"{side.run.path} is {side.run.status_note}"
         for side in (first, second)
@@ -24,9 +24,9 @@ def obstacles(first: Side, second: Side, family: Family) -> list[str]:
 
 
 def lost_numbers(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[str]:
-    """What the second run has lost altogether: scores that are missing or no number where the first has one.
+    """Scores that are missing or not a number in the second run where the first has one.
 
-    Such a pair must never be left out of the comparison in silence. Only samples with the same prompt are looked at.
+    Such pairs must not be dropped silently. Only samples with the same prompt are checked.
     """
     pairs = [(first[key], second[key]) for key in first if key in second]
     pairs = [(a, b) for a, b in pairs if a.prompt_digest == b.prompt_digest and not a.not_finite]

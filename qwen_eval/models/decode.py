@@ -1,0 +1,188 @@
+"""Decode steps: one token for each running row, out of static buffers, with nothing read back from the device.
+
+Python knows every length; the device holds the same numbers as data. A step is described by its `StepShape`: steps of
+one shape run the same kernels on the same memory and differ in data only.
+"""
+
+# B rows of a step, W distinct windows, E hidden size
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qwen_eval.models.attend import DecodeAttend, PrefixGroup, upload
+from qwen_eval.models.graph import StepGraphs
+from qwen_eval.models.kv_cache import Prefix, Slots
+from qwen_eval.models.rope import Rope, RowTables
+from qwen_eval.models.transformer import Transformer
+
+# hidden states [B,E] -> what a step gives [B,*], and the tokens [B] that are fed next, where they are known by then
+Finish = Callable[[Tensor], "StepResult"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """Sizes that a step is rounded up to, so that few shapes occur."""
+
+    num_keys: int  # a multiple of this, of 8 times this beyond 8 of them, and so on
+    is_exact_rows: bool
+
+    def keys(self, needed: int) -> int:
+        step = self.num_keys
+        while needed > 8 * step and self.num_keys > 1:
+            step *= 2
+        return -(-needed // step) * step
+
+    def rows(self, needed: int) -> int:
+        """1, 2, 4, 8, then multiples of 8."""
+        if self.is_exact_rows:
+            return needed
+        return next((size for size in (1, 2, 4) if size >= needed), -(-needed // 8) * 8)
+
+
+EXACT = Buckets(num_keys=1, is_exact_rows=True)
+COARSE = Buckets(num_keys=256, is_exact_rows=False)
+
+
+def buckets_for(device: torch.device) -> Buckets:
+    """A CPU gains nothing from equal shapes and would compute the padding."""
+    return COARSE if device.type == "cuda" else EXACT
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningRow:
+    """What Python knows of a row. `prefill_tokens`, those of its whole prompt, decide its NTK alpha."""
+
+    prefill_tokens: int
+    own_tokens: int  # in its slot
+    prefix: Prefix | None = None
+
+    @property
+    def num_cached(self) -> int:
+        return self.own_tokens + (self.prefix.length if self.prefix else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """All that decides which kernels run, and on how much memory."""
+
+    num_rows: int
+    num_keys: int
+    is_full: bool  # every row sees every key: no mask
+    longest: int  # bound of all positions, as far as LogN asks
+    groups: tuple[PrefixGroup, ...] = ()
+
+    @property
+    def key(self) -> StepShape | None:
+        """What a captured step is known by; None where rows of several prefixes run, since those come and go.
+
+        A prefix that all rows continue is part of the key: it lives as long as the step that reads it.
+        """
+        return self if all(group.rows_G is None for group in self.groups) else None
+
+
+StepResult = tuple[Tensor, Tensor | None]
+
+
+class Decoding:
+    """The running rows of `slots` and their steps; `finish` turns hidden states into what a step gives.
+
+    `prefill_lengths`: of every row that will ever run, `num_positions`: more than the last position of any of them.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        rope: Rope,
+        slots: Slots,
+        *,
+        prefill_lengths: Iterable[int],
+        num_positions: int,
+        kernel: str,
+        finish: Finish,
+        buckets: Buckets = EXACT,
+        is_triton: bool = False,
+        graphs: StepGraphs[StepResult] | None = None,
+    ) -> None:
+        self.model, self.slots, self.kernel, self.finish, self.buckets = model, slots, kernel, finish, buckets
+        self.graphs, self.is_triton = graphs, is_triton
+        self.tables = RowTables(rope, sorted(set(prefill_lengths)), num_positions)
+        self.num_positions = num_positions
+        num_fields = 3 + len(rope.distinct_windows)
+        self._data = torch.zeros(num_fields, slots.num_slots, dtype=torch.long, device=model.device)
+        self.tokens_B, self.own_B, self.base_B = self._data[:3]
+        self.rows: list[RunningRow] = []
+        self._own: list[int] = []
+        self._groups: tuple[PrefixGroup, ...] = ()
+
+    def arrange(self, rows: Sequence[RunningRow], tokens: Sequence[int]) -> None:
+        """The rows from now on, row i in slot i, and the token that each is fed next. One transfer to the device."""
+        self.rows, self._own = list(rows), [row.own_tokens for row in rows]
+        bases = [row.prefix.length if row.prefix else 0 for row in rows]
+        offsets = self.tables.offsets([row.prefill_tokens for row in rows])
+        fields = torch.tensor([list(tokens), self._own, bases, *offsets], dtype=torch.long)
+        self._data.zero_()  # rows of padding read and write the first token of their own slot, which no one else has
+        self._data[:, : len(rows)].copy_(upload(fields, self._data.device))
+        self._groups = tuple(self._grouped(rows))
+
+    def _grouped(self, rows: Sequence[RunningRow]) -> Iterable[PrefixGroup]:
+        members: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            if row.prefix is not None:
+                members.setdefault(id(row.prefix), []).append(i)
+        for same in members.values():
+            prefix = rows[same[0]].prefix
+            assert prefix is not None
+            is_all = len(same) == len(rows)  # rows of padding may look at anything
+            yield PrefixGroup(prefix=prefix, rows_G=None if is_all else upload(torch.tensor(same), self._data.device))
+
+    @torch.inference_mode()
+    def step(self) -> StepResult:
+        """Feed each row its token; what `finish` makes of the running rows, until the next step overwrites it."""
+        shape = self.shape()
+        compute = partial(self._compute, shape)
+        result, tokens = compute() if self.graphs is None else self.graphs.run(shape.key, compute)
+        self._own = [own + 1 for own in self._own]
+        return result[: len(self.rows)], None if tokens is None else tokens[: len(self.rows)]
+
+    def feed(self, tokens_B: Tensor) -> None:
+        """The tokens of the next step; a negative one, in place of a token, feeds token 0 to a row that has ended."""
+        self.tokens_B[: len(tokens_B)].copy_(tokens_B.clamp(min=0))
+
+    def shape(self) -> StepShape:
+        """Of the next step."""
+        num_rows = min(self.buckets.rows(len(self.rows)), self.slots.num_slots)
+        needed = max(self._own) + 1
+        num_keys = min(self.buckets.keys(needed), self.slots.capacity)
+        is_full = num_keys == min(self._own) + 1 and num_rows == len(self.rows)
+        grown = [row.num_cached + own - row.own_tokens for row, own in zip(self.rows, self._own)]
+        train_length = self.model.config.train_length
+        longest = self.num_positions if max(grown) + 1 > train_length else min(train_length, self.num_positions)
+        return StepShape(num_rows=num_rows, num_keys=num_keys, is_full=is_full, longest=longest, groups=self._groups)
+
+    def _compute(self, shape: StepShape) -> StepResult:
+        tokens_B, own_B, base_B, *offsets = self._data[:, : shape.num_rows]
+        positions_B = base_B + own_B
+        attend = DecodeAttend(
+            self.slots,
+            own_B,
+            positions_B,
+            shape.num_keys,
+            is_full=shape.is_full,
+            groups=shape.groups,
+            kernel=self.kernel,
+            is_triton=self.is_triton,
+        )
+        offsets_WB = None if self.tables.is_single else torch.stack(offsets)
+        rotations = self.tables.rotations(positions_B, offsets_WB, shape.longest)
+        hidden_BE = self.model(tokens_B, rotations, attend)
+        own_B += 1
+        result, next_B = self.finish(hidden_BE)
+        if next_B is not None:
+            self.feed(next_B)
+        return result, next_B
