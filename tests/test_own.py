@@ -14,7 +14,9 @@ import pytest
 from readers import graded
 
 import qwen_eval
+from qwen_eval import cli
 from qwen_eval.__main__ import main
+from qwen_eval.config import EvalSpec
 from qwen_eval.core import Choose, DataError, Generate
 from qwen_eval.runs import preview_command
 from qwen_eval.tasks.own import matches, right_letter
@@ -155,7 +157,11 @@ def test_an_answer_that_is_not_one_option_is_refused(answer: str, said: str) -> 
     [
         (["task=csv"], "task=csv: pass task.path=rows.csv"),
         (["task=csv", "task.path=bad.csv"], "bad.csv: bad.csv line 2: answer 'E' is no option"),
-        (["task=jsonl", "task.path=rows.jsonl", "task.template={word}"], "the template names {word}"),
+        (
+            ["task=jsonl", "task.path=rows.jsonl", "task.template={word}"],
+            "rows.jsonl row 1: no key 'word'; found question, answer",
+        ),
+        (["task=csv", "task.path=good.csv", "task.template={word}"], "the template names {word}"),
         (["task=jsonl", "task.path=rows.jsonl", "task.answer=gold"], "no key 'gold'"),
         (["task=jsonl", "task.path=rows.jsonl", "task.match=exactly"], 'did you mean "exact"?'),
         (["task=jsonl", "task.path=rows.jsonl", "protocol=upstream"], "has no official script"),
@@ -169,6 +175,7 @@ def test_an_answer_that_is_not_one_option_is_refused(answer: str, said: str) -> 
 )
 def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.csv").write_text("question,A,B,answer\nOne?,x,y,E\n")
+    Path("good.csv").write_text("question,A,B,answer\nOne?,x,y,A\n")
     Path("rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
     Path("broken.py").write_text("import os\nnothing\n")
     Path("empty.py").write_text("x = 1\n")
@@ -210,6 +217,12 @@ def test_a_share_of_the_samples_is_drawn() -> None:
     assert len(drawn["4"]) == 4
     assert drawn["10%"] == drawn["0.1"] == drawn["4"] < drawn["20%"]
     assert json.loads(Path("r0/result.json").read_text())["partial"] == {"limit": 0.1}
+
+
+def test_the_python_interface_takes_a_file_too() -> None:
+    write_files("own_task.md")
+    spec = cli.compose(["task.file=capitals.py", "model=qwen-nano"], config_name="config", schema=EvalSpec)
+    assert (spec.task.name, spec.task.file) == ("capitals", "capitals.py")
 
 
 def test_a_score_of_parts_is_averaged() -> None:

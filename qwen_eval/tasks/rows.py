@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qwen_eval.core import ConfigError, DataError
 from qwen_eval.data.sources import Source
-from qwen_eval.tasks.own import OwnChoice, OwnGenerative, OwnSpec, OwnTask, Question
+from qwen_eval.tasks.own import FIELD, OwnChoice, OwnGenerative, OwnSpec, OwnTask, Question
 from qwen_eval.tasks.prompts import option_letters
 
 OPTION_MARK = "|"  # between the options of one cell
@@ -56,19 +56,25 @@ class JsonlTask(OwnGenerative):
 
     Spec = JsonlSpec
 
+    @property
+    def keys_needed(self) -> list[str]:
+        """Those of the right answer and of the template."""
+        assert isinstance(self.spec, JsonlSpec)
+        own = self.spec.template
+        return [self.spec.answer, *([self.spec.question] if own is None else FIELD.findall(own))]
+
     def questions(self) -> Iterable[Question]:
         assert isinstance(self.spec, JsonlSpec)
         source = _rows_source(self, "rows.jsonl")
         for name in _names(source, "jsonl"):
             for number, row in enumerate(source.jsonl(name), 1):
                 where = f"{source.origin.removeprefix('path:')}: {name} row {number}"
-                if self.spec.answer not in row:
-                    raise DataError(f"{where}: no key {self.spec.answer!r}; found {', '.join(row)}; see task.answer=")
+                for key in self.keys_needed:
+                    if key not in row:
+                        raise DataError(
+                            f"{where}: no key {key!r}; found {', '.join(row)}; see task.template= and task.answer="
+                        )
                 gold = row[self.spec.answer]
-                if self.spec.template is None and self.spec.question not in row:
-                    raise DataError(
-                        f"{where}: no key {self.spec.question!r}; found {', '.join(row)}; see task.template="
-                    )
                 yield Question(
                     question=str(row.get(self.spec.question, "")),
                     answer=[str(item) for item in gold] if isinstance(gold, list) else str(gold),
