@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
-
-import pandas
+from typing import TYPE_CHECKING, Any
 
 from qwen_eval.core import ChoiceLogprobs, Completions, Record, TokenLogprobs
+
+if TYPE_CHECKING:
+    import pandas
 
 COLUMNS = {
     "sample_id": "unique within the task",
@@ -29,6 +30,8 @@ COLUMNS = {
 
 
 def frame_of(records: Sequence[Record]) -> pandas.DataFrame:
+    import pandas  # takes longer than the rest of a start
+
     rows = [_row(record) for record in records]
     names = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
     return pandas.DataFrame(rows, columns=list(names))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from qwen_eval.core import JSON, Metric, Record
 from qwen_eval.models.quant.formats import FORMATS
 from qwen_eval.runs.fields import as_count, as_number, section
+from qwen_eval.runs.frame import frame_of
 from qwen_eval.runs.integrity import refuse_damaged
 from qwen_eval.runs.store import RECORDS, RESULT, SPEC, metric_from_json, read_json, read_records
 
@@ -179,8 +180,6 @@ class Run:
 
     def samples(self) -> DataFrame:
         """One row a sample, with the columns of `runs.frame.COLUMNS`; task-specific numbers are `values.NAME`."""
-        from qwen_eval.runs.frame import frame_of
-
         return frame_of(self.records)
 
 
