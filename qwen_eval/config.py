@@ -114,7 +114,7 @@ class TaskSpec:
     split: str = ""
     shots: int = 0
     mode: str = "auto"  # auto: chat for chat models, base otherwise | base | chat
-    limit: int | float | None = None  # samples, or a share of them: 0.1, on the command line also 10%
+    limit: Any = None  # int: samples; float: a share of them, also written 10% (OmegaConf merges no unions)
     seed: int = 1234
     subjects: list[str] = field(default_factory=list)  # only these groups
     max_new_tokens: int = 512
@@ -130,7 +130,7 @@ class EvalSpec:
     model: ModelSpec = field(default_factory=ModelSpec)
     engine: EngineSpec = field(default_factory=EngineSpec)
     protocol: str = "robust"
-    limit: int | float | None = None  # short for task.limit
+    limit: Any = None  # short for task.limit
     seed: int | None = None  # short for task.seed
     sandbox: str = "auto"  # auto | bubblewrap | namespaces | unsafe
     runs_dir: str = "runs"
@@ -225,10 +225,11 @@ def check(spec: EvalSpec) -> EvalSpec:
     return spec
 
 
-def check_limit(limit: int | float | None) -> None:
+def check_limit(limit: Any) -> None:
     """ConfigError for what is neither a number of samples nor a share of them."""
-    is_number = limit is None or (isinstance(limit, int) and limit >= 1)
-    if not is_number and not (isinstance(limit, float) and 0 < limit < 1):
+    is_number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+    is_share = isinstance(limit, float) and 0 < limit < 1
+    if limit is not None and not is_number and not is_share:
         raise ConfigError(f"task.limit={limit}: a number of samples, at least 1, or a share such as 10% or 0.1")
 
 

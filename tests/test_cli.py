@@ -52,7 +52,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["task.max_new_token=3"], 'task.max_new_token: no such key; did you mean "task.max_new_tokens"?'),
         (["engine=nativ"], 'engine=nativ: unknown; did you mean "native"?'),
         (["engine.max_batch_size=0"], "engine.max_batch_size=0: must be at least 1"),
-        (["limit=many"], "limit: Value 'many' of type 'str'"),
+        (["limit=many"], "task.limit=many: a number of samples, at least 1, or a share"),
         (["limit=0"], "task.limit=0: a number of samples, at least 1"),
         (["protocol=upsteam"], 'did you mean "upstream"?'),
         (["tag=../x"], "must be a plain file name"),
@@ -239,7 +239,7 @@ def test_a_reader_that_leaves_brings_no_traceback(arguments: str) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("limit", ["0", "1.0", "1.5", "0%", "200%", "-3"])
+@pytest.mark.parametrize("limit", ["0", "1.0", "1.5", "0%", "200%", "-3", "true"])
 def test_a_limit_is_a_number_of_samples_or_a_share(command: Command, limit: str) -> None:
     done = command("task=toy", "model=toy", "engine=fake", f"limit={limit}")
     assert done.returncode == 2
