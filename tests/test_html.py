@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from browser import Page, browser, find_browser
-from report_runs import answered, chose, documents, record, said, write_profile, write_run
+from report_runs import answered, chose, documents, record, said, scored, write_profile, write_run
 
 from qwen_eval.core import Metric
 from qwen_eval.report.__main__ import main
+from qwen_eval.report.formulas import ELEMENTS, formulas
 from qwen_eval.report.samples import _share, elided, embeddable
 
 HOSTILE = "<script>window.hacked = 1</script></textarea></script><img src=x onerror='window.hacked=2'><!-- &amp; ]]>"
@@ -30,6 +31,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first[4] = record("q4", said("…", reason="length"), 0.0, flags=("truncated",), prompt=CHINESE + "\ud83d tail")
     second = answered([1.0, 0.0, 1.0, 0.0] * 30)
     second[3] = record("q3", said(HOSTILE), 0.0, extracted="B", prompt=CHINESE + HOSTILE, group=HOSTILE)
+    second[4] = record("q4", said("…"), 0.0, prompt=CHINESE + "\ud83d tail")
     write_run(runs, first)
     write_run(runs, second, model="qwen-7b-chat-int4", quant="gptq-int4")
     write_run(
@@ -118,25 +120,180 @@ def test_tables_sort_by_value_and_filter_by_words(report: Path, page: Page) -> N
     assert "Int4" in shown[0]
 
 
+def choose(page: Page, label: str, begin: str) -> None:
+    """Pick the option whose text begins so."""
+    found = f"[...document.querySelector('select[aria-label=\"{label}\"]').options]"
+    value = page.js(f"{found}.find((x) => x.textContent.startsWith({json.dumps(begin)})).value")
+    put(page, f'select[aria-label="{label}"]', value, "change")
+
+
+def settle(page: Page) -> None:
+    page.js("new Promise((done) => setTimeout(done, 250))")
+
+
 def test_samples_are_filtered_searched_and_compared(report: Path, page: Page) -> None:
     page.open(report)
-    names = texts(page, "select[aria-label=Run] option")
-    index = next(i for i, name in enumerate(names) if name.startswith("gsm8k · qwen-7b-chat BF16"))
-    put(page, "select[aria-label=Run]", str(index), "change")
+    choose(page, "Run", "gsm8k · qwen-7b-chat BF16")
     click(page, "[data-filter=wrong]")
     assert texts(page, "[data-filter=wrong]") == ["wrong 31"]
     assert len(texts(page, ".row")) == 31
     click(page, "[data-filter=truncated]")
     assert texts(page, ".row .id") == ["q4"]
-    other = page.js("document.querySelector('select[aria-label=\"Compare with\"]').options[1].value")
-    put(page, 'select[aria-label="Compare with"]', other, "change")
-    assert texts(page, "[data-filter=lost]") == ["lost 30"]
+    choose(page, "Compare with", "against gsm8k · qwen-7b-chat-int4 Int4")
+    assert texts(page, "[data-filter=gained]") == ["gained 30"]
     assert len(texts(page, ".sides > div")) == 2
+    choose(page, "Run", "gsm8k · qwen-7b-chat-int4 Int4")
+    assert texts(page, "[data-filter=lost]") == ["lost 30"]
     click(page, "[data-filter=all]")
     assert len(texts(page, ".row")) == 100
     put(page, ".search", "sqrt{2}")
-    page.js("new Promise((done) => setTimeout(done, 250))")
+    settle(page)
     assert set(texts(page, ".row .id")) == {"q3", "q4"}
+
+
+def test_the_first_screen_says_the_verdict_with_margin_and_evidence(report: Path, page: Page) -> None:
+    page.open(report, width=1440, height=900)
+    line = page.js("document.querySelector('.verdict').textContent")
+    assert "qwen-7b-chat-int4 Int4 against qwen-7b-chat BF16" in line
+    assert "worse by more than 1.0 points" in line
+    assert page.js("document.querySelector('.evidence').getBoundingClientRect().bottom") < 900
+    assert dict(zip(texts(page, ".evidence th"), texts(page, ".evidence td")))["margin"] == "1.0 points"
+    sections = page.js("[...document.querySelectorAll('main > section')].map((x) => x.id)")
+    assert sections == ["verdicts", "plots", "samples", "tables"]
+    assert page.js("document.querySelectorAll('.table[open]').length") == 0
+
+
+def test_two_clicks_show_which_samples_got_worse_in_chinese(report: Path, page: Page) -> None:
+    page.open(report)
+    link = page.js("[...document.querySelectorAll('.evidence a')].find((x) => x.textContent === '30 lost').click()")
+    assert link is None
+    settle(page)
+    assert len(texts(page, ".row")) == 30
+    choose(page, "Language", "Chinese")
+    assert texts(page, ".row .id") == ["q3"]
+    assert "→ B" in texts(page, ".row .what")[0]
+    assert [text.partition(":")[0] for text in texts(page, ".sides h4") if ":" in text] == ["Reference", "Candidate"]
+
+
+def test_a_link_opens_its_sample(report: Path, page: Page) -> None:
+    page.open(report)
+    choose(page, "Run", "gsm8k · qwen-7b-chat-int4 Int4")
+    click(page, "[data-filter=all]")
+    page.js("[...document.querySelectorAll('.row')].find((x) => x.textContent.includes('q42')).click()")
+    target = page.js("document.querySelector('.detail h3 a').getAttribute('href')")
+    assert target == "#gsm8k.qwen-7b-chat-int4.default/q42?against=gsm8k.qwen-7b-chat.default"
+    assert page.js("location.hash") == target
+    page.open(report)
+    page.js(f"location.hash = {json.dumps(target)}")
+    settle(page)
+    assert texts(page, ".detail h3") == ["q42"]
+    assert len(texts(page, ".sides > div")) == 2
+    page.js("location.hash = '#runs'")
+    settle(page)
+    assert page.js("document.getElementById('runs').open")
+    page.js("location.hash = '#%E0%A4%A/%E0?show=constructor'")
+    settle(page)
+    assert page.complaints == []
+
+
+def test_find_looks_in_all_runs(report: Path, page: Page) -> None:
+    page.open(report)
+    choose(page, "Run", "gsm8k · qwen-7b-chat BF16")
+    click(page, "[data-filter=all]")
+    put(page, ".search", "question: n1024-50")
+    settle(page)
+    assert texts(page, ".row") == []
+    click(page, ".empty button")
+    assert [text.partition(" (")[0] for text in texts(page, ".row .id")] == ["n1024-50"]
+
+
+def test_a_phone_shows_the_answer_when_a_sample_is_tapped(report: Path, page: Page) -> None:
+    page.open(report, width=390, height=800)
+    shown = "getComputedStyle(document.querySelector('{}')).display !== 'none'"
+    assert not page.js(shown.format(".detail"))
+    click(page, ".row", 2)
+    assert page.js(shown.format(".detail"))
+    assert not page.js(shown.format(".list"))
+    assert -10 < page.js("document.querySelector('.detail').getBoundingClientRect().top") < 200
+    click(page, ".back")
+    assert page.js(shown.format(".list"))
+
+
+def test_the_tab_key_walks_the_page_in_its_order(report: Path, page: Page) -> None:
+    page.open(report)
+    seen = []
+    where = "(document.activeElement.closest('main > section, header') ?? document.activeElement).id"
+    for _ in range(45):
+        for kind in ("keyDown", "keyUp"):
+            page.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        seen.append(page.js(where))
+    order = [name for i, name in enumerate(seen) if i == 0 or name != seen[i - 1]]
+    places = [name for name in order if name in ("verdicts", "plots", "samples", "tables")]
+    assert [name for name in places if name != "plots"][:3] == ["verdicts", "samples", "tables"]
+
+
+def test_formulas_are_drawn_when_asked_for(report: Path, page: Page) -> None:
+    page.open(report)
+    page.js("[...document.querySelectorAll('.row')].find((x) => x.textContent.includes('q3')).click()")
+    assert page.js("document.querySelectorAll('math').length") == 0
+    click(page, ".draw")
+    assert texts(page, ".prompt math mfrac > *") == ["a", "b"]
+    assert page.js("document.querySelector('.prompt math').namespaceURI") == "http://www.w3.org/1998/Math/MathML"
+    assert page.js("document.querySelector('.prompt').textContent").endswith("的值。𠮷" + HOSTILE)
+    click(page, ".draw")
+    assert texts(page, ".prompt") == [CHINESE + HOSTILE]
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("text", [
+    "It costs $5 and $6.", r"$\newcommand{\x}{\x\x}\x$", "$" + "{" * 200 + "$", r"$\frac{$",
+    "\\(" * 50_000, "$x " * 50_000, "$" + "\\frac" * 60 + "$",
+])  # fmt: skip
+def test_what_is_no_formula_stays_as_it_was_written(text: str) -> None:
+    assert formulas([text]) == {}
+
+
+def test_a_formula_brings_no_element_or_attribute_of_its_own() -> None:
+    (tree,) = formulas([r"$\text{<script>x</script>} = \href{javascript:1}{y}$"]).values()
+    assert "javascript" not in json.dumps(tree)
+    assert set(re.findall(r'\["(m?[a-z]+)", [\["]', json.dumps(tree))) <= ELEMENTS
+
+
+def test_print_opens_what_is_folded(report: Path, page: Page) -> None:
+    page.open(report)
+    page.js("dispatchEvent(new Event('beforeprint'))")
+    assert page.js("document.querySelectorAll('details:not([open])').length") == 0
+    page.js("dispatchEvent(new Event('afterprint'))")
+    assert page.js("document.querySelectorAll('.table[open]').length") == 0
+
+
+def test_headers_stand_over_their_numbers(report: Path, page: Page) -> None:
+    page.open(report)
+    page.js("document.getElementById('runs').open = true")
+    ends = page.js(
+        "[...document.querySelectorAll('#runs th')].map((head, i) => { const range = document.createRange(); "
+        "const end = (node) => { range.selectNodeContents(node); return range.getBoundingClientRect().right; }; "
+        "const cell = [...document.querySelectorAll('#runs tbody tr')].map((r) => r.children[i])"
+        ".find((c) => c.dataset.v !== undefined); "
+        "return cell ? [end(head.querySelector('button')), end(cell)] : null; }).filter(Boolean)"
+    )
+    assert ends
+    assert all(abs(head - cell) < 1.5 for head, cell in ends)
+
+
+def test_a_compare_page_and_a_gate_page_show_what_changed(page: Page, tmp_path: Path) -> None:
+    before = write_run(tmp_path / "a", answered([1.0] * 40))
+    after = write_run(tmp_path / "b", answered([0.0] * 10 + [1.0] * 30))
+    assert main([f"compare={before},{after}", f"out={tmp_path / 'compare.html'}"]) == 0
+    assert main([f"accept={before}", f"gate={tmp_path / 'base'}"]) == 0
+    assert main([f"gate={tmp_path / 'base'}", f"runs={tmp_path / 'b'}", f"out={tmp_path / 'gate.html'}"]) == 1
+    for name in ("compare", "gate"):
+        page.open(tmp_path / f"{name}.html")
+        assert texts(page, "[data-filter=lost]") == ["lost 10"]
+        assert texts(page, ".row .what")[0] == "A → B · gold A"
+        assert "10 lost" in texts(page, ".evidence a")
+        assert len(texts(page, ".sides > div")) == 2
+        assert page.complaints == []
 
 
 def test_plots_are_there_and_the_phone_needs_no_sideways_scroll(report: Path, page: Page, tmp_path: Path) -> None:
@@ -164,6 +321,19 @@ def test_twenty_thousand_samples_open_in_two_seconds(page: Page, tmp_path: Path)
     after = page.cpu_s()  # processor time: a busy test machine must not fail this
     assert (after - before if after > before else after) < 2.0
     assert texts(page, "[data-filter=all]") == ["all 20,000"]
+    start = page.js(
+        "(() => { const box = document.querySelector('.search'); box.value = 'question 19999?'; "
+        "box.dispatchEvent(new Event('input', { bubbles: true })); })()"
+    )
+    assert start is None
+    before = page.cpu_s()
+    settle(page)
+    assert page.cpu_s() - before < 1.0
+    assert texts(page, ".row .id") == ["s19999"]
+    before = page.cpu_s()
+    put(page, ".search", "step 1234 ")
+    settle(page)
+    assert page.cpu_s() - before < 0.2
     assert page.complaints == []
 
 
@@ -202,3 +372,19 @@ def test_samples_beyond_the_limit_are_counted(tmp_path: Path) -> None:
     data: dict[str, Any] = json.loads(re.findall(r'id="data">(.*?)</script>', (tmp_path / "x.html").read_text())[0])
     assert data["left_out"] == 20
     assert len(data["runs"][0]["rows"]) == 10
+
+
+def test_lengths_stand_from_short_to_long(tmp_path: Path) -> None:
+    lengths = (2048, 256, 1024)
+    for quant, shift in (("none", 0.0), ("gptq-int4", 0.2)):
+        rows = [
+            record(f"d{i}-{n}", scored((2 + shift + i / 100) * 50, 50), None, target=None, group=str(n))
+            for i in range(8)
+            for n in lengths
+        ]
+        metrics = {f"ppl/{n}": Metric(value=7.4, n=n, kind="ppl", higher_is_better=False) for n in lengths}
+        write_run(tmp_path / "runs", rows, task="long_ppl", tag=quant, quant=quant, metrics=metrics)
+    assert main([f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'x.html'}"]) == 0
+    text = (tmp_path / "x.html").read_text()
+    assert re.findall(r'data-label="task">long_ppl (\d+) tokens', text) == ["256", "1024", "2048"]
+    assert "worse by more than the margin: long_ppl<" in text

@@ -259,7 +259,7 @@ def test_a_forger_of_record_and_evidence_meets_the_grader(certified: Path, ship:
     [
         (lambda c: c["verdict"].update(word="ship"), "certificate.json was edited"),
         (lambda c: c["tasks"]["toy"].update(delta=0.5), "toy: delta is 0.5, the records give"),
-        (lambda c: c["tasks"]["toy"].update(items=32), "evidence.jsonl has"),
+        (lambda c: c["tasks"]["toy"].update(items=c["tasks"]["toy"]["items"] - 1), "evidence.jsonl has"),
         (lambda c: c.update(order_seed=7), "toy: the order of items"),
         (lambda c: c["tasks"].clear(), "the verdict: do not ship in the certificate, not decided now"),
         (lambda c: c.pop("alpha"), "not a certificate that this version reads"),

@@ -155,6 +155,10 @@ def test_speed_takes_no_part_of_the_level() -> None:
      "worse by more than the margin: gsm8k"),
     ([answers(14_042, lost=100, gained=100), answers(150, lost=2, gained=2, task="nano")],
      "not decided for all tasks together: nano not decided"),
+    ([texts(25, shift=0.2, spread=0.002), texts(25, shift=0.2, spread=0.002)],
+     "worse by more than the margin: long_ppl"),
+    ([texts(25, shift=0.0, spread=0.002), texts(25, shift=0.0, spread=0.002)],
+     "equivalent on long_ppl, each length within its margin"),
 ])  # fmt: skip
 def test_all_tasks_are_told_in_one_sentence(comparisons: list[Comparison], sentence: str) -> None:
     assert joint(judge_all(adjusted(comparisons))) == sentence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from qwen_eval.tables import Table, print_tables, render
 
 if TYPE_CHECKING:
     from qwen_eval.report.comparison import Margins
+    from qwen_eval.report.verdict import Judgement
 
 ENDINGS = {
     ".md": "md",
@@ -41,6 +42,7 @@ class Report:
     exit_code: int = 0
     junit: str | None = None
     roots: tuple[str, ...] = ()  # whose samples an HTML page may show
+    judgements: Callable[[], Sequence[Judgement]] = tuple  # what such a page leads with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +95,14 @@ def build(spec: ReportSpec) -> Report:
     if spec.compare:
         from qwen_eval.report.compare import compare_paths
         from qwen_eval.report.detail import compare_tables
+        from qwen_eval.report.verdict import judge_all
 
-        tables = compare_tables(compare_paths(spec.compare, _margins(spec)), num_flips=spec.num_flips)
-        return Report(title=spec.title or "Comparison", tables=tables, roots=tuple(spec.compare))
+        found = compare_paths(spec.compare, _margins(spec))
+        tables = compare_tables(found, num_flips=spec.num_flips)
+        return Report(
+            title=spec.title or "Comparison", tables=tables, roots=tuple(spec.compare),
+            judgements=lambda: judge_all(found),
+        )  # fmt: skip
     if spec.gate:
         from qwen_eval.report.gate import gate, gate_tables, junit
 
@@ -103,12 +110,14 @@ def build(spec: ReportSpec) -> Report:
         title = spec.title or "Regression gate"
         tables = gate_tables(report, title)
         return Report(
-            title=title, tables=tables, exit_code=report.exit_code, junit=junit(report), roots=tuple(spec.runs)
-        )
+            title=title, tables=tables, exit_code=report.exit_code, junit=junit(report), roots=tuple(spec.runs),
+            judgements=lambda: report.judgements,
+        )  # fmt: skip
     return _overview(spec)
 
 
 def _overview(spec: ReportSpec) -> Report:
+    from qwen_eval.report.candidates import against_references
     from qwen_eval.report.commands import ledger_rows
     from qwen_eval.report.published import contradictions, published_tables
     from qwen_eval.report.runs import find_runs
@@ -127,7 +136,11 @@ def _overview(spec: ReportSpec) -> Report:
     if not tables:
         asked = f"layout={','.join(spec.layout)}: nothing to show" if spec.layout else "no run"
         raise ConfigError(f"{asked} under {', '.join(spec.runs)}; run an evaluation first or pass runs=DIR")
-    return Report(title=spec.title or "Evaluation report", tables=tables, roots=roots)
+    margins = _margins(spec)
+    return Report(
+        title=spec.title or "Evaluation report", tables=tables, roots=roots,
+        judgements=lambda: against_references(runs.finished, margins),
+    )  # fmt: skip
 
 
 def _accept(spec: ReportSpec) -> int:
@@ -170,7 +183,8 @@ def _text(spec: ReportSpec, report: Report, form: str) -> str:
     if form == "html":
         from qwen_eval.report.html import page
 
-        return page(report.title, report.tables, report.roots, max_samples=spec.max_samples)
+        judgements = report.judgements()
+        return page(report.title, report.tables, report.roots, max_samples=spec.max_samples, judgements=judgements)
     return render(report.tables, form)
 
 

@@ -105,6 +105,7 @@ def compare_sides(first: Side, second: Side, margins: Margins) -> Comparison:
         second=other[1] if other else None,
         higher_is_better=head[1].higher_is_better if head else True,
         paths=(first.run.path, second.run.path),
+        pair=_label(first.run, second.run),
     )
     failures = lost_numbers(first.items, second.items)
     if failures:

@@ -149,6 +149,7 @@ class Comparison:
     kld: Divergence | None = None
     notes: tuple[str, ...] = ()
     paths: tuple[Path, ...] = field(default=())
+    pair: str = ""  # both models and variants, without length, cell or quantity
 
     @property
     def gains(self) -> int:

@@ -24,16 +24,21 @@ NOTE = "Δ: paired difference to the model's reference [95 %], points of a share
 
 def differences(runs: Sequence[Run]) -> dict[Path, Cell]:
     """Path of a run -> its Δ to the run of the highest precision of that model and task; nothing for a model alone."""
+    found: dict[Path, Cell] = {}
+    sides: dict[Path, Side] = {}  # a reference's answers are read once
+    for reference, run in pairs(runs):
+        first = sides.setdefault(reference.path, Side(run=reference))
+        found[reference.path] = text_cell("reference", tone="weak")
+        found[run.path] = _difference(first, run)
+    return found
+
+
+def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """(reference, run) for every run of a model and task but the one of the highest precision."""
     members: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=_rank):
         members[run.task, base_name(run.model)].append(run)
-    found: dict[Path, Cell] = {}
-    for reference, *others in members.values():
-        if others:
-            first = Side(run=reference)
-            found[reference.path] = text_cell("reference", tone="weak")
-            found |= {run.path: _difference(first, run) for run in others}
-    return found
+    return [(reference, run) for reference, *others in members.values() for run in others]
 
 
 def column(cells: Mapping[Path, Cell], runs: Sequence[Run | None]) -> list[Cell] | None:

@@ -6,8 +6,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from qwen_eval.core import JSON, Answer, ChoiceLogprobs, Completions, Record
+from qwen_eval.report.comparison import Comparison
+from qwen_eval.report.formulas import formulas
 from qwen_eval.runs.run import Run
 
 HEAD_CHARS, TAIL_CHARS = 6_000, 6_000  # of a long prompt: 32K tokens of haystack help nobody in a browser
@@ -16,12 +19,57 @@ ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", 
 OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 
-def sample_data(runs: Sequence[Run], *, max_samples: int) -> dict[str, JSON]:
-    """`{"runs": [...], "left_out": n}`; every run keeps its first samples when there are more than `max_samples`."""
+def sample_data(runs: Sequence[Run], *, max_samples: int, comparisons: Sequence[Comparison] = ()) -> dict[str, JSON]:
+    """`{"runs": [...], "left_out": n, "start": key}`; each run keeps its first when there are over `max_samples`.
+
+    A run that was compared names its `reference` by key. A baseline has no texts: it comes as a run of its changed
+    samples alone, with reading and score. `start` is the run that lost most.
+    `formulas` are those of prompts and answers.
+    """
     kept = [run for run in runs if run.kind == "eval" and run.records]
     share = _share([len(run.records) for run in kept], max_samples)
     left_out = sum(max(0, len(run.records) - share) for run in kept)
-    return {"runs": [_run(run, share) for run in kept], "left_out": left_out}
+    keys = run_keys(kept)
+    found = {keys[run.path]: {"key": keys[run.path], **_run(run, share)} for run in kept}
+    for comparison in comparisons:
+        if len(comparison.paths) == 2 and (key := keys.get(comparison.paths[1])):
+            reference = keys.get(comparison.paths[0])
+            if reference is None and (comparison.flips or comparison.rewritten):
+                reference = f"{key}.baseline"
+                found[reference] = _baseline(comparison, reference)
+            found[key]["reference"] = reference
+    texts = (text for run in kept for record in run.records[:share] for text in _texts(record))
+    most = max(comparisons, key=lambda c: (c.losses, c.gains), default=None)
+    start = keys.get(most.paths[1]) if most and most.flips and len(most.paths) == 2 else None
+    return {"runs": list(found.values()), "left_out": left_out, "start": start, "formulas": formulas(texts)}
+
+
+def _texts(record: Record) -> list[str]:
+    answers = [item.text for answer in record.answers if isinstance(answer, Completions) for item in answer.completions]
+    return [elided(record.prompts[0] if record.prompts else "")[-TAIL_CHARS:], *map(elided, answers)]
+
+
+def run_keys(runs: Sequence[Run]) -> dict[Path, str]:
+    """What names a run in a link: `"gsm8k.qwen-7b-chat.default"`, with a number where that repeats."""
+    keys: dict[Path, str] = {}
+    for run in runs:
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run.task}.{run.model}.{run.tag}")
+        others = sum(key.partition("~")[0] == name for key in keys.values())
+        keys[run.path] = f"{name}~{others + 1}" if others else name
+    return keys
+
+
+def _baseline(comparison: Comparison, key: str) -> dict[str, JSON]:
+    items = [flip.first for flip in comparison.flips]
+    rows: list[JSON] = [
+        [x.id, x.group, _text(x.target), 0, "", [], _text(x.extracted), None, _number(x.score), None, [], []]
+        for x in items
+    ]
+    rows += [[name, "", None, 0, "", [], None, None, None, None, ["rewritten"], []] for name in comparison.rewritten]
+    return {
+        "key": key, "label": "baseline of", "variant": comparison.pair.partition(" → ")[0], "task": comparison.task,
+        "state": "", "rows": rows, "is_baseline": True,
+    }  # fmt: skip
 
 
 def _share(sizes: Sequence[int], room: int) -> int:

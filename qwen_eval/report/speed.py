@@ -44,7 +44,7 @@ def compare_speed(first: Run, second: Run, margins: Margins, label: str) -> list
     """One comparison for each cell and quantity of the reference; a cell that is gone is not comparable."""
     base = Comparison(
         task=first.task, label=label, family="speed", metric="", first=None, second=None,
-        paths=(first.path, second.path),
+        paths=(first.path, second.path), pair=label,
     )  # fmt: skip
     devices = device_name(first), device_name(second)
     if devices[0] != devices[1] or "unknown" in devices:

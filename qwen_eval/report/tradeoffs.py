@@ -9,22 +9,32 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
+from qwen_eval.core import Metric
 from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import by_task, settings, settings_text
 from qwen_eval.runs.run import Run
 
 SHAPE = ("name", "batch", "prompt_tokens", "new_tokens")
 Name = tuple[str, str]
-Measured = dict[Name, tuple[Run, tuple[float, float]]]  # its profile, median tokens/s and peak bytes
+Measured = dict[Name, tuple[Run, Sequence[float], float]]  # its profile, tokens/s of each repeat, peak bytes
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tradeoff:
+    """One checkpoint: its score with the 95 % interval, the median speed with the range of its repeats, its memory."""
+
     name: str
     score: float
     tok_per_s: float
     peak_bytes: float
+    score_ends: tuple[float, float] | None = None
+    speed_ends: tuple[float, float] | None = None
+
+    def beats(self, other: Tradeoff) -> bool:
+        """As good in score, speed and memory, and better in one of them."""
+        mine, theirs = ((p.score, p.tok_per_s, -p.peak_bytes) for p in (self, other))
+        return mine != theirs and all(a >= b for a, b in zip(mine, theirs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +44,12 @@ class Tradeoffs:
     what: str = ""
     points: tuple[Tradeoff, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def front(self) -> tuple[Tradeoff, ...]:
+        """The Pareto front, slowest first: points that no other beats in score, speed and memory."""
+        kept = [point for point in self.points if not any(other.beats(point) for other in self.points)]
+        return tuple(sorted(kept, key=lambda point: (point.tok_per_s, -point.score)))
 
 
 def tradeoffs(runs: RunSet) -> Tradeoffs:
@@ -60,19 +76,26 @@ def _points(runs: Sequence[Run], measured: Measured) -> tuple[list[Tradeoff], li
         runs_of[_name(run)].append(run)
     points, notes = [], []
     for name, (run, *others) in runs_of.items():
-        profile, (speed, peak) = measured[name]
+        profile, speeds, peak = measured[name]
         if others:
             notes.append(f"left out: {' '.join(name)}: {1 + len(others)} runs of {run.task}")
         elif not _is_same_checkpoint(run, profile):
             notes.append(f"left out: {' '.join(name)}: the profile is of other weights")
         elif run.headline:
-            score = run.headline[1].value
-            points.append(Tradeoff(name=" ".join(name), score=score, tok_per_s=speed, peak_bytes=peak))
+            points.append(_point(" ".join(name), run.headline[1], speeds, peak))
     return points, notes
 
 
+def _point(name: str, score: Metric, speeds: Sequence[float], peak: float) -> Tradeoff:
+    return Tradeoff(
+        name=name, score=score.value, tok_per_s=median(speeds), peak_bytes=peak,
+        score_ends=None if score.low is None or score.high is None else (score.low, score.high),
+        speed_ends=(min(speeds), max(speeds)) if len(speeds) > 1 else None,
+    )  # fmt: skip
+
+
 def _measured(profiles: Sequence[Run]) -> tuple[Measured, list[str]]:
-    """(median tokens/s, peak bytes) of each name, all of one shape on one device; a name measured twice is left out."""
+    """(profile, tokens/s, peak bytes) of each name, all of one shape on one device; not of a name measured twice."""
     cells = [(run, cell) for run in profiles for cell in profile_cells(run) if cell.get("new_tokens")]
     cells = [(run, cell) for run, cell in cells if speeds_of(cell)]
     if not cells:
@@ -86,7 +109,7 @@ def _measured(profiles: Sequence[Run]) -> tuple[Measured, list[str]]:
     notes = [f"left out: {' '.join(name)}: measured {len(by_name[name])} times" for name in twice]
     notes += [f"left out: {' '.join(name)}: measured in other sizes or on another device" for name in sorted(others)]
     return {
-        name: (run, (median(speeds_of(cell)), float(cell.get("peak_bytes") or 0)))
+        name: (run, speeds_of(cell), float(cell.get("peak_bytes") or 0))
         for name, ((run, cell), *_) in by_name.items()
         if name not in twice
     }, notes

@@ -7,7 +7,7 @@ same answers, or an interval inside the margin. Everything else is "cannot tell 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -125,11 +125,11 @@ def _by_quality(c: Comparison, difference: Difference) -> tuple[Verdict, str]:
     delta = f"Δ {shown(c, difference.delta, sign=True)}"
     if is_significant:
         is_better = (difference.delta > 0) == c.higher_is_better
-        return ("better" if is_better else "worse"), f"{delta}, p = {p_text(p_value)}"
+        return ("better" if is_better else "worse"), f"{delta}, p {equals(p_value)}"
     known = _what_is_known(c, difference)
     if p_value is None:
         return "cannot tell", f"{delta}, {difference.test}{known}"
-    return "cannot tell", f"{delta} may be chance, p = {p_text(p_value)}{known}"
+    return "cannot tell", f"{delta} may be chance, p {equals(p_value)}{known}"
 
 
 def _p_value(c: Comparison, difference: Difference) -> float | None:
@@ -185,15 +185,22 @@ def joint(judgements: Sequence[Judgement]) -> str:
     """All tasks in one sentence: every one must hold for "not worse", and Holm's p-values say which one broke."""
     found = [(j.comparison.task, decision) for j in judgements if (decision := j.decision) is not None]
     missing = [j.comparison.task for j in judgements if j.decision is None and j.comparison.family != "speed"]
-    broken = [task for task, decision in found if decision.word == "worse by more than the margin"]
+    tasks = _once(task for task, _ in found)  # perplexity has a comparison a length
+    are_many = len(tasks) > 1
+    broken = _once(task for task, decision in found if decision.word == "worse by more than the margin")
     if broken:
         return f"worse by more than the margin: {', '.join(broken)}"
-    open_ones = [task for task, decision in found if decision.word == "not decided"] + missing
+    open_ones = _once([task for task, decision in found if decision.word == "not decided"] + missing)
     if open_ones or not found:
         return f"not decided for all tasks together: {', '.join(open_ones)} not decided"
     if all(decision.word == "equivalent" for _, decision in found):
-        return f"equivalent on all {len(found)} tasks, each within its margin"
-    return f"not worse by more than the margin on any of {len(found)} tasks"
+        where = f"on all {len(tasks)} tasks, each" if are_many else f"on {tasks[0]}, each length"
+        return f"equivalent {where} within its margin"
+    return f"not worse by more than the margin on any {f'of {len(tasks)} tasks' if are_many else 'length'}"
+
+
+def _once(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
 def _towards_better(c: Comparison, low: float, high: float) -> tuple[float, float]:
@@ -241,6 +248,12 @@ def shown(c: Comparison, value: float | None, *, sign: bool = False) -> str:
     if c.family in ("speed", "ppl"):
         return f"{math.expm1(value):{plus}.1%}" if c.family == "speed" else f"{math.expm1(value) * 100:{plus}.2f} %"
     return f"{value:{plus}.4g}"
+
+
+def equals(p_value: float | None) -> str:
+    """`"= 0.042"` or `"< 0.001"`, to stand behind a p."""
+    text = p_text(p_value)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def p_text(p_value: float | None) -> str:
