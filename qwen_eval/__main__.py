@@ -8,7 +8,9 @@ from functools import partial
 
 from qwen_eval import cli
 from qwen_eval.config import EvalSpec, check
+from qwen_eval.core import ConfigError
 from qwen_eval.engines.cache import EngineCache
+from qwen_eval.tasks.registry import FROM_FILES
 
 USAGE = """
 python -m qwen_eval [-m] [group=option ...] [key=value ...]
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_cell(spec: EvalSpec, engine_cache: EngineCache) -> None:
     """Evaluate one cell and print its table."""
     spec.tag = cli.cell_tag(spec.tag)
+    if spec.task.file is not None and spec.task.name not in FROM_FILES:
+        raise ConfigError(f"task.file={spec.task.file}: give it on the command line, without `+`")
     check(spec)
     from qwen_eval.runs.evaluate import evaluate
     from qwen_eval.runs.progress import Progress

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_eval.config import EngineSpec, ModelSpec, check_values, nearest, not_one_of
+from qwen_eval.config import MISSING, EngineSpec, EvalSpec, ModelSpec, check_values, nearest, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.engines.kinds import ENGINES
 from qwen_eval.engines.kinds import kind as engine_kind
@@ -31,9 +31,13 @@ FOREIGN = re.compile(r"[^\x00-\x7f]|[ =]")
 SYNTAX = re.compile(r"[\[\]{}()'\",$]")  # a list, a sweep or quotes: the writer knows the grammar
 PLAIN_KEY = re.compile(r"[+~]*[a-z_]\w*([./]\w+)*")
 DEFAULT_MODEL = "qwen-nano"  # of every command that has a model
+SHARES = ("limit", "task.limit")  # "10%" in them is 0.1
+PER_CENT = re.compile(r"(\d+(?:\.\d+)?)%")
+BROKEN_PIPE = 141  # as shells say of a program whose reader has left
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 LISTS_IN_TEXT = ("model.window",)  # text to Hydra, but "2048,4096" in it is one value and no sweep
-TEXTS = ("model.system",)  # a sentence: no comma, quote or bracket in it is grammar
+TEXTS = ("model.system", "task.template", "reply")  # a sentence: no comma, quote or bracket in it is grammar
+DEFAULT_TAG = EvalSpec.tag
 ENGINE_GROUPS = ("model", "engine", "protocol")
 
 Job = Callable[[Any], None]
@@ -58,14 +62,34 @@ def groups_text() -> str:
 def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage: str = "") -> int:
     """Compose `conf/<config_name>.yaml` with the overrides in `argv`; call `job` with the `schema` object of each cell.
 
-    Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C. In a grid (-m)
-    the other cells still run when one fails.
+    Returns the exit code: 0, 2 after a mistake of the user (one line on stderr each), 130 after Ctrl-C, 141 where the
+    reader of a pipe has left (`| head`). In a grid (-m) the other cells still run when one fails.
     """
+    return quiet_pipe(lambda: _run(argv, config_name, schema, job, usage))
+
+
+def quiet_pipe(command: Callable[[], int]) -> int:
+    """The exit code of a command, whose output may have lost its reader (`| head`): 141 then, and no traceback."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it leaves
+        return BROKEN_PIPE
+
+
+def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: str) -> int:
     failures: list[str] = []
     if usage and {"-h", "--help"} & set(argv):
         print(usage.strip(), groups_text(), sep="\n\n")  # Hydra takes two seconds to list what a directory lists
         return 0
+    if "--version" in argv:
+        package = sys.modules[__package__]  # it imports this module: an import here would be a circle
+        print(f"qwen_eval {package.__version__}")
+        return 0
     try:
+        argv = with_task_file(argv)
         _register(config_name, schema, [conf_dir(), *_given_folders(argv)])
         arguments = model_first(bracket_lists(argv, list_keys(schema, tasks=TASKS)))
         _hydra(arguments, config_name, lambda config: _cell(config, job, schema, failures))
@@ -74,6 +98,8 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
         return 130
     except QwenEvalError as error:
         failures.append(_tell(str(error)))
+    except BrokenPipeError:
+        raise
     except Exception as error:
         failures.append(_tell(explain(error, schema)))
     return 2 if failures else 0
@@ -86,7 +112,13 @@ def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
         refuse_doubled(sys.argv[1:])
         job(_settings(config, schema, HydraConfig.get()))
     except QwenEvalError as error:
-        failures.append(_tell(str(error)))
+        failures.append(_tell(f"{cell_name()}{error}"))
+
+
+def cell_name() -> str:
+    """`"task=mmlu model=qwen-7b: "` in a grid: which cell an error is of; "" outside one."""
+    swept = _swept()
+    return f"{' '.join(swept)}: " if swept else ""
 
 
 def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
@@ -97,6 +129,7 @@ def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
     import hydra
     from omegaconf import OmegaConf, open_dict
 
+    overrides = with_task_file(overrides)
     _register(config_name, schema, [conf_dir()])
     arguments = bracket_lists(overrides, list_keys(schema, tasks=TASKS))
     refuse_doubled(arguments)
@@ -201,6 +234,8 @@ def _given_folders(argv: Sequence[str]) -> list[Path]:
 def _store_option(store: Any, group: str, name: str, spec: Any, folders: Sequence[Path]) -> None:
     """The schema, and the option itself where no folder has a yaml of its name."""
     store.store(group=group, name=f"{name}_schema", node=spec)
+    if spec.name == MISSING:
+        spec = spec(name=name)
     if not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
         store.store(group=group, name=name, node=spec)
 
@@ -213,6 +248,23 @@ def _task_spec(name: str) -> Any:
         if error.name != module:
             raise
         return None  # using it then says "unknown", and --help does not list it
+
+
+def with_task_file(argv: Sequence[str]) -> list[str]:
+    """Load the classes of `task.file=`, and name the one there is as the task."""
+    files = [value for key, _, value in (argument.partition("=") for argument in argv) if key == "task.file"]
+    if not files:
+        return list(argv)
+    from qwen_eval.tasks.outside import load_tasks
+
+    names = load_tasks(files[0])
+    asked = [argument.partition("=")[2] for argument in argv if argument.startswith("task=")]
+    if not asked and len(names) > 1:
+        raise ConfigError(f"task.file={files[0]}: holds {', '.join(names)}; name one of them, as task={names[0]}")
+    unknown = [name for value in asked for name in value.split(",") if name not in names]
+    if unknown:
+        raise not_one_of("task", unknown[0], names)
+    return list(argv) if asked else [*argv, f"task={names[0]}"]
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -244,6 +296,8 @@ def bracket_lists(argv: Sequence[str], keys: Collection[str]) -> list[str]:
 def _bracket(argument: str, keys: Collection[str]) -> str:
     key, equals, value = argument.partition("=")
     name = key.lstrip("+~")
+    if name in SHARES:
+        return f"{key}={PER_CENT.sub(lambda found: repr(float(found[1]) / 100), value)}"
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
     if name in TEXTS and value and value != "null" and value[0] not in "'\"":
@@ -279,18 +333,29 @@ def model_first(argv: Sequence[str]) -> list[str]:
 
 
 def cell_tag(tag: str) -> str:
-    """In a grid: the tag with every swept key but task and model, so that each cell has its own run directory."""
+    """In a grid: the tag with every swept key but task and model, so that each cell has its own run directory.
+
+    `"dtype=bf16"`, or with a tag of the user `"mine+dtype=bf16"`: no comma, so that it can stand in `compare=`.
+    """
+    swept = [item.partition("=")[::2] for item in _swept() if item.partition("=")[0] not in ("task", "model")]
+    ends = [key.rpartition(".")[2] for key, _ in swept]
+    names = [end if ends.count(end) == 1 else key for (key, _), end in zip(swept, ends)]
+    parts = [re.sub(r"[^\w.=-]+", "_", f"{name}={value}") for name, (_, value) in zip(names, swept)]
+    return "+".join(parts if tag == DEFAULT_TAG and parts else [tag, *parts])
+
+
+def _swept() -> list[str]:
+    """`["task=mmlu", "model.dtype=bf16"]`: what this cell of a grid has for the keys that are swept."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        return tag
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return []
     given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(given)
-    swept = {item.get_key_element() for item in parsed if item.is_sweep_override()} - {"task", "model"}
-    overrides = [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] in swept]
-    return ",".join([tag, *(re.sub(r"[^\w.=+-]+", "_", override) for override in overrides)])
+    keys = {item.get_key_element() for item in parsed if item.is_sweep_override()}
+    return [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] in keys]
 
 
 # --- mistakes that Hydra accepts -------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ class TaskSpec:
     """What every benchmark has. `limit` draws a seeded, nested, stratified subset; the result is marked partial."""
 
     name: str = MISSING
+    file: str | None = None  # a Python file with the task's class, on the command line only: docs/own_task.md
     path: str | None = None  # local directory or file in the official format
     data: str = "auto"  # auto: path if given, else the hub if reachable, else the bundled sample | bundled | hub
     hub_id: str | None = None
@@ -113,7 +114,7 @@ class TaskSpec:
     split: str = ""
     shots: int = 0
     mode: str = "auto"  # auto: chat for chat models, base otherwise | base | chat
-    limit: int | None = None
+    limit: Any = None  # int: samples; float: a share of them, also written 10% (OmegaConf merges no unions)
     seed: int = 1234
     subjects: list[str] = field(default_factory=list)  # only these groups
     max_new_tokens: int = 512
@@ -129,7 +130,7 @@ class EvalSpec:
     model: ModelSpec = field(default_factory=ModelSpec)
     engine: EngineSpec = field(default_factory=EngineSpec)
     protocol: str = "robust"
-    limit: int | None = None  # short for task.limit
+    limit: Any = None  # short for task.limit
     seed: int | None = None  # short for task.seed
     sandbox: str = "auto"  # auto | bubblewrap | namespaces | unsafe
     runs_dir: str = "runs"
@@ -162,7 +163,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sandbox": ("auto", "bubblewrap", "namespaces", "unsafe"),
 }
 AT_LEAST: dict[str, int] = {
-    "task.limit": 1,
     "task.shots": -1,  # -1: the official number of the task
     "task.max_new_tokens": 1,
     "task.thinking_tokens": 0,
@@ -214,6 +214,7 @@ def check(spec: EvalSpec) -> EvalSpec:
                 raise ConfigError(f"{key}={short} and task.{key}={long}: two values for one setting; give one of them")
             setattr(spec.task, key, short)
     check_values(spec)
+    check_limit(spec.task.limit)
     if not 0 < spec.engine.memory_fraction <= 1:
         raise ConfigError(f"engine.memory_fraction={spec.engine.memory_fraction}: must be in (0, 1]")
     if not 0 < spec.engine.timeout_s < float("inf"):
@@ -222,6 +223,14 @@ def check(spec: EvalSpec) -> EvalSpec:
         if not name or "/" in name or name.startswith("."):
             raise ConfigError(f"{key}={name}: must be a plain file name, it names a part of the run directory")
     return spec
+
+
+def check_limit(limit: Any) -> None:
+    """ConfigError for what is neither a number of samples nor a share of them."""
+    is_number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+    is_share = isinstance(limit, float) and 0 < limit < 1
+    if limit is not None and not is_number and not is_share:
+        raise ConfigError(f"task.limit={limit}: a number of samples, at least 1, or a share such as 10% or 0.1")
 
 
 def check_values(spec: Any) -> None:

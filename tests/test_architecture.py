@@ -35,10 +35,13 @@ ALLOWED: dict[str, str] = {
     "quantize": "core config models",
     "runs": "core config terminal tables metrics data models engines tasks",
     "profile": "core config terminal tables models engines runs",
-    "report": "core config terminal tables figures metrics corpus models tasks runs profile",
+    "report": "core config terminal tables figures metrics corpus data models tasks runs profile",
     "ship": "core config terminal tables models engines tasks runs report",
 }
-ENTRY_POINTS = ("qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config", "profile.tokens")
+ENTRY_POINTS = (
+    "qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config", "profile.tokens",
+    "runs.preview_command", "report.list_command",
+)  # fmt: skip
 # The lazy imports elsewhere, and why: modules that import torch, or a package that may not be there.
 DOORS = {
     ("report.finetune", "models.device"): "a plan asks the device; tables of stored runs do not",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import toy
 
+from qwen_eval import __version__
 from qwen_eval.__main__ import main
 from qwen_eval.cli import bracket_lists, conf_dir, list_keys, model_first
 from qwen_eval.config import EvalSpec
@@ -51,8 +52,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["task.max_new_token=3"], 'task.max_new_token: no such key; did you mean "task.max_new_tokens"?'),
         (["engine=nativ"], 'engine=nativ: unknown; did you mean "native"?'),
         (["engine.max_batch_size=0"], "engine.max_batch_size=0: must be at least 1"),
-        (["limit=many"], "limit: Value 'many' of type 'str' could not be converted to Integer"),
-        (["limit=0"], "task.limit=0: must be at least 1"),
+        (["limit=many"], "task.limit=many: a number of samples, at least 1, or a share"),
+        (["limit=0"], "task.limit=0: a number of samples, at least 1"),
         (["protocol=upsteam"], 'did you mean "upstream"?'),
         (["tag=../x"], "must be a plain file name"),
         (["task.num"], "task.num: not of the form key=value"),
@@ -178,17 +179,71 @@ def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path, command:
     assert done.returncode == 0, done.stderr
     results = sorted((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))
     assert [str(path.parent.relative_to(tmp_path / "runs" / "eval")) for path in results] == [
-        f"toy/{model}/default,protocol={protocol}"
-        for model in ("toy", "toy-chat")
-        for protocol in ("robust", "upstream")
+        f"toy/{model}/protocol={protocol}" for model in ("toy", "toy-chat") for protocol in ("robust", "upstream")
     ]
 
 
 def test_a_cell_that_fails_does_not_take_the_grid_with_it(tmp_path: Path, command: Command) -> None:
     done = command("-m", "task=toy", "model=toy", "engine=fake", "model.dtype=fp17,fp16")
     assert done.returncode == 2
+    assert done.stderr.startswith("model.dtype=fp17: model.dtype=fp17: unknown")  # the cell, then its mistake
     assert done.stderr.count("\n") == 1
     assert len(list((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))) == 1
+
+
+def test_an_error_names_its_cell_of_a_grid_and_the_tag_stays(tmp_path: Path, command: Command) -> None:
+    grid = ["-m", "task=toy", "model=toy", "engine=fake", "task.seed=1,2", "engine.fake_delay_s=0,0.001", "tag=mine"]
+    done = command(*grid, "task.mode=auto,foo")
+    assert done.stderr.count("\n") == 4
+    assert "task.seed=2 engine.fake_delay_s=0.001 task.mode=foo: task.mode=foo: unknown" in reordered(done.stderr)
+    names = {path.name for path in (tmp_path / "runs" / "eval" / "toy" / "toy").iterdir()}
+    assert len(names) == 4
+    assert all(name.startswith("mine+") and "," not in name for name in names)
+
+
+def reordered(text: str) -> str:
+    """Swept keys in the order of the test, whatever that of the grid."""
+    lines = []
+    for line in text.splitlines():
+        cell, _, said = line.partition(": ")
+        order = ["task.seed", "engine.fake_delay_s", "task.mode"]
+        lines.append(" ".join(sorted(cell.split(), key=lambda item: order.index(item.split("=")[0]))) + f": {said}")
+    return "\n".join(lines)
+
+
+def test_keys_of_one_end_are_told_apart_in_a_directory_name(tmp_path: Path, command: Command) -> None:
+    done = command("-m", "task=toy", "model=toy", "engine=fake", "task.seed=1,2", "model.seed=3,4")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "runs" / "eval" / "toy" / "toy").iterdir()}
+    assert names == {f"model.seed={a}+task.seed={b}" for a in (3, 4) for b in (1, 2)}
+
+
+def test_quiet_prints_one_line_that_names_the_directory(command: Command) -> None:
+    done = command("task=toy", "model=toy", "engine=fake", "quiet=true")
+    assert done.returncode == 0
+    assert done.stdout.startswith("runs/eval/toy/toy/default: ")
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_the_version_is_that_of_this_package(command: Command) -> None:
+    done = command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"qwen_eval {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--cfg job"])
+def test_a_reader_that_leaves_brings_no_traceback(arguments: str) -> None:
+    script = f"{sys.executable} -m qwen_eval {arguments} | true"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1]
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("limit", ["0", "1.0", "1.5", "0%", "200%", "-3", "true"])
+def test_a_limit_is_a_number_of_samples_or_a_share(command: Command, limit: str) -> None:
+    done = command("task=toy", "model=toy", "engine=fake", f"limit={limit}")
+    assert done.returncode == 2
+    assert "a number of samples, at least 1, or a share such as 10% or 0.1" in done.stderr
 
 
 def test_a_run_directory_that_cannot_be_is_one_line(tmp_path: Path, command: Command) -> None:

@@ -23,11 +23,14 @@ from qwen_eval.profile import finetune, tokens
 from qwen_eval.quantize import __main__ as quantize
 from qwen_eval.report import __main__ as report
 from qwen_eval.report import config as report_config
+from qwen_eval.runs import preview_command
 from qwen_eval.ship import command as ship
 from qwen_eval.ship import config as ship_config
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "docs" / "ci.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_FILES = ("own_task.md", "own_model.md")  # tests/test_own.py runs them, with the files that they show
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in WITH_FILES]
+DOCS = [ROOT / "docs" / "ci.md", ROOT / "README.md", *PAGES]
 FENCE = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STARTS = ("python ", "make ", "git ", "for ", "test ")
 PLACEHOLDER = re.compile(r"\b(DIR|FILES|FILE|PYTHON)\b|\bcheckpoints/|calibration=")
@@ -37,6 +40,7 @@ NEEDS = {"git": "a repository", "test": "a step summary"}
 Main = Callable[[Sequence[str]], int]
 MAINS: dict[str, tuple[Main, str, type, Callable[[Any], object]]] = {
     "qwen_eval": (evaluation.main, "config", config.EvalSpec, config.check),
+    "qwen_eval.preview": (preview_command.main, "preview", preview_command.PreviewSpec, config.check),
     "qwen_eval.profile": (profile.main, "profile", profile_config.ProfileSpec, profile_config.check),
     "qwen_eval.profile mode=finetune": (profile.main, "finetune", finetune.FinetuneSpec, finetune.check),
     "qwen_eval.tokens": (tokens.main, "tokens", tokens.TokensSpec, tokens.check),

@@ -16,6 +16,7 @@ import pytest
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import ModelError, StoreError
+from qwen_eval.models.device import known
 from qwen_eval.models.load import open_forward
 from qwen_eval.profile import grid
 from qwen_eval.profile.__main__ import main
@@ -348,6 +349,11 @@ def test_presets_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.Mo
     ] * 3
     tags = sorted(path.parent.name for path in tmp_path.glob("runs/profile/speed/*/*/result.json"))
     assert tags == ["default", "kv_length", "readme"]
+
+
+@pytest.mark.parametrize("wanted", ["RTX-4090", "rtx 4090", "4090", "NVIDIA GeForce RTX 4090", "GeForce_RTX_4090"])
+def test_a_device_is_found_however_its_name_is_written(wanted: str) -> None:
+    assert known(wanted, "bf16").name == "NVIDIA GeForce RTX 4090"
 
 
 def test_a_plan_loads_nothing(

@@ -26,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from qwen_eval.config import TaskSpec
+from qwen_eval.config import TaskSpec, check_limit
 from qwen_eval.core import ConfigError, DataError, Sample
 from qwen_eval.data.files import GZIP, Files, Folder, check_parquet, files_at, gunzip
 
@@ -366,14 +366,22 @@ def nearest(value: str, known: Iterable[str]) -> str:
 # --- a part of the rows --------------------------------------------------------------------------------------------
 
 
-def draw(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """At most `limit` samples, in their original order: every group in proportion to its size, chosen by the seed.
+def num_drawn(num_samples: int, limit: int | float | None) -> int:
+    """How many of them `limit` leaves: `num_drawn(250, 0.1)` -> 25; a share leaves at least one."""
+    if limit is None:
+        return num_samples
+    return min(num_samples, limit if isinstance(limit, int) else max(1, round(limit * num_samples)))
 
-    Nested: the draw of a smaller limit is part of the draw of a larger one. Drawing again from a draw changes nothing.
+
+def draw(samples: Sequence[Sample], limit: int | float | None, seed: int) -> list[Sample]:
+    """At most `limit` samples, or that share of them, in their original order: every group in proportion to its size,
+    chosen by the seed.
+
+    Nested: the draw of a smaller limit is part of the draw of a larger one. Drawing a number again changes nothing.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"task.limit={limit}: at least 1, or null for all")
-    if limit is None or limit >= len(samples):
+    check_limit(limit)
+    num = num_drawn(len(samples), limit)
+    if num == len(samples):
         return list(samples)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
@@ -384,7 +392,7 @@ def draw(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample
         # A random start for each group: with equal ones the largest groups would always be served first.
         start = _uniform(seed, "group", group)
         ranked += [((rank + start) / len(indices), index) for rank, index in enumerate(indices)]
-    return [samples[i] for i in sorted(index for _, index in sorted(ranked)[:limit])]
+    return [samples[i] for i in sorted(index for _, index in sorted(ranked)[:num])]
 
 
 def _uniform(seed: int, *parts: str) -> float:

@@ -6,6 +6,7 @@ An unknown device has no known ceiling: None, never a guess.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ def probe(device: torch.device, dtype: str, *, measure: bool = True) -> Device:
 
 def known(wanted: str, dtype: str) -> Device:
     """A device of the table, for a plan, by its name or a unique part of it; else ConfigError."""
-    found = [name for name in KNOWN if wanted == name] or [name for name in KNOWN if wanted.lower() in name.lower()]
+    found = [name for name in KNOWN if wanted == name] or [name for name in KNOWN if _plain(wanted) in _plain(name)]
     if len(found) != 1:
         raise ConfigError(f"on={wanted}: {len(found) or 'none'} of the known devices; one of {', '.join(KNOWN)}")
     bandwidth, tflops, gib = KNOWN[found[0]]
@@ -102,6 +103,11 @@ def known(wanted: str, dtype: str) -> Device:
         known_bandwidth=bandwidth * 1e9,
         known_flops=None if dtype == "fp32" else tflops * 1e12,
     )
+
+
+def _plain(name: str) -> str:
+    """`"RTX-4090"` and `"rtx 4090"` are the same device."""
+    return " ".join(re.split(r"[\s_-]+", name.lower()))
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from qwen_eval.config import not_one_of
+from qwen_eval.core import ConfigError
 
 FORMATS = ("auto", "terminal", "md", "csv", "json", "tex", "html", "junit", "svg", "png")
 LAYOUTS = ("models", "runs", "quantization", "categories", "long", "profile", "groups", "problems")
@@ -38,3 +42,27 @@ class ReportSpec:
     max_samples: int = 20_000  # samples an HTML file carries
     margins: MarginsSpec = field(default_factory=MarginsSpec)
     margin: float | None = None  # points of a share, per cent of the others: short for margins.share, .ppl and .mean
+
+
+# --- python -m qwen_eval.list ----------------------------------------------------------------------------------------
+
+LISTED = ("tasks", "models", "engines")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSpec:
+    what: str
+    word: str = ""  # only names that hold it
+    config_dirs: tuple[str, ...] = ()
+
+
+def list_spec(argv: Sequence[str]) -> ListSpec:
+    """ConfigError for anything but `tasks|models|engines [word] [--config-dir=DIR]`."""
+    folders = tuple(argument.partition("=")[2] for argument in argv if argument.startswith("--config-dir="))
+    words = [argument for argument in argv if not argument.startswith("--config-dir=")]
+    flags = [word for word in words if word.startswith("-")]
+    if flags or not 1 <= len(words) <= 2:
+        raise ConfigError(f"{' '.join(argv)}: written tasks|models|engines [word] [--config-dir=DIR]")
+    if words[0] not in LISTED:
+        raise not_one_of("list", words[0], LISTED)
+    return ListSpec(what=words[0], word="".join(words[1:]), config_dirs=folders)

@@ -55,10 +55,10 @@ from qwen_eval.runs.store import (
     write_bytes,
     write_json,
 )
-from qwen_eval.tasks.registry import TaskContext, build
+from qwen_eval.tasks.registry import FROM_FILES, TaskContext, build
 
 # The place of a checkpoint or a benchmark cannot change a number: the digests of the files are compared instead.
-PLACES = {"task": ("path",), "model": ("path", "hub", "digest")}
+PLACES = {"task": ("path", "file"), "model": ("path", "hub", "digest")}
 SHOWN = ("metrics", "rates", "n", "partial", "warnings")  # of result.json, at the end of a command
 
 MOST_CUT = 0.05  # of the replies
@@ -165,6 +165,7 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
             "weights": info.get("weights") or identity(spec.engine, spec.model),
             "chat_template": info.get("chat_template"),
             "packages": deciding_versions(),
+            **({"task_file_sha256": FROM_FILES[spec.task.name].sha256} if spec.task.name in FROM_FILES else {}),
         },
         "provenance": provenance(),
     }

@@ -15,8 +15,9 @@ MAX_ROWS = 24  # more groups than a person reads at once: the rest is in result.
 
 
 def show(spec: EvalSpec, run: Run) -> None:
-    """Print metrics with their 95 % intervals, the rates of odd replies, and the run directory."""
-    print_tables([metrics_table(spec, run)])
+    """Print metrics with their 95 % intervals, the rates of odd replies, and the run directory; quietly only that."""
+    if not spec.quiet:
+        print_tables([metrics_table(spec, run)])
     print(plain_text(footer(spec, run)))
 
 

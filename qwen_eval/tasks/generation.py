@@ -20,7 +20,7 @@ from qwen_eval.core import (
     Sampling,
     Turn,
 )
-from qwen_eval.data.sources import Source, nearest
+from qwen_eval.data.sources import Source, nearest, num_drawn
 from qwen_eval.metrics import share
 from qwen_eval.tasks.benchmark import Benchmark, SpecT
 from qwen_eval.tasks.registry import TaskContext
@@ -109,7 +109,7 @@ class GenerativeTask(Benchmark[SpecT]):
             "split": self.spec.split,
             "shots": self.shots,
             "format": self.form,
-            "num_samples": min(len(self.samples()), self.spec.limit or len(self.samples())),
+            "num_samples": num_drawn(len(self.samples()), self.spec.limit),
             "max_new_tokens": self.spec.max_new_tokens,
             **super().describe(),
         }

@@ -40,7 +40,7 @@ CHINESE_EXAM_BASE = ShotFormat(
 CHINESE_EXAM_CHAT = "{question}\n\n{options}"
 
 
-def option_letters(row: Mapping[str, str]) -> tuple[str, ...]:
+def option_letters(row: Mapping[str, object]) -> tuple[str, ...]:
     """The letters of a row's options: its columns A, B, C ... as far as they go."""
     return tuple(takewhile(row.__contains__, ascii_uppercase))
 

@@ -34,8 +34,30 @@ OWN = {
     "wmt22": "qwen_eval.tasks.wmt22:Wmt22",
     "wmt22_sacrebleu": "qwen_eval.tasks.wmt22:Wmt22",
     "nano": "qwen_eval.tasks.nano:Nano",
+    "csv": "qwen_eval.tasks.rows:CsvTask",
+    "jsonl": "qwen_eval.tasks.rows:JsonlTask",
 }
 TASKS = announced("qwen_eval.tasks") | OWN  # no package can take the name of a task of ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTask:
+    """A task of a file outside any package (`task.file=`). `sha256` is that of the file as it was run."""
+
+    task: Any
+    path: str
+    sha256: str
+
+
+FROM_FILES: dict[str, FileTask] = {}
+
+
+def register(name: str, found: FileTask) -> None:
+    """Make a task of a file known under its name; ConfigError for the name of a task that is there without it."""
+    if name in TASKS and name not in FROM_FILES:
+        raise ConfigError(f"task.file={found.path}: {name} is a task already; give the class another name")
+    FROM_FILES[name] = found
+    TASKS[name] = f"{found.path}:{found.task.__name__}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +104,8 @@ def task_class(name: str) -> Any:
     """The class of a registered task; it is built as `cls(spec, context)` and names its schema in `cls.Spec`."""
     if name not in TASKS:
         raise ConfigError(f"task.name={name}: not a task; one of {', '.join(sorted(TASKS))}")
+    if name in FROM_FILES:
+        return FROM_FILES[name].task
     module, _, attribute = TASKS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
