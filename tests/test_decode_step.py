@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from qwen_eval.core import Prompt, Score
 from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.engines.native.sampling import greedy_tokens
 from qwen_eval.models.decode import COARSE, EXACT, Buckets, Decoding, RunningRow
+from qwen_eval.models.hidden import HiddenStates
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.transformer import Transformer
@@ -132,13 +134,12 @@ def test_prefixes_side_by_side_equal_prefixes_one_by_one() -> None:
     assert parent.length == 20
 
 
-def test_hidden_states_reach_their_text_whatever_is_packed_together() -> None:
+def test_hidden_states_reach_their_text_whatever_is_packed_together(tmp_path: Path) -> None:
     texts = ["a text that is scored, number one", "and another", "a text that is scored, number two"]
     engine = NativeEngine(ModelRunner(model_of(CONFIG)), TOKENIZER)
-    kept: dict[str, torch.Tensor] = {}
-    engine.keep_hidden = lambda key, rows, hidden: kept.update({key: hidden[:rows]})
-    answers(engine, [Score(prompt=Prompt.raw(text)) for text in texts])
-    assert sorted(len(h) for h in kept.values()) == sorted(len(t) - 1 for t in texts)
+    answers(engine, [Score(prompt=Prompt.raw(text), keep_hidden=str(tmp_path)) for text in texts])
+    kept = HiddenStates(tmp_path)
+    assert sorted(len(kept.read(key)) for key in kept.keys()) == sorted(len(t) - 1 for t in texts)  # noqa: SIM118
 
 
 def test_greedy_texts_do_not_depend_on_the_buckets(monkeypatch: pytest.MonkeyPatch) -> None:

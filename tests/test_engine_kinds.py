@@ -17,7 +17,7 @@ from qwen_eval.engines.fake import FakeEngine
 from qwen_eval.engines.kinds import ENGINES, MODEL_OPTIONS, EngineKind, deciding_keys, kinds
 from qwen_eval.engines.options import check_options
 from qwen_eval.runs.evaluate import evaluate
-from qwen_eval.runs.store import read_run
+from qwen_eval.runs.run import load_run
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.tasks.gsm8k import Spec
 
@@ -88,7 +88,7 @@ def test_an_engine_of_its_own_module_runs_with_its_own_keys_and_is_read_back(ech
     spec = EvalSpec(task=task, model=ModelSpec(name="m"), engine=engine, run_dir=str(tmp_path / "run"))
     outcome = evaluate(spec, lambda spec: open_engine(spec.engine, spec.model))
     assert outcome.warnings[0] == "engine.concurrency=2 has no effect in engine=echo"
-    stored = read_run(outcome.directory).spec
+    stored = load_run(outcome.path).spec
     assert stored["decides"]["engine"] == {"name": "echo", "api_model": None, "fake_reply": "", "voice": "high"}
     assert stored_config(stored).engine == engine
     assert "voice" in deciding_keys()

@@ -41,6 +41,7 @@ Ship = Callable[..., Done]
 def ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ship:
     """Run the command in an empty directory, in this process."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")  # no sentence is wrapped
     toy.register()
 
     def call(*argv: str) -> Done:
