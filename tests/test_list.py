@@ -25,7 +25,10 @@ def test_every_task_model_and_engine_is_listed(capsys: pytest.CaptureFixture[str
         assert names <= {line.split()[0] for line in lines if line.strip()}, what
 
 
-def test_a_row_says_where_from_and_how_much_was_published(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_says_where_from_and_how_much_was_published(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     (row,) = [line for line in listed(capsys, "models", "int4").splitlines() if line.startswith("qwen-7b-chat-int4")]
     name, place, form, quant, published = row.split()
     assert (name, place, form, quant) == ("qwen-7b-chat-int4", "Qwen/Qwen-7B-Chat-Int4", "chat", "gptq-int4")
