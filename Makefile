@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python -m qwen_eval
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 # The numerics as other CPUs compute them: AVX2 without bf16 units asked for bf16, then plain fp32.
 NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quantised_models model_golden \
@@ -19,8 +19,8 @@ NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quan
 	non_finite evaluate planted needle))
 
 test-machines: $(STAMP)
-	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest -n 2 --dist loadgroup $(NUMERICS)
-	QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest -n 2 --dist loadgroup $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest -n 2 $(NUMERICS)
+	QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest -n 2 $(NUMERICS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,8 +27,6 @@ from qwen_eval.runs import preview_command
 from qwen_eval.ship import command as ship
 from qwen_eval.ship import config as ship_config
 
-pytestmark = pytest.mark.xdist_group("docs")  # one worker, in the order of the pages
-
 ROOT = Path(__file__).parent.parent
 WITH_FILES = ("own_task.md", "own_model.md")  # tests/test_own.py runs them, with the files that they show
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in WITH_FILES]
@@ -104,16 +102,19 @@ def test_no_command_is_left_out() -> None:
     assert len(RUNNABLE) > 10
 
 
-@pytest.mark.parametrize("command", RUNNABLE)
-def test_a_command_that_needs_only_the_package_runs_as_written(
-    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_commands_that_need_only_the_package_run_as_written_one_after_the_other(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In one test: reports and the gate read what earlier commands of the pages have made."""
     monkeypatch.chdir(workplace)
-    module, *arguments = shlex.split(command)[2:]
-    assert MAINS[module][0](arguments) == 0, capsys.readouterr()
-    for name in re.findall(r"\bout=(\S+)", command):
-        for file in name.split(","):
-            assert (workplace / file).stat().st_size > 0
+    for command in RUNNABLE:
+        module, *arguments = shlex.split(command)[2:]
+        assert MAINS[module][0](arguments) == 0, (command, capsys.readouterr())
+        for name in re.findall(r"\bout=(\S+)", command):
+            for file in name.split(","):
+                assert (workplace / file).stat().st_size > 0, command
+    for command in SHELL:
+        run_between(command, workplace)
 
 
 @pytest.mark.parametrize("command", COMPOSED)
@@ -140,8 +141,8 @@ def test_a_target_is_in_the_makefile(command: str) -> None:
     assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("command", SHELL)
-def test_what_stands_between_our_commands_runs_too(command: str, workplace: Path) -> None:
+def run_between(command: str, workplace: Path) -> None:
+    """What stands between our commands in the pages."""
     subprocess.run(["git", "init", "-q", str(workplace)], check=True)
     summary = workplace / "summary.md"
     done = subprocess.run(

@@ -68,7 +68,7 @@ def test_a_run_from_python_is_the_run_of_the_command(tmp_path: Path, monkeypatch
         ({"task": "mmlv"}, 'task=mmlv: unknown; did you mean "mmlu"?'),
         ({"task": "mmlu,ceval"}, "task=mmlu,ceval: unknown"),
         ({"model": "qwen-7"}, "model=qwen-7: unknown"),
-        ({"limit": 0}, "task.limit=0: must be at least 1"),
+        ({"limit": 0}, "task.limit=0: a number of samples"),
         ({"settings": {"modle": "x"}}, 'modle: no such key; did you mean "model"?'),
         ({"settings": {"+task.shot": 1}}, 'task.shot: no such key; did you mean "task.shots"?'),
         ({"settings": {"limit": 3}}, "limit= is given twice: 6 and 3"),
