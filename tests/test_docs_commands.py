@@ -78,7 +78,7 @@ def is_runnable(command: str) -> bool:
     if "plan=true" in command:
         return True
     models = re.findall(r"\b(?:model|reference|candidate)=(\S+)", command)
-    if "+experiment=" in command and not models:
+    if re.search(r"\+experiment=\w+_table", command) and not models:
         return False  # an experiment of the cards names its own checkpoints
     if any(name not in OURS for value in models for name in value.split(",")):
         return False
