@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -151,7 +150,7 @@ def measured_flops(device: str, dtype: str) -> float:
     return 2.0 * size**3 / _best_s(lambda: a @ a, where)
 
 
-def _best_s(work: Callable[[], Any], device: torch.device) -> float:
+def _best_s(work: Callable[[], object], device: torch.device) -> float:
     synchronise = synchroniser(device)
     times = []
     for _ in range(REPEATS + 1):  # the first is the warm-up

@@ -9,7 +9,7 @@ The model never sees batches, padding, caches or masks: it turns N packed tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> 
 
 class RMSNorm(nn.Module):
     """Normalised in fp32, cast back, then weighted (the order of the original; it matters in bf16)."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -79,8 +83,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
-        qkv = self.qkv(x_NE).view(len(x_NE), -1, self.dim)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        qkv: Tensor = self.qkv(x_NE).view(len(x_NE), -1, self.dim)
+        q, k, v = qkv.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         k = rotation.turn(k)
@@ -114,7 +118,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, name, make_linear)
 
     def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
-        mixed = self.attn(self.attn_norm(x_NE), layer, rotation, attend, rows)
+        mixed: Tensor = self.attn(self.attn_norm(x_NE), layer, rotation, attend, rows)
         x_NE = (x_NE if rows is None else x_NE[rows]) + mixed
         out: Tensor = x_NE + self.mlp(self.mlp_norm(x_NE))
         return out

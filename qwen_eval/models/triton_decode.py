@@ -8,8 +8,6 @@ Needs the triton package; on a CPU it runs in the interpreter (TRITON_INTERPRET=
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,13 +22,16 @@ MAX_SPLITS = 16
 NO_WINDOW = 1 << 30
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _split_attention(  # type: ignore[no-untyped-def]
-    q, k, v, k_scale, k_zero, v_scale, v_zero, own, out, lse,
-    softmax_scale, window, group, num_splits,
-    q_row, q_head, kv_row, kv_head, scale_row, scale_head,
+@triton.jit
+def _split_attention(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor,
+    k_scale: tl.tensor, k_zero: tl.tensor, v_scale: tl.tensor, v_zero: tl.tensor,
+    own: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    softmax_scale: tl.tensor, window: tl.tensor, group: tl.tensor, num_splits: tl.tensor,
+    q_row: tl.tensor, q_head: tl.tensor, kv_row: tl.tensor, kv_head: tl.tensor,
+    scale_row: tl.tensor, scale_head: tl.tensor,
     dim: tl.constexpr, block_dim: tl.constexpr, block_keys: tl.constexpr, is_int8: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1)
     length = (tl.load(own + row) + 1).to(tl.int32)
@@ -63,9 +64,9 @@ def _split_attention(  # type: ignore[no-untyped-def]
         score_S = tl.where(is_key, score_S, -float("inf"))
         new_top = tl.maximum(top, tl.max(score_S, 0))
         weight_S, kept = tl.exp(score_S - new_top), tl.exp(top - new_top)
-        total = total * kept + tl.sum(weight_S, 0)
+        total = total * kept + tl.sum(weight_S, 0)  # type: ignore[assignment]  # a plain number before the first block
         sum_D = sum_D * kept + tl.sum(weight_S[:, None] * value_SD, 0)
-        top = new_top
+        top = new_top  # type: ignore[assignment]
     place = (row * num_heads + head) * num_splits + split
     is_any = end > begin
     tl.store(out + place * dim + channels, sum_D / tl.where(is_any, total, 1.0), mask=has_channel)
@@ -88,8 +89,7 @@ def attend_own(
     codes, scale = k[0], scales[0]
     assert q_BHD.stride(2) == 1, "channels of a head lie behind one another"
     assert codes.stride(2) == dim, "tokens of a head lie behind one another"
-    kernel: Any = _split_attention
-    kernel[(batch, heads, num_splits)](
+    _split_attention[(batch, heads, num_splits)](
         q_BHD, codes, v[0], *scales, own_B, out, lse,
         dim**-0.5, NO_WINDOW if window is None else window, heads // codes.shape[1], num_splits,
         q_BHD.stride(0), q_BHD.stride(1), codes.stride(0), codes.stride(1), scale.stride(0), scale.stride(1),
