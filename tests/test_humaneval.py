@@ -26,7 +26,8 @@ from qwen_eval.extraction.programs import (
 from qwen_eval.extraction.symptoms import cut
 from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.tasks.evalplus import plus_test
-from qwen_eval.tasks.humaneval import UPSTREAM_CUTS, HumanEval, Spec, chat_question
+from qwen_eval.tasks.humaneval import UPSTREAM_CUTS, HumanEval, chat_question
+from qwen_eval.tasks.humaneval import HumanEvalSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 DATA = Path(__file__).parent / "data"

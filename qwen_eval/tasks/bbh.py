@@ -28,7 +28,7 @@ STOPS = ("\nQ:", "\n\nQ:")
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class BbhSpec(TaskSpec):
     name: str = "bbh"
     hub_id: str | None = "lukaemon/bbh"
     split: str = "test"
@@ -36,8 +36,8 @@ class Spec(TaskSpec):
     max_new_tokens: int = 512
 
 
-class Bbh(GenerativeTask[Spec]):
-    Spec = Spec
+class Bbh(GenerativeTask[BbhSpec]):
+    Spec = BbhSpec
     version = 2
     average: ClassVar[Literal["macro"]] = "macro"
 

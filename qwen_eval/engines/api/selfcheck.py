@@ -17,7 +17,7 @@ KNOWN = "The capital of France is Paris. The capital of Germany is Berlin. The c
 TOLERANCE = 0.3  # nats: a 16-bit server that batches differently moves a log-probability by less
 
 
-class Asked(Protocol):
+class Askable(Protocol):
     """What a check asks of the engine."""
 
     tokenizer: Tokenizer | None
@@ -39,7 +39,7 @@ class Asked(Protocol):
 class Check:
     """`has_echo`: the server gives the log-probabilities of a given text, and they are real."""
 
-    def __init__(self, engine: Asked) -> None:
+    def __init__(self, engine: Askable) -> None:
         self._engine = engine
         self.has_echo = False
         self.warnings: list[str] = []
