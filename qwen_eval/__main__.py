@@ -18,7 +18,10 @@ python -m qwen_eval [-m] [group=option ...] [key=value ...]
 A first look:                  python -m qwen_eval
 One benchmark with one model:  python -m qwen_eval task=mmlu model=qwen-7b-chat
 A whole table:                 python -m qwen_eval -m task=mmlu,ceval model=qwen-7b,qwen-7b-chat
+What will it take?             python -m qwen_eval task=mmlu model=qwen-7b-chat plan=true
 Every key with its value:      python -m qwen_eval --cfg job
+
+Exit code: 0 done, 2 a mistake, 130 Ctrl-C (the same command resumes the run).
 """
 
 

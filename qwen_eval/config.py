@@ -1,4 +1,4 @@
-"""Schemas of the configuration: plain dataclasses that Hydra fills once, in `cli.py`. No torch here.
+"""Schemas of the configuration: plain dataclasses that Hydra fills once, in `cli/`. No torch here.
 
 A variant is a yaml file in `conf/`; only keys defined here exist. The schema of a task is in the task's file and
 derives from `TaskSpec`.

@@ -40,7 +40,7 @@ ALLOWED: dict[str, str] = {
 }
 ENTRY_POINTS = (
     "qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config", "profile.tokens",
-    "runs.preview_command", "report.list_command",
+    "runs.preview_command", "runs.regrade_command", "report.list_command",
 )  # fmt: skip
 # The lazy imports elsewhere, and why: modules that import torch, or a package that may not be there.
 DOORS = {
@@ -119,7 +119,7 @@ def room_of(name: str) -> str:
 
 
 def is_entry_point(name: str) -> bool:
-    return name in ENTRY_POINTS or name.endswith(".__main__") or is_shim(name)
+    return name in ENTRY_POINTS or room_of(name) == "cli" or name.endswith(".__main__") or is_shim(name)
 
 
 def is_shim(name: str) -> bool:

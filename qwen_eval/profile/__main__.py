@@ -21,6 +21,8 @@ The tables of the int8 cache:  python -m qwen_eval.profile profile=kv_batch mode
 Fine-tuning:                   python -m qwen_eval.profile mode=finetune method=lora,lora_emb,qlora,full seq=256,512
 Several models:                python -m qwen_eval.profile -m model=qwen-1.8b,qwen-7b seq=2048,8192
 Every key with its value:      python -m qwen_eval.profile --cfg job
+
+Exit code: 0 done, 2 a mistake, 130 Ctrl-C (the same command measures what is missing).
 """
 
 

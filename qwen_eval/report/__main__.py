@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from qwen_eval.report.comparison import Margins
     from qwen_eval.report.verdict import Judgement
 
+USAGE = """
+python -m qwen_eval.report [key=value ...]
+
+Tables of what was run:        python -m qwen_eval.report runs=runs out=report.html
+Two runs, sample by sample:    python -m qwen_eval.report compare=A,B
+Ours beside published:         python -m qwen_eval.report published=true
+The published numbers alone:   python -m qwen_eval.report ledger=contradictions
+Make runs the baseline:        python -m qwen_eval.report accept=runs gate=reports/baselines
+Has anything got worse?        python -m qwen_eval.report gate=reports/baselines out=gate.md,gate.xml
+Every key with its value:      python -m qwen_eval.report --cfg job
+
+Exit code: 0 done, 1 the gate found something worse, 2 a mistake, 3 not comparable or missing, 130 Ctrl-C.
+"""
+
 ENDINGS = {
     ".md": "md",
     ".csv": "csv",
@@ -49,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the gate found something worse, 2 the user's mistake, 3 not comparable or missing."""
     argv = sys.argv[1:] if argv is None else list(argv)
     codes: list[int] = []
-    failed = cli.run(argv, config_name="report", schema=ReportSpec, job=lambda spec: codes.append(run_report(spec)))
+    failed = cli.run(
+        argv, config_name="report", schema=ReportSpec, job=lambda spec: codes.append(run_report(spec)), usage=USAGE
+    )
     return failed or max(codes, default=0)
 
 

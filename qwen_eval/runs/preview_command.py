@@ -15,6 +15,9 @@ python -m qwen_eval.preview [group=option ...] [samples=3] [reply=TEXT] [key=val
 
 The prompts of three samples:  python -m qwen_eval.preview task=gsm8k model=qwen-nano samples=3
 How a reply would be read:     python -m qwen_eval.preview task=gsm8k model=qwen-nano "reply=So it is 42."
+Every key with its value:      python -m qwen_eval.preview --cfg job
+
+Exit code: 0 done, 2 a mistake.
 """
 
 
