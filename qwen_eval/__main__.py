@@ -46,6 +46,12 @@ def run_cell(spec: EvalSpec, engine_cache: EngineCache) -> None:
     if spec.task.file is not None and spec.task.name not in FROM_FILES:
         raise ConfigError(f"task.file={spec.task.file}: give it on the command line, without `+`")
     check(spec)
+    if spec.plan:
+        from qwen_eval.runs.plan import plan_tables
+        from qwen_eval.tables import print_tables
+
+        print_tables(plan_tables(spec))
+        return
     from qwen_eval.runs.evaluate import evaluate
     from qwen_eval.runs.progress import Progress
     from qwen_eval.runs.summary import show

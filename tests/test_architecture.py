@@ -44,6 +44,9 @@ ENTRY_POINTS = (
 )  # fmt: skip
 # The lazy imports elsewhere, and why: modules that import torch, or a package that may not be there.
 DOORS = {
+    ("runs.plan", "models.device"): "a plan for a GPU, or a CPU that numpy cannot measure, asks torch",
+    ("runs.plan", "models.load"): "as models.device",
+    ("runs.plan", "models.quant.kernels"): "as models.device",
     ("report.finetune", "models.device"): "a plan asks the device; tables of stored runs do not",
     ("report.finetune", "models.load"): "as models.device",
     ("models.attend", "models.triton_decode"): "Triton is there only with CUDA",

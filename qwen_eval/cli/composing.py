@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from qwen_eval.cli.arguments import bracket_lists, key_of, model_first, refuse_doubled, refuse_unknown_flags
+from qwen_eval.cli.arguments import MULTIRUN, bracket_lists, key_of, model_first, refuse_doubled, refuse_unknown_flags
 from qwen_eval.cli.mistakes import explain, refuse_unknown_keys
-from qwen_eval.cli.schemas import conf_dir, given_folders, list_keys, register, tasks_named
+from qwen_eval.cli.schemas import conf_dir, given_folders, is_open, list_keys, register, tasks_named
 from qwen_eval.config import EngineSpec, ModelSpec, check_values, not_one_of
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.kinds import kind as engine_kind
@@ -48,11 +49,20 @@ def each_cell(argv: Sequence[str], config_name: str, schema: type, job: Callable
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines and leaving with 1
     import hydra
 
-    old, sys.argv = sys.argv, [sys.argv[0], *arguments]
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
-    finally:
-        sys.argv = old
+    old = sys.argv
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.argv = [old[0], *arguments, *_sweep_folder(arguments, scratch)]
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+        finally:
+            sys.argv = old
+
+
+def _sweep_folder(arguments: Sequence[str], scratch: str) -> list[str]:
+    """Hydra keeps a file of each grid, which nobody needs; only another launcher (`hydra/launcher=`) keeps its logs
+    beside it."""
+    is_grid = bool(set(MULTIRUN) & set(arguments))
+    return [] if not is_grid or is_open(arguments) else [f"hydra.sweep.dir='{scratch}'"]
 
 
 def ready(argv: Sequence[str], config_name: str, schema: type) -> list[str]:

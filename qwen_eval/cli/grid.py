@@ -39,4 +39,10 @@ def _swept() -> list[str]:
     given = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(given)
     keys = {item.get_key_element() for item in parsed if item.is_sweep_override()}
-    return [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] in keys]
+    cell = [item.partition("=") for item in HydraConfig.get().overrides.task]
+    return [f"{key}={_unquoted(value)}" for key, _, value in cell if key in keys]
+
+
+def _unquoted(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if is_quoted else value

@@ -12,6 +12,7 @@ from qwen_eval.config import nearest, not_one_of
 from qwen_eval.core import ConfigError
 from qwen_eval.tasks.registry import TASKS
 
+AMBIGUOUS = re.compile(r"Ambiguous value for argument '([^=]+=.*?)'\s")
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 
 
@@ -63,8 +64,15 @@ def explain(error: Exception, schema: type) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}"
     if isinstance(error, HydraException):
-        return str(error)
+        several = AMBIGUOUS.match(str(error))
+        return _several(several[1]) if several else str(error)
     raise error
+
+
+def _several(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    quoted = f"\"{key}='{value}'\""
+    return f"{argument}: several values; add -m to run each of them. One value with a comma is written {quoted}"
 
 
 def _unknown_option(missing: str, options: Iterable[str]) -> str:

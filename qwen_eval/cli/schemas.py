@@ -18,7 +18,7 @@ from qwen_eval.tasks.registry import TASKS, task_class
 PACKAGE = Path(__file__).parents[1]
 DEFAULT_TASK = "mmlu"  # of the commands that have one
 SCHEMA = re.compile(r"\b(\w+)_schema\b")
-FROM_FILES = ("experiment=", "config-dir", "-cd", "searchpath", "config-name", "-cn", "config-path", "-cp")
+OPEN = ("hydra", "experiment=", "config-dir", "-cd", "searchpath", "config-name", "-cn", "config-path", "-cp")
 
 
 def conf_dir() -> Path:
@@ -57,10 +57,15 @@ def register(config_name: str, schema: type, folders: Sequence[Path], tasks: Ite
 def tasks_named(argv: Sequence[str]) -> list[str]:
     """The tasks that these arguments may need, so that no other task's module is imported: those whose name stands in
     them, the default, and the tasks whose schema their yaml builds on. All of them where a file may name any."""
-    if any(word in argument for argument in argv for word in FROM_FILES):
+    if is_open(argv):
         return list(TASKS)
     words = {word for argument in argv for word in re.split(r"\W+", argument)}
     return [name for name in TASKS if name in _with_parents({DEFAULT_TASK, *words})]
+
+
+def is_open(argv: Sequence[str]) -> bool:
+    """Whether a file of the user or a setting of Hydra itself may say more than the arguments do."""
+    return any(word in argument for argument in argv for word in OPEN)
 
 
 def _with_parents(names: Iterable[str]) -> set[str]:

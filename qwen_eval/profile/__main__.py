@@ -67,8 +67,9 @@ def plan(spec: ProfileSpec) -> str:
     """The tables of the plan, for this device or the one that `on` names."""
     import torch
 
-    from qwen_eval.models.device import DTYPES, known, probe
+    from qwen_eval.models.device import DTYPES, probe
     from qwen_eval.models.load import choose_device, choose_dtype
+    from qwen_eval.models.machine import known
     from qwen_eval.models.quant.formats import quant_format
     from qwen_eval.models.quant.kernels import has_packed
     from qwen_eval.profile.cells import quant_of, shape_fields

@@ -39,6 +39,8 @@ def preview(spec: PreviewSpec) -> None:
     """Print the samples of one cell; neither weights are loaded nor a run directory is made."""
     if spec.samples < 1:
         raise ConfigError(f"samples={spec.samples}: must be at least 1")
+    if spec.plan:
+        raise ConfigError("plan=true: a key of python -m qwen_eval; a preview shows prompts")
     check(spec)
     from qwen_eval.runs.preview import preview_text
 
