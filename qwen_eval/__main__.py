@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.config import EvalSpec, check
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.cache import EngineCache
@@ -50,13 +51,14 @@ def run_cell(spec: EvalSpec, engine_cache: EngineCache) -> None:
         from qwen_eval.runs.plan import plan_tables
         from qwen_eval.tables import print_tables
 
-        print_tables(plan_tables(spec))
+        with stage(f"reading the rows of {spec.task.name}"):
+            tables = plan_tables(spec)
+        print_tables(tables)
         return
     from qwen_eval.runs.evaluate import evaluate
-    from qwen_eval.runs.progress import Progress
     from qwen_eval.runs.summary import show
 
-    show(spec, evaluate(spec, engine_cache.open, progress=Progress(is_quiet=spec.quiet)))
+    show(spec, evaluate(spec, engine_cache.open))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "qwen_eval"
 # Room -> the rooms that it may import. A new room is added here, above everything that it imports.
 ALLOWED: dict[str, str] = {
     "core": "",
+    "activity": "",
     "config": "core",
     "terminal": "core",
     "extraction": "core",
@@ -28,15 +29,15 @@ ALLOWED: dict[str, str] = {
     "metrics": "core",
     "tables": "core terminal",
     "corpus": "core metrics",
-    "data": "core config",
-    "models": "core config",
-    "engines": "core config terminal models",
+    "data": "core activity config",
+    "models": "core activity config",
+    "engines": "core activity config terminal models",
     "tasks": "core config extraction figures sandbox metrics corpus data",
-    "quantize": "core config models",
-    "runs": "core config terminal tables metrics data models engines tasks",
-    "profile": "core config terminal tables models engines runs",
-    "report": "core config terminal tables figures metrics corpus data models tasks runs profile",
-    "ship": "core config terminal tables models engines tasks runs report",
+    "quantize": "core activity config models",
+    "runs": "core activity config terminal tables metrics data models engines tasks",
+    "profile": "core activity config terminal tables models engines runs",
+    "report": "core activity config terminal tables figures metrics corpus data models tasks runs profile",
+    "ship": "core activity config terminal tables models engines tasks runs report",
 }
 ENTRY_POINTS = (
     "qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config", "profile.tokens",

@@ -16,7 +16,6 @@ from qwen_eval.core import ConfigError, DataError, Record, Request, Score, Token
 from qwen_eval.engines.fake import ByteTokenizer, FakeEngine
 from qwen_eval.models.tokenizer import QwenTokenizer
 from qwen_eval.runs.evaluate import ask
-from qwen_eval.runs.progress import Progress
 from qwen_eval.tasks.long_ppl import LongPpl
 from qwen_eval.tasks.long_ppl import LongPplSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
@@ -56,7 +55,7 @@ def task_of(
 def records_of(task: LongPpl) -> list[Record]:
     engine, records = FakeEngine(scored), []
     engine.tokenizer = TOKENIZER  # type: ignore[assignment]
-    ask(engine, task, task.samples(), records.append, Progress(is_quiet=True))
+    ask(engine, task, task.samples(), records.append)
     return records
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from qwen_eval.cli.arguments import refuse_doubled
+from qwen_eval.activity import stage
+from qwen_eval.cli.arguments import is_true, refuse_doubled
 from qwen_eval.cli.composing import each_cell, settings
 from qwen_eval.cli.grid import cell_name
+from qwen_eval.cli.libraries import kept_still
 from qwen_eval.cli.mistakes import explain
 from qwen_eval.cli.schemas import groups_text
 from qwen_eval.core import QwenEvalError
+from qwen_eval.runs.progress import shown
 from qwen_eval.terminal import plain_text
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130
@@ -70,20 +74,27 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
     if asked_of_itself(argv, usage, groups=True):
         return DONE
     failures: list[str] = []
-    try:
-        each_cell(argv, config_name, schema, lambda config: _cell(config, job, schema, failures))
-    except (QwenEvalError, BrokenPipeError):
-        raise
-    except Exception as error:
-        failures.append(tell(explain(error, schema)))
+    is_quiet = is_true(argv, "quiet")
+    with kept_still(is_quiet=is_quiet), shown(is_quiet=is_quiet), ExitStack() as checking:
+        checking.enter_context(stage("checking the configuration", is_brief=True))
+        try:
+            each_cell(argv, config_name, schema, lambda config: _cell(config, job, schema, failures, checking))
+        except (QwenEvalError, BrokenPipeError):
+            raise
+        except Exception as error:
+            checking.close()
+            failures.append(tell(explain(error, schema)))
     return MISTAKE if failures else DONE
 
 
-def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
+def _cell(config: Any, job: Job, schema: type, failures: list[str], checking: ExitStack) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     try:
         refuse_doubled(sys.argv[1:])
-        job(settings(config, schema, HydraConfig.get()))
+        spec = settings(config, schema, HydraConfig.get())
+        checking.close()
+        job(spec)
     except QwenEvalError as error:
+        checking.close()
         failures.append(tell(f"{cell_name()}{error}"))

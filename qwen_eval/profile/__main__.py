@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.profile.config import ProfileSpec, check
 from qwen_eval.profile.finetune import FinetuneSpec
 
@@ -39,15 +40,19 @@ def profile(spec: ProfileSpec) -> None:
     spec.tag = cli.cell_tag(spec.tag)
     check(spec)
     if spec.plan:
-        sys.stdout.write(plan(spec))
+        with stage(f"planning for {spec.on or 'this device'}"):
+            text = plan(spec)
+        sys.stdout.write(text)
         return
-    from qwen_eval.profile.grid import run_grid
-    from qwen_eval.report.profile import run_tables, write_plots, write_tables
-    from qwen_eval.tables import print_tables
+    with stage(f"preparing to measure {spec.model.name}"):
+        from qwen_eval.profile.grid import run_grid
+        from qwen_eval.report.profile import run_tables, write_plots, write_tables
+        from qwen_eval.tables import print_tables
 
     path = run_grid(spec, shown=partial(write_tables, published=spec.published))
     print_tables(run_tables(path, published=spec.published))
-    plots = [plot.name for plot in write_plots(path)]
+    with stage("drawing the figures"):
+        plots = [plot.name for plot in write_plots(path)]
     print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")
 
 

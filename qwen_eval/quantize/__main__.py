@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.quantize.config import QuantizeSpec, check
 
 USAGE = """
@@ -29,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quantize(spec: QuantizeSpec) -> None:
     """Quantize one checkpoint; torch is imported once the keys are valid."""
     check(spec)
-    from qwen_eval.quantize import command
-
+    with stage(f"preparing to quantize {spec.model.name}"):
+        from qwen_eval.quantize import command
     command.quantize(spec)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.config import not_one_of
 from qwen_eval.core import ConfigError, StoreError
 from qwen_eval.report.config import FORMATS, LAYOUTS, ReportSpec
@@ -74,7 +75,8 @@ def run_report(spec: ReportSpec) -> int:
     forms = _forms(check(spec))
     if spec.accept:
         return _accept(spec)
-    report = build(spec)
+    with stage("reading the runs"):
+        report = build(spec)
     for path, form in forms:
         if path is None and form == "terminal":
             print_tables(report.tables)
@@ -83,7 +85,8 @@ def run_report(spec: ReportSpec) -> int:
         elif form in FIGURES:
             _write(path, _figure(spec, form))
         else:
-            _write(path, _text(spec, report, form).encode("utf-8", "replace"))
+            with stage(f"writing {path}"):
+                _write(path, _text(spec, report, form).encode("utf-8", "replace"))
     if spec.gate and all(path is not None for path, _ in forms):
         print_tables(report.tables)
     return report.exit_code

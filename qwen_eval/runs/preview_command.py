@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.config import EvalSpec, check
 from qwen_eval.core import ConfigError
 
@@ -44,4 +45,6 @@ def preview(spec: PreviewSpec) -> None:
     check(spec)
     from qwen_eval.runs.preview import preview_text
 
-    print(preview_text(spec, num_samples=spec.samples, reply=spec.reply))
+    with stage(f"reading the rows of {spec.task.name}"):
+        text = preview_text(spec, num_samples=spec.samples, reply=spec.reply)
+    print(text)

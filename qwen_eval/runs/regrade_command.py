@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.runs.regrade import RegradeSpec, check, regrade, regraded_table
 from qwen_eval.tables import print_tables
 from qwen_eval.terminal import plain_text
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def grade_again(spec: RegradeSpec) -> None:
-    outcome = regrade(check(spec))
+    with stage("grading the stored answers again"):
+        outcome = regrade(check(spec))
     print_tables([regraded_table(outcome)])
     print(plain_text(f"{outcome.num_changed} of {outcome.n} grades changed; {outcome.path}"))
