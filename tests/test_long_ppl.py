@@ -278,7 +278,7 @@ def test_texts_come_from_jsonl_and_parquet_under_a_key(tmp_path: Path) -> None:
     assert task.streams[0].text == task.streams[2].text == text(20)
     one_file = LongPpl(Spec(path=str(tmp_path / "b.parquet"), lengths=[8], text_key="body"), task.context)
     assert len(one_file.streams) == 2
-    with pytest.raises(DataError, match=r"a\.jsonl row 0: no text under 'text'; it has body; pass task\.text_key="):
+    with pytest.raises(DataError, match=r"a\.jsonl row 1: no text under 'text'; it has body; pass task\.text_key="):
         task_of(tmp_path, [], lengths=[8]).samples()
 
 

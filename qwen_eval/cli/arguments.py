@@ -26,7 +26,7 @@ MULTIRUN = ("-m", "--multirun")
 # Hydra's own flags, and the number of words that follow each
 FLAGS = {
     "--help": 0, "-h": 0, "--hydra-help": 0, "--version": 0, "--cfg": 1, "-c": 1, "--resolve": 0, "--package": 1,
-    "-p": 1, "--run": 0, "-r": 0, "--multirun": 0, "-m": 0, "--shell-completion": 0, "-sc": 0, "--config-path": 1,
+    "-p": 1, "--run": 0, "-r": 0, "--multirun": 0, "-m": 0, "--config-path": 1,
     "-cp": 1, "--config-name": 1, "-cn": 1, "--config-dir": 1, "-cd": 1, "--experimental-rerun": 1, "--info": 0,
     "-i": 0,
 }  # fmt: skip

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from qwen_eval.activity import stage
+from qwen_eval.cli import completion
 from qwen_eval.cli.arguments import is_true, refuse_doubled
 from qwen_eval.cli.composing import each_cell, settings
 from qwen_eval.cli.grid import cell_name
@@ -72,6 +73,9 @@ def tell(line: str) -> str:
 
 def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: str) -> int:
     if asked_of_itself(argv, usage, groups=True):
+        return DONE
+    if completion.is_asked(argv):
+        print(completion.text(argv))
         return DONE
     failures: list[str] = []
     is_quiet = is_true(argv, "quiet")
