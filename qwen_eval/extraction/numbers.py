@@ -66,7 +66,8 @@ TRAILING_CLAUSE = re.compile(
     r"\s(?:after|before|when|if|because|since|while|once|given|considering|assuming|even though)\s.*$", re.IGNORECASE
 )
 ADVERBIAL = re.compile(  # "in 2 weeks", "for the 16 glasses": said of the answer, not the answer; "for $18" may be one
-    r"\b(?:in|after|for|from|across|over|within|on|at|during|every|each|per|among|between|out of|(?<!left )(?<!up )with)"
+    r"\b(?:in|after|for|from|across|over|within|on|at|during|every|each|per|among|between|out of"
+    r"|(?<!left )(?<!up )with)"
     r"(?:\s(?:the|all|of|these|those|his|her|their|its|each|only|original|first|next|last|about|day|page))*\s$"
     r"|\d (?:\w+ ){0,2}of (?:(?:the|these|those|his|her|their|its|all) )*$"  # 18 of the 20 students, 18 boxes of 12
     r"|\d[^.]*(?<!need)(?<!needs)(?<!have)(?<!has)(?<!had)(?<!able)(?<!going)(?<!comes)(?<!adds up)(?<!equal)"
@@ -149,11 +150,11 @@ def _with_tail(value: Fraction, text: str, end: int) -> tuple[Fraction, int]:
 def concluded_number(reply: str) -> Fraction | None:
     """The number a solution ends on, None when it has none.
 
-    In this order: the last `\\boxed{}`, the last `####`, what follows the last "the answer is", a number that stands alone
-    before an explanation, the last bold number of the last line, the number that the last sentence with one is about.
-    Numbers in words count where a statement, or the whole text, has no other. Reasoning before `</think>` and whatever comes
-    after the beginning of a next question are not looked at; what a reply takes back ("that is wrong: ...") counts only
-    when nothing follows.
+    In this order: the last `\\boxed{}`, the last `####`, what follows the last "the answer is", a number that stands
+    alone before an explanation, the last bold number of the last line, the number that the last sentence with one is
+    about. Numbers in words count where a statement, or the whole text, has no other. Reasoning before `</think>` and
+    whatever comes after the beginning of a next question are not looked at; what a reply takes back ("that is wrong:
+    ...") counts only when nothing follows.
     """
     text = before_next_item(plain_text(answer_part(reply)))
     correction = behind_retraction(text)
@@ -172,7 +173,14 @@ def _concluded(text: str) -> Fraction | None:
         return next((value for _, value in numbers_in(opening[1])), None)
     bold = [value for statement in _bold_in_last_line(text) if (value := _stated(statement)) is not None]
     value = bold[-1] if bold else _in_last_sentence(_without_denials(text))
-    return named_number(text) if value is None else value
+    return _named_at_the_end(text) if value is None else value
+
+
+def _named_at_the_end(text: str) -> Fraction | None:
+    """A number in words in the last sentence; "one" is a pronoun too."""
+    last = next((sentence for sentence in reversed(_sentences(text)) if sentence.strip()), "")
+    value = named_number(last[-STATEMENT_CHARACTERS:])
+    return None if value == 1 else value
 
 
 def _boxed(text: str) -> list[str]:
