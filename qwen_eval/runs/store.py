@@ -57,6 +57,7 @@ MAX_JSON_BYTES = 32 << 20  # of spec.json and result.json
 MAX_LINE_BYTES = 32 << 20  # of one record
 DIGITS = 6
 HIDDEN = "hidden"  # a directory: final hidden states of scored texts, with keep_hidden=true
+PLACES = ("origin", "benchmark.origin")  # where the rows were read: their digest is what counts
 SPEC, RECORDS, RESULT, LOCK = "spec.json", "records.jsonl", "result.json", ".lock"
 
 
@@ -230,12 +231,11 @@ class RunDirectory:
 
 
 def differences(old: JSON, new: JSON, prefix: str = "") -> list[str]:
-    """`["model.dtype: bf16 → fp16"]`: the leaves of two JSON trees that differ."""
+    """`["model.dtype: bf16 → fp16"]`: the leaves of two JSON trees that differ, but for the place of the rows."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [
-            change for key in keys for change in differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
-        ]
+        keys = {key: f"{prefix}.{key}".lstrip(".") for key in (*old, *new)}
+        kept = [(key, path) for key, path in keys.items() if path not in PLACES]
+        return [change for key, path in kept for change in differences(old.get(key), new.get(key), path)]
     return [] if old == new else [f"{prefix}: {_short(old)} → {_short(new)}"]
 
 

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import open_source
 from qwen_eval.extraction.numbers import UPSTREAM_GOLD, concluded_number, written
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, cut, flags
 from qwen_eval.metrics import share
 from qwen_eval.sandbox import Mode

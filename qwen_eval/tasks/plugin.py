@@ -28,7 +28,8 @@ from qwen_eval.core import (
     Tokenizer,
     Turn,
 )
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import mean, share
 from qwen_eval.tasks.function_calls import parse_react, read_call, schema, tools_of

@@ -30,8 +30,11 @@ from qwen_eval.core import (
     Sample,
     Turn,
 )
+from qwen_eval.data.catalogue import way_to_get
 from qwen_eval.data.files import Folder
-from qwen_eval.data.sources import Source, is_hub_reachable, open_source
+from qwen_eval.data.hub import is_hub_reachable
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import open_source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, cut, flags
 from qwen_eval.tasks.generation import GenerativeTask
 
@@ -46,7 +49,7 @@ TOKENIZERS = {
 QUERY = "{source} phrase: {text}\n{target} phrase:"
 CHAT_QUERY = "Translate this text from {source} to {target}. Reply with the translation alone.\n\n{text}"
 HARNESS_SEED = 42  # of the harness's draws of shots
-HOW = "pass task.path=<folder of generaltest2022.zh-en.src.zh, generaltest2022.zh-en.ref.A.en ...>"
+HOW = way_to_get("wmt22")
 
 
 @dataclass(kw_only=True)
