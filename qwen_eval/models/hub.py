@@ -26,12 +26,12 @@ def checkpoint_dir(spec: ModelSpec) -> Path:
     `path` wins over `asset`, `asset` over the hub. Random weights of a hub model need no file of it: their shape is
     `arch`, and the directory is that of qwen-tiny, for its vocabulary.
     """
-    return _own_dir(spec) or _fetched(spec, _repository(spec, wanted_files))
+    return _own_dir(spec) or _fetched(spec, repository_of(spec))
 
 
 def texts_dir(spec: ModelSpec) -> Path:
     """As `checkpoint_dir`, but no weights are fetched: config.json and the tokenizer's files are there."""
-    return _own_dir(spec) or _fetched(spec, _repository(spec, lambda names: list(TEXTS)))
+    return _own_dir(spec) or _fetched(spec, repository_of(spec, lambda names: list(TEXTS)))
 
 
 def local_checkpoint_dir(spec: ModelSpec) -> Path:
@@ -39,7 +39,7 @@ def local_checkpoint_dir(spec: ModelSpec) -> Path:
     own = _own_dir(spec)
     if own is not None:
         return own
-    repository = _repository(spec, wanted_files)
+    repository = repository_of(spec)
     found = cached(repository)
     if found is None:
         raise ModelError(
@@ -103,14 +103,15 @@ def _sha256(file: Path) -> str:
         raise ModelError(f"{file}: cannot be read ({error.strerror}); install the package again") from error
 
 
-def _repository(spec: ModelSpec, wanted: Callable[[Sequence[str]], list[str]]) -> Repository:
+def repository_of(spec: ModelSpec, wanted: Callable[[Sequence[str]], list[str]] | None = None) -> Repository:
+    """The repository of a model on its hub, and which of its files are wanted: as a rule all that an engine reads."""
     if spec.hub not in HUBS:
         raise ConfigError(f"model.hub={spec.hub}: not a hub; one of {', '.join(HUBS)}")
     model_id = (spec.modelscope_id or spec.hub_id) if spec.hub == "modelscope" else spec.hub_id
     if model_id is None:
         key = "model.modelscope_id" if spec.hub == "modelscope" else "model.hub_id"
         raise ModelError(f"model {spec.name}: neither model.path, model.asset nor {key} is given")
-    return Repository(id=model_id, hub=spec.hub, revision=spec.revision, wanted=wanted)
+    return Repository(id=model_id, hub=spec.hub, revision=spec.revision, wanted=wanted or wanted_files)
 
 
 def _wanted(spec: ModelSpec, model_id: str) -> str:

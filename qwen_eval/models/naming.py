@@ -36,9 +36,7 @@ def settle(model: ModelSpec, given: frozenset[str]) -> ModelSpec:
         try:
             return settle(hub_model, given | {"model.hub_id"})
         except ModelError as error:
-            raise ModelError(
-                f"model.path={model.path}: no such directory is here; as a hub id, {error}"
-            ) from error
+            raise ModelError(f"model.path={model.path}: no such directory is here; as a hub id, {error}") from error
     has_place = model.path is not None or "model.hub_id" in given or ("model" not in given and model.hub_id is not None)
     if not has_place:
         return model
