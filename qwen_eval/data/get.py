@@ -16,7 +16,7 @@ DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fetched:
+class FetchedFiles:
     """The wanted files of a folder: name -> bytes and sha256."""
 
     repository: Repository
@@ -48,7 +48,7 @@ class Fetched:
         return "\n".join(f"  {line}" for line in lines)
 
 
-def get(repository: Repository) -> Fetched:
+def get(repository: Repository) -> FetchedFiles:
     """Fetch what is missing and check all of it; DataError in one line where that fails."""
     try:
         folder = fetch(repository)
@@ -59,7 +59,7 @@ def get(repository: Repository) -> Fetched:
     except HubError as error:
         revision = f" revision={repository.revision}" if repository.revision else ""
         raise DataError(f"{repository.id}{revision}: {error}") from error
-    return Fetched(repository=repository, folder=folder, files=files)
+    return FetchedFiles(repository=repository, folder=folder, files=files)
 
 
 def _stated(file: Path) -> str | None:
