@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from qwen_eval import cli
+from qwen_eval.cli.command import INTERRUPTED, MISTAKE, tell
 from qwen_eval.config import HUBS, ModelSpec, not_one_of
 from qwen_eval.core import ConfigError, QwenEvalError
 from qwen_eval.data.catalogue import CARDS, UNKNOWN
-from qwen_eval.terminal import plain_text
 
 USAGE = """
 python -m qwen_eval.data get TASK ... [model=NAME] [hub=modelscope] [revision=REVISION]
@@ -43,26 +43,18 @@ class DataSpec:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code (0 done, 2 a mistake of the user or a failing hub, 130 after Ctrl-C, 141 a closed pipe)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return cli.quiet_pipe(lambda: _run(argv))
+    return cli.guarded(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE.strip())
+    if cli.asked_of_itself(argv or ["--help"], USAGE):
         return 0
-    if "--version" in argv:
-        print(f"qwen_eval {sys.modules['qwen_eval'].__version__}")
-        return 0
+    spec = data_spec(argv)
     try:
-        spec = data_spec(argv)
-        failures = _get(spec) if spec.what == "get" else _list(spec)
-    except QwenEvalError as error:
-        failures = [error]
-        _tell(error)
+        return _get(spec) if spec.what == "get" else _list(spec)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes the download", file=sys.stderr)
-        return 130
-    return 2 if failures else 0
+        return INTERRUPTED
 
 
 def data_spec(argv: Sequence[str]) -> DataSpec:
@@ -88,14 +80,10 @@ def data_spec(argv: Sequence[str]) -> DataSpec:
     return DataSpec(what=what, names=names, models=models, **keys)
 
 
-def _tell(error: QwenEvalError) -> None:
-    print(plain_text(" ".join(str(error).split())), file=sys.stderr, flush=True)
-
-
 # --- get -------------------------------------------------------------------------------------------------------------
 
 
-def _get(spec: DataSpec) -> list[QwenEvalError]:
+def _get(spec: DataSpec) -> int:
     """Fetch one after another; what fails is said, and does not keep the others from being fetched."""
     from qwen_eval.tasks.registry import TASKS
 
@@ -103,14 +91,14 @@ def _get(spec: DataSpec) -> list[QwenEvalError]:
         if name not in TASKS:
             raise not_one_of("data get", name, sorted(TASKS))
     models = [(name, _model(name, spec)) for name in spec.models]
-    failures = []
+    code = 0
     for name, fetch in [(n, _task) for n in spec.names] + [(n, _checkpoint(model)) for n, model in models]:
         try:
             fetch(name, spec)
         except QwenEvalError as error:
-            failures.append(error)
-            _tell(error)
-    return failures
+            tell(str(error))
+            code = MISTAKE
+    return code
 
 
 def _task(name: str, spec: DataSpec) -> None:
@@ -200,7 +188,7 @@ def _fetch(name: str, repository: Any, licence: str = "") -> None:
 # --- list ------------------------------------------------------------------------------------------------------------
 
 
-def _list(spec: DataSpec) -> list[QwenEvalError]:
+def _list(spec: DataSpec) -> int:
     """What is fetched for each benchmark, and whether it is here."""
     from qwen_eval.tables import Table, print_tables, text_cell
     from qwen_eval.tasks.registry import TASKS
@@ -213,7 +201,7 @@ def _list(spec: DataSpec) -> list[QwenEvalError]:
             rows.append(tuple(text_cell(cell) for cell in cells))
     columns = ("task", "licence", "from", "size", "here")
     print_tables([Table(name="data", title="data", columns=columns, rows=tuple(rows), notes=())])
-    return []
+    return 0
 
 
 def _place(card: Any) -> str:

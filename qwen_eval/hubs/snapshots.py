@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qwen_eval.activity import stage
 from qwen_eval.hubs import modelscope
 from qwen_eval.hubs.repository import (
     TIMEOUT_S,
@@ -37,7 +38,8 @@ def fetch(repository: Repository) -> Path:
     if error is not None and time.monotonic() - since < FORGET_S:
         return _cached_or(repository, error)
     try:
-        return modelscope.fetch(repository) if repository.hub == "modelscope" else _from_huggingface(repository)
+        with stage(f"fetching {repository.id}"):
+            return modelscope.fetch(repository) if repository.hub == "modelscope" else _from_huggingface(repository)
     except HubError as error:
         if not error.is_passing:
             raise
