@@ -25,7 +25,9 @@ Any checkpoint of a hub:  python -m qwen_eval.data get model=Qwen/Qwen3-0.6B
 What is here already:     python -m qwen_eval.data list
 
 What is fetched lies in the cache of the hub's client, where runs find it. A broken download is resumed by the same
-command. Layouts and licences: docs/data.md. Exit codes: 0 done, 2 a mistake or a hub that fails, 130 after Ctrl-C.
+command. Layouts and licences: docs/data.md.
+
+Exit code: 0 done, 2 a mistake or a hub that fails, 130 after Ctrl-C.
 """
 COMMANDS = ("get", "list")
 KEYS = ("model", "hub", "revision")

@@ -225,5 +225,5 @@ def way_to_get(task: str) -> str:
     card = CARDS.get(task)
     if card is None:
         return "pass task.path="
-    fetch = f"`python -m qwen_eval.data get {task}` fetches them, " if card.files or card is _WMT22 else ""
+    fetch = f"`python -m qwen_eval.data get {task}` fetches the rows, " if card.files or card is _WMT22 else ""
     return f"{fetch}docs/data.md shows what task.path= takes"
