@@ -215,6 +215,7 @@ def serving() -> Iterator[ScriptedHub]:
 def use(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let both clients ask the hub at `url` and keep their files in `home`; forget what was known of other hubs."""
     from huggingface_hub import constants
+    from modelscope_hub import _download
 
     from qwen_eval.hubs import snapshots
 
@@ -226,5 +227,6 @@ def use(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELSCOPE_CACHE", str(home / "ms"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     # its client reads the environment once, when it is imported
+    monkeypatch.setattr(_download, "DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0.0)  # it would wait for seconds
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hf" / "hub"))
     snapshots.forget()
