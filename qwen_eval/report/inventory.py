@@ -29,8 +29,11 @@ def tasks(folders: Sequence[Path], word: str) -> Table:
         for name in sorted(TASKS) if word in name
     ]  # fmt: skip
     columns = ("task", "what", "rows", "licence", "settings", "published numbers")
-    note = "rows: without task.path= they come from the hub, else from the sample bundled with the package."
-    return _table("tasks", columns, rows, note, "docs/data.md shows the layout of each; python -m qwen_eval.data get")
+    notes = (
+        "rows: without task.path= they come from the hub, else from the sample bundled with the package.",
+        "docs/data.md shows the layout of each; python -m qwen_eval.data get NAME fetches its rows.",
+    )
+    return _table("tasks", columns, rows, *notes)
 
 
 def models(folders: Sequence[Path], word: str) -> Table:
