@@ -97,6 +97,8 @@ class EngineSpec:
     tensor_parallel: int = 1  # vllm engine: GPUs that share each layer
     pipeline_parallel: int = 1  # vllm engine: groups of layers, each on its own GPUs
     executor: str = "auto"  # vllm engine: who starts its processes, auto | mp | ray | uni
+    workers: int = 1  # engines of one run, each in a process of its own on its own GPUs; needs the package ray
+    ray: str = "auto"  # where they run: auto is this machine, HOST:PORT the Ray cluster there
     fake_reply: str = ""  # fake engine: what it says to everything; "" is a hash of the prompt
     fake_delay_s: float = 0.0  # fake engine: seconds it takes for one request
 
@@ -175,6 +177,7 @@ AT_LEAST: dict[str, int] = {
     "engine.concurrency": 1,
     "engine.retries": 0,
     "engine.retry_share": 0,
+    "engine.workers": 1,
     "engine.tensor_parallel": 1,
     "engine.pipeline_parallel": 1,
 }
