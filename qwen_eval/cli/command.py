@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from qwen_eval.activity import stage
@@ -79,26 +79,46 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
         return DONE
     failures: list[str] = []
     is_quiet = is_true(argv, "quiet")
-    with kept_still(is_quiet=is_quiet), shown(is_quiet=is_quiet), ExitStack() as checking:
-        checking.enter_context(stage("checking the configuration", is_brief=True))
+    with kept_still(is_quiet=is_quiet), shown(is_quiet=is_quiet), _checking_shown():
         try:
-            each_cell(argv, config_name, schema, lambda config: _cell(config, job, schema, failures, checking))
+            each_cell(argv, config_name, schema, lambda config: _cell(config, job, schema, failures))
         except (QwenEvalError, BrokenPipeError):
             raise
         except Exception as error:
-            checking.close()
+            _end_of_checking()
             failures.append(tell(explain(error, schema)))
     return MISTAKE if failures else DONE
 
 
-def _cell(config: Any, job: Job, schema: type, failures: list[str], checking: ExitStack) -> None:
+# Not in the function that Hydra gets: another launcher (`hydra/launcher=`) carries that to other processes.
+_checking: list[ExitStack] = []
+
+
+@contextmanager
+def _checking_shown() -> Iterator[None]:
+    """Say that the configuration is checked, until it is; a cell of the demonstration is a command within another."""
+    with ExitStack() as checking:
+        checking.enter_context(stage("checking the configuration", is_brief=True))
+        _checking.append(checking)
+        try:
+            yield
+        finally:
+            _checking.remove(checking)
+
+
+def _end_of_checking() -> None:
+    for checking in _checking:
+        checking.close()
+
+
+def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     try:
         refuse_doubled(sys.argv[1:])
         spec = settings(config, schema, HydraConfig.get())
-        checking.close()
+        _end_of_checking()
         job(spec)
     except QwenEvalError as error:
-        checking.close()
+        _end_of_checking()
         failures.append(tell(f"{cell_name()}{error}"))

@@ -208,7 +208,10 @@ def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     yield _gib("peak, GiB", memory.peak_bytes, f"{fits}: {memory.free_bytes / GIB:.2f} GiB free on {device.name}")
     seconds = least_s(asked.work, cost, limits, device, spec)
     if seconds is not None:
-        yield text_cell("time, at least"), text_cell(clock(seconds)), text_cell(_ceiling(device, asked.work))
+        how = _ceiling(device, asked.work)
+        if spec.engine.workers > 1:
+            seconds, how = seconds / spec.engine.workers, f"{spec.engine.workers} workers, {how}"
+        yield text_cell("time, at least"), text_cell(clock(seconds)), text_cell(how)
 
 
 def memory_of(spec: EvalSpec, work: Work, cost: Cost, limits: BatchLimits, device: Device, free: int) -> Memory:
