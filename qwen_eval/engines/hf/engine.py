@@ -39,6 +39,7 @@ from qwen_eval.models.generation_config import sampling_of
 from qwen_eval.models.hub import checkpoint_dir, local_dir
 from qwen_eval.models.lora import refuse_adapter
 from qwen_eval.models.naming import check_shape
+from qwen_eval.models.quant.bnb import allow_fused
 from qwen_eval.models.quant.formats import quant_format
 
 BATCH_SIZE = 8
@@ -134,7 +135,11 @@ class HfEngine:
             logprobs = tuple(logit - logsumexp for logit in logits)
             answers.append(
                 ChoiceLogprobs(
-                    logprobs=logprobs, num_tokens=(1,) * len(choices), logits=tuple(logits), logsumexp=logsumexp
+                    logprobs=logprobs,
+                    num_tokens=(1,) * len(choices),
+                    logits=tuple(logits),
+                    logsumexp=logsumexp,
+                    dtype=str(self._model.dtype).removeprefix("torch."),
                 )
             )
         return answers
@@ -371,9 +376,12 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> Any:
     quantization = _quantization(model.quant)
     if quantization is not None:
         options["quantization_config"] = quantization
-    return AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         where, revision=revision, trust_remote_code=False, device_map=device, **options
     )
+    for layer in loaded.modules():
+        allow_fused(layer, loaded.dtype)
+    return loaded
 
 
 def _quantization(quant: str) -> Any:

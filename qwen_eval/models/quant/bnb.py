@@ -58,7 +58,7 @@ def build_linear(
     if quant == "nf4":
         inner = bnb.nn.Linear4bit(**size, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
         inner.weight = bnb.nn.Params4bit(source, requires_grad=False, compress_statistics=True, quant_type="nf4")
-        _allow_fused(inner, (out_features, in_features), dtype)
+        allow_fused(inner, dtype)
     else:
         inner = bnb.nn.Linear8bitLt(**size, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
         inner.weight = bnb.nn.Int8Params(source, requires_grad=False, has_fp16_weights=False)
@@ -67,14 +67,15 @@ def build_linear(
     return BnbLinear(inner, (out_features, in_features), f"bitsandbytes {bnb.__version__} {_kernel(inner, quant)}")
 
 
-def _allow_fused(inner: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Let the library repack the layer for its fused kernel only where that kernel is right.
+def allow_fused(layer: Any, dtype: torch.dtype) -> None:
+    """Let the library repack a 4-bit layer for its fused kernel only where that kernel is right.
 
     On a CPU with AVX512-BF16 the first forward repacks every NF4 layer and computes in bf16 whatever was asked, with
     bf16 scales; it asserts that the outputs come in blocks of 32. In bf16 it is ten times as fast at one row.
     """
-    if getattr(inner, FUSED, False):
-        setattr(inner, FUSED, dtype == torch.bfloat16 and shape[0] % FUSED_BLOCK == 0 and shape[1] % NF4_BLOCK == 0)
+    if getattr(layer, FUSED, False):
+        fits = layer.out_features % FUSED_BLOCK == 0 and layer.in_features % NF4_BLOCK == 0
+        setattr(layer, FUSED, dtype == torch.bfloat16 and fits)
 
 
 def _kernel(inner: Any, quant: Quant) -> str:
