@@ -234,3 +234,18 @@ def _rows(golden: Path, name: str) -> list[dict[str, object]]:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows
     return rows
+
+
+@pytest.mark.parametrize(
+    ("reply", "options", "letter"),
+    [
+        ("答案是乙。", "甲乙丙丁", "B"),
+        ("乙", "甲乙丙丁", "B"),
+        ("甲不对，故答案为丙", "甲乙丙丁", "C"),
+        ("答案是B。", "是否有无", "B"),  # a letter is a letter, though 是 is an option
+        ("The answer is y.", "xyzw", "B"),
+        ("The answer is A.", "BADC", "A"),  # the letter, not the words of option B
+    ],
+)
+def test_an_option_of_one_character_is_named_by_it_behind_a_cue(reply: str, options: str, letter: str) -> None:
+    assert concluded_letter(reply, tuple(options)) == letter

@@ -238,7 +238,8 @@ def _concluded_anew(text: str, options: Mapping[str, str], letters: str) -> str 
 
 def _concluded(text: str, options: Mapping[str, str], letters: str) -> str | None:
     if len(bare := _bare(text).strip(_BRACKETS)) == 1:
-        return bare.upper() if bare.upper() in letters else _named_option(text, options)
+        same = [letter for letter, words in options.items() if words == bare]
+        return bare.upper() if bare.upper() in letters else same[0] if len(same) == 1 else _named_option(text, options)
     found = _Reply.of(text, options, letters)
     standing = [m for m in found.mentions if not found.is_denied(m)]
     for stage in (_answer, _only_right_one, _opening, _therefore, _correct):
@@ -343,8 +344,8 @@ def _named_option(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _concluded_words(reply: _Reply, words: str) -> Iterator[int]:
-    """Where the text concludes an option by its words: "The answer is Paris"."""
-    pattern = _words_pattern(words)
+    """Where the text concludes an option by its words: "The answer is Paris", "答案是乙"."""
+    pattern = _words_pattern(words, least=1)
     if pattern is None:
         return
     for match in pattern.finditer(reply.text.casefold()):
@@ -388,9 +389,9 @@ def _letter_pattern(letters: str) -> re.Pattern[str]:
     return re.compile(rf"(?P<at>{joined}|{run}|(?<=[(（])[{letters.lower()}](?=[)）]))")
 
 
-def _words_pattern(words: str) -> re.Pattern[str] | None:
-    """Where an option is written out, as a whole word; None for an option that is itself just a letter or nothing."""
-    if len(words) < 2 and not words.isdigit():
+def _words_pattern(words: str, *, least: int = 2) -> re.Pattern[str] | None:
+    """Where an option is written out, as a whole word; None for one of fewer than `least` characters or nothing."""
+    if len(words) < least and not words.isdigit() or not words:
         return None
     folded = re.escape(words.casefold())
     return re.compile(rf"(?<![a-z0-9.]){folded}(?![a-z0-9]|\.\d)" if words[:1].isascii() else folded)
