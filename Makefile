@@ -15,7 +15,7 @@ test: $(STAMP)
 
 # The numerics as other CPUs compute them: AVX2 without bf16 units asked for bf16; then fp32, as a CPU without bf16
 # units computes by default, unless this is one. About two minutes of two cores.
-NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quantised_models model_golden \
+NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quantized_models model_golden \
 	positions_golden generation_golden choice_logits native_engine windows long_ppl long_context engines_contract \
 	non_finite evaluate planted needle))
 
