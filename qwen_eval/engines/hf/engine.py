@@ -28,6 +28,7 @@ from qwen_eval.core import (
     Generate,
     ModelError,
     Prompt,
+    QwenEvalError,
     Rendered,
     Request,
     Score,
@@ -333,10 +334,10 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     with one_line(where):
         loaded = _load(model, where, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    check_vocabulary(loaded, tokenizer, where)
-    size = spec.max_batch_size or BATCH_SIZE
-    chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
-    return HfEngine(loaded, chat, batch_size=size, weights=fingerprint)
+        check_vocabulary(loaded, tokenizer, where)
+        size = spec.max_batch_size or BATCH_SIZE
+        chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
+        return HfEngine(loaded, chat, batch_size=size, weights=fingerprint)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
@@ -410,10 +411,12 @@ def _dtype(name: str, device: str) -> Any:
 
 @contextmanager
 def one_line(where: str) -> Iterator[None]:
-    """The first line of a long message of transformers."""
+    """The first line of whatever a damaged or hostile checkpoint makes transformers raise."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except QwenEvalError:
+        raise
+    except Exception as error:
         raise ModelError(f"{where}: transformers cannot load it: {_line(error)}") from error
 
 
