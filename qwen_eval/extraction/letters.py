@@ -391,7 +391,7 @@ def _letter_pattern(letters: str) -> re.Pattern[str]:
 
 def _words_pattern(words: str, *, least: int = 2) -> re.Pattern[str] | None:
     """Where an option is written out, as a whole word; None for one of fewer than `least` characters or nothing."""
-    if len(words) < least and not words.isdigit() or not words:
+    if (len(words) < least and not words.isdigit()) or not words:
         return None
     folded = re.escape(words.casefold())
     return re.compile(rf"(?<![a-z0-9.]){folded}(?![a-z0-9]|\.\d)" if words[:1].isascii() else folded)
