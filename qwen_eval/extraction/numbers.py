@@ -31,7 +31,7 @@ MAX_STATEMENTS = 50  # of one kind, the last ones: a text that loops over its cu
 CUE = re.compile(
     r"\banswer\b(?:(?!\bnot\b)[^.:=\n]){0,60}?(?:\b(?:is|are|would be|should be|becomes|equals)\b|[:：=→])"
     r"|<answer>|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$"
-    r"|答案\s?(?:应该|应)?(?:是|为|[:：=])[:：]?|^\s?A\s?:|^\s?答\s?[:：]",
+    r"|答案[\s*】]{0,4}(?:应该|应)?(?:是|为|[:：=])[:：]?|^\s?A\s?:|^\s?答\s?[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
 CONCLUDING = re.compile(  # a correction that states a result
