@@ -290,7 +290,7 @@ def test_settings_that_cannot_work_are_refused(keys: dict[str, Any]) -> None:
 def test_a_folder_of_humaneval_is_no_humaneval_plus(tmp_path: Path) -> None:
     rows = [sample.data for sample in HumanEval(Spec(), TaskContext()).samples()]
     (tmp_path / "HumanEval.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match=r"row 0: no plus_input, a row of HumanEval and not of HumanEval\+"):
+    with pytest.raises(DataError, match=r"row 1: no plus_input, a row of HumanEval and not of HumanEval\+"):
         HumanEval(Spec(name="humaneval_plus", path=str(tmp_path)), TaskContext()).samples()
     plus = [sample.data for sample in HumanEval(Spec(name="humaneval_plus", data="bundled"), TaskContext()).samples()]
     (tmp_path / "HumanEvalPlus.jsonl").write_text("\n".join(map(json.dumps, plus)))

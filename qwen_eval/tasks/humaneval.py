@@ -54,17 +54,20 @@ class HumanEval(CodeTask[Spec]):
         order = ("HumanEvalPlus", "HumanEval") if self.is_plus else ("HumanEval", "HumanEvalPlus")
         names = [name + end for name in order for end in (".jsonl.gz", ".jsonl")]
         rows = source.hub_rows(None, self.spec.split) if source.is_hub else source.jsonl(*names, "test.jsonl")
-        for i, row in enumerate(rows):
-            if missing := [column for column in COLUMNS if column not in row]:
-                raise DataError(f"{source.origin} row {i}: no {missing[0]}, not a row of HumanEval")
-            if self.is_plus and not has_plus_inputs(row):
-                raise DataError(
-                    f"{source.origin} row {i}: no plus_input, a row of HumanEval and not of HumanEval+; "
-                    "use task=humaneval, or put HumanEvalPlus.jsonl.gz there"
-                )
-            if not self.is_plus and "test" not in row:
-                raise DataError(f"{source.origin} row {i}: no test, not a row of HumanEval; use task=humaneval_plus")
+        for number, row in enumerate(rows, start=1):
+            self._check(row, f"{source.origin} row {number}")
         return [Sample(id=row["task_id"], data=row) for row in rows]
+
+    def _check(self, row: Mapping[str, Any], where: str) -> None:
+        if missing := [column for column in COLUMNS if column not in row]:
+            raise DataError(f"{where}: no {missing[0]}, not a row of HumanEval")
+        if self.is_plus and not has_plus_inputs(row):
+            raise DataError(
+                f"{where}: no plus_input, a row of HumanEval and not of HumanEval+; "
+                "use task=humaneval, or put HumanEvalPlus.jsonl.gz there"
+            )
+        if not self.is_plus and "test" not in row:
+            raise DataError(f"{where}: no test, not a row of HumanEval; use task=humaneval_plus")
 
     def prompt(self, sample: Sample) -> Prompt:
         return Prompt.user(chat_question(sample)) if self.is_chat else Prompt.raw(sample.data["prompt"])
