@@ -354,7 +354,8 @@ def _rounded(values: NDArray[float32], dtype: str) -> NDArray[float32]:
         return values.astype("float16").astype("float32")
     if dtype == "bfloat16":  # the upper half of an fp32 number
         bits = values.view("uint32")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype("uint32").view("float32")
+        rounded: NDArray[float32] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype("uint32").view("float32")
+        return rounded
     return values
 
 
