@@ -103,7 +103,7 @@ _CORRECT = re.compile(
 _SAID_OF_IT = r"(?:(?:this\s+)?(?:option|statement|one)?\s*(?:is|was)\s+|选?项|说法|是|为)?(?:the\s+)?"
 _LEAD = rf"[\s:：\-–—|.．、,，)）\]】(（\"'“”]*{_SAID_OF_IT}\s*"
 _NO_PAIR = r"\b(?!, ?(?:true|false|right|wrong)\b)"  # "True, False" is an option, no verdict
-_ALONE = r"(?=[\s.,;)]*$)"  # "Yes, because ..." is an option too
+_ALONE = r"(?=[\s.,;!)]*$)"  # "Yes, because ..." is an option too
 _RIGHT = re.compile(
     rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|yes{_ALONE}|正确|符合|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
     re.IGNORECASE,
@@ -351,7 +351,8 @@ def _concluded_words(reply: _Reply, words: str) -> Iterator[int]:
     for match in pattern.finditer(reply.text.casefold()):
         mention = _Mention(match.start(), match.end(), ())
         ends = _ENDS.match(reply.text, match.end())
-        if ends and _concludes(reply.before(mention)) and not _DENIES.search(reply.before(mention)):
+        cue = (ends and _concludes(reply.before(mention))) or _CONCLUDED.match(reply.text, match.end())
+        if cue and not _DENIES.search(reply.before(mention)):
             yield match.start()
 
 

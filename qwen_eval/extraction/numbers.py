@@ -69,20 +69,24 @@ ADVERBIAL = re.compile(  # "in 2 weeks", "for the 16 glasses": said of the answe
     r"\b(?:in|after|for|from|across|over|within|on|at|during|every|each|per|among|between|out of"
     r"|(?<!left )(?<!up )with)"
     r"(?:\s(?:the|all|of|these|those|his|her|their|its|each|only|original|first|next|last|about|day|page))*\s$"
+    r"|\bin (?:an?|the|his|her|their) (?:\w+ )?of $"  # in a class of 27
     r"|\d (?:\w+ ){0,2}of (?:(?:the|these|those|his|her|their|its|all) )*$"  # 18 of the 20 students, 18 boxes of 12
     r"|\d[^.]*(?<!need)(?<!needs)(?<!have)(?<!has)(?<!had)(?<!able)(?<!going)(?<!comes)(?<!adds up)(?<!equal)"
     r"(?<!up) to (?!be\b)[a-z]+ (?:the )?[$€£¥]?$",  # 18 days to finish 36 tasks
     re.IGNORECASE,
 )
 TO_A_NOUN = re.compile(r"-[A-Za-z]")  # 5-year-old
-LATER = re.compile(r"\s?[\u4e00-\u9fff]{1,3}?(?:以?后|之?内|之后|以前)")  # 3小时后
+LATER = re.compile(  # 3小时后, "5 years from now"
+    r"\s?[\u4e00-\u9fff]{1,3}?(?:以?后|之?内|之后|以前)"
+    r"|\s(?:years?|months?|weeks?|days?|hours?|minutes?) (?:from now|later|ago)\b"
+)
 ASIDE = re.compile(r"\s?[(（][^()（）\n]*[)）]")
 COMPARISON = re.compile(
     r",\s(?:which (?:is|was) )?[$€£¥]?\d[\d,.]* (?:\w+ )?(?:more|less|fewer|times|older|younger)\b.*$"
-    r"|,\s(?:twice|half|double|triple)\b.*$|[，,]比.*$",
+    r"|,\s(?:twice|half|double|triple|including)\b.*$|\sby \w+ing\b.*$|[，,]比.*$",
     re.IGNORECASE,
 )
-BREAKDOWN = re.compile(r":(?=(?:\D*\d[\d,.]*(?![\d,.])){2}).*$")  # 18 in total: 9 from Ann, 9 from Bob
+BREAKDOWN = re.compile(r":(?=\s(?:\D*\d[\d,.]*(?![\d,.])){2}).*$")  # 18 in total: 9 from Ann, 9 from Bob
 DATE = re.compile(
     r"\b(?:January|February|March|April|May|June|July|August|September|October|November|December) \d{1,2}"
     r"(?:st|nd|rd|th)?(?:, \d{4})?(?!\d)"
