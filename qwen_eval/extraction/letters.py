@@ -55,7 +55,7 @@ _CHOOSE_EN = (
     r"|settle\s+on)\b"
 )
 _ANSWER_ZH = (
-    r"(?:答案|选项|结论|结果)[^。！？；;\n]{0,30}?(?:应该是|应当是|应为|应是|就是|是|为|选择|选|即|：|:|=)"
+    r"(?:答案|(?<![A-Z])选项|结论|结果)[^。！？；;\n]{0,30}?(?:应该是|应当是|应为|应是|就是|是|为|选择|选|即|：|:|=)"
     r"|答案\s*[】\]）)]?"
 )
 _CHOOSE_ZH = r"(?<![可备挑筛待误])(?<!易错)(?:选择|选定|选出|选)(?!项)(?:的?(?:应该?)?(?:是|为))?"
@@ -103,13 +103,13 @@ _CORRECT = re.compile(
 _SAID_OF_IT = r"(?:(?:this\s+)?(?:option|statement|one)?\s*(?:is|was)\s+|选?项|说法|是|为)?(?:the\s+)?"
 _LEAD = rf"[\s:：\-–—|.．、,，)）\]】(（\"'“”]*{_SAID_OF_IT}\s*"
 _NO_PAIR = r"\b(?!, ?(?:true|false|right|wrong)\b)"  # "True, False" is an option, no verdict
-_ALONE = r"(?=[\s.,;!)]*$)"  # "Yes, because ..." is an option too
+_ALONE = r"(?=[\s.,;!)。，；]*$)"  # "Yes, because ..." is an option too
 _RIGHT = re.compile(
-    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|yes{_ALONE}|正确|符合|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
+    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|(?:yes|是){_ALONE}|正确|符合|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
     re.IGNORECASE,
 )
 _WRONG = re.compile(
-    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|no{_ALONE}|不正确|不符合|不对|错|有误|[✗✘❌✖×])",
+    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|(?:no|否){_ALONE}|不正确|不符合|不对|错|有误|[✗✘❌✖×])",
     re.IGNORECASE,
 )
 _AT_END = re.compile(r"(?:[-–—:：(（\[|]|->|→|=)\s*([^-–—:：(（\[|\n]{1,20})\s*$", re.MULTILINE)
