@@ -9,7 +9,10 @@ import pytest
 
 from qwen_eval.extraction import official_letters as extract
 from qwen_eval.extraction.letters import concluded_letter
+from qwen_eval.extraction.math import concluded_answer
+from qwen_eval.extraction.numbers import concluded_number
 from qwen_eval.extraction.official_letters import official_ceval_letter, official_mmlu_letter
+from qwen_eval.extraction.short_answers import concluded_choice
 
 CITIES = ("Paris", "London", "Berlin", "Madrid")
 ACIDS = ("Ascorbic acid", "Acid", "A and B only", "None of the above")
@@ -249,3 +252,11 @@ def _rows(golden: Path, name: str) -> list[dict[str, object]]:
 )
 def test_an_option_of_one_character_is_named_by_it_behind_a_cue(reply: str, options: str, letter: str) -> None:
     assert concluded_letter(reply, tuple(options)) == letter
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\ufeff", "\u202e", "\u2060"])
+def test_what_nobody_sees_changes_no_reading(mark: str) -> None:
+    assert concluded_letter(f"B{mark}") == concluded_letter(f"The answer is {mark}B") == "B"
+    assert concluded_number(f"#### {mark}18{mark}") == 18
+    assert concluded_answer(f"The answer is {mark}5.") == "5"
+    assert concluded_choice(f"So the answer is {mark}yes{mark}.", "No") == "yes"

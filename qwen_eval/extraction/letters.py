@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from qwen_eval.extraction.symptoms import answer_part, before_next_question
+from qwen_eval.extraction.symptoms import before_next_question, visible_answer
 
 LETTERS = "ABCD"
 
@@ -222,7 +222,7 @@ def concluded_letter(reply: str, choices: Sequence[str] = (), *, letters: str = 
     `choices` are the words of the options, in the letters' order: a reply may name its option by them alone.
     """
     options = {letter: _bare(_unmarked(words)) for letter, words in zip(letters, choices)}
-    text = _plain(before_next_question(answer_part(reply)))
+    text = _plain(before_next_question(visible_answer(reply)))
     return _concluded_anew(text, options, letters) or _concluded(text, options, letters)
 
 

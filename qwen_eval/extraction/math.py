@@ -19,7 +19,7 @@ from qwen_eval.extraction.conclusions import (
     single_spaced,
 )
 from qwen_eval.extraction.math_verifier import verifier
-from qwen_eval.extraction.symptoms import answer_part
+from qwen_eval.extraction.symptoms import visible_answer
 
 MAX_CHARACTERS = 400  # no answer of the benchmark is a tenth of that; parsing time grows with nesting
 STATEMENT_CHARACTERS = 600  # of what stands behind "the answer is"; bounds the reading of a text full of such cues
@@ -64,7 +64,7 @@ def concluded_answer(reply: str) -> str | None:
     Reasoning before `</think>` and a next problem are not looked at. What a reply takes back ("that is wrong: ...")
     does not count once it states another answer.
     """
-    text = before_next_item(single_spaced(answer_part(reply).translate(FULL_WIDTH)))
+    text = before_next_item(single_spaced(visible_answer(reply).translate(FULL_WIDTH)))
     if (correction := behind_retraction(text)) and (answer := _boxed_or_named(correction)):
         return answer
     if answer := _boxed_or_named(text):

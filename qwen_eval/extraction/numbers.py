@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from qwen_eval.extraction.conclusions import before_next_item, behind_retraction, boxes, single_spaced
-from qwen_eval.extraction.symptoms import answer_part
+from qwen_eval.extraction.symptoms import visible_answer
 
 MAX_DIGITS = 300  # a model stuck on one digit must not build a number of a million digits
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "万": 10**4, "亿": 10**8}
@@ -160,7 +160,7 @@ def concluded_number(reply: str) -> Fraction | None:
     whatever comes after the beginning of a next question are not looked at; what a reply takes back ("that is wrong:
     ...") counts only when nothing follows.
     """
-    text = before_next_item(plain_text(answer_part(reply)))
+    text = before_next_item(plain_text(visible_answer(reply)))
     correction = behind_retraction(text)
     value = _concluded(correction) if CONCLUDING.search(correction) else None
     return _concluded(text) if value is None else value
