@@ -348,12 +348,11 @@ def _concluded_words(reply: _Reply, words: str) -> Iterator[int]:
     pattern = _words_pattern(words, least=1)
     if pattern is None:
         return
-    for match in pattern.finditer(reply.text.casefold()):
-        mention = _Mention(match.start(), match.end(), ())
-        ends = _ENDS.match(reply.text, match.end())
-        cue = (ends and _concludes(reply.before(mention))) or _CONCLUDED.match(reply.text, match.end())
+    for mention in _outer([_Mention(*match.span(), ()) for match in pattern.finditer(reply.text.casefold())]):
+        ends = _ENDS.match(reply.text, mention.end)
+        cue = (ends and _concludes(reply.before(mention))) or _CONCLUDED.match(reply.text, mention.end)
         if cue and not _DENIES.search(reply.before(mention)):
-            yield match.start()
+            yield mention.start
 
 
 def _mentions(text: str, options: Mapping[str, str], letters: str) -> Iterator[_Mention]:
