@@ -44,6 +44,21 @@ MALFORMED = {
     "no choice": (b'{"choices": []}', "0 of 1 completions"),
     "a choice of another type": (b'{"choices": ["A"]}', "a choice of type str"),
     "a text of another type": (b'{"choices": [{"text": 3, "finish_reason": "stop"}]}', "a completion without text"),
+    "content of another type": (b'{"choices": [{"message": {"content": {"text": "A"}}}]}', "content of type dict"),
+    "content that is no text": (
+        b'{"choices": [{"message": {"content": [{"type": "image_url"}]}}]}',
+        "a message whose content is no text",
+    ),
+    "a part of another type": (b'{"choices": [{"message": {"content": ["A"]}}]}', "a part of type str"),
+    "a number of many digits": (b'{"choices": [{"text": ' + b"9" * 5_000 + b"}]}", "bytes that are no JSON"),
+    "a call of another type": (
+        b'{"choices": [{"message": {"content": null, "tool_calls": [{"function": {"name": 3}}]}}]}',
+        "are no text",
+    ),
+    "an end that is none": (
+        b'{"choices": [{"text": "", "finish_reason": "insufficient_system_resource"}]}',
+        "a completion that ended with",
+    ),
     "no end": (b'{"choices": [{"text": "A", "finish_reason": null}]}', "a completion that ended with None"),
     "an error with status 200": (
         b'{"error": "out of\\u001b[31m memory"}',
@@ -283,3 +298,28 @@ def test_500_requests_in_flight_with_faults_are_each_answered_once() -> None:
     for index, answer in found.items():
         tops = letters_of(f"q{index}")
         assert answer.logprobs == pytest.approx([tops[choice] for choice in asked[index].choices])
+
+
+@pytest.mark.parametrize(
+    ("message", "end", "text"),
+    [
+        ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "A"}]}, "stop", "A"),
+        ({"content": None, "reasoning_content": "B?"}, "length", ""),
+        (
+            {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "你"}}}]},
+            "tool_calls",
+            '<tool_call>\n{"name": "f", "arguments": {"x": "你"}}\n</tool_call>',
+        ),
+        (
+            {"content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            "function_call",
+            '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        ),
+        ({"content": "A"}, "eos_token", "A"),
+    ],
+)
+def test_messages_are_read_in_the_forms_in_use(message: dict[str, Any], end: str, text: str) -> None:
+    with serving(lambda path, asked: chat(message=message, finish_reason=end)) as server:
+        ((_, answer),) = engine_at(server.url).run([Generate(prompt=Prompt.user("Q"), max_new_tokens=4)])
+    assert isinstance(answer, Completions)
+    assert (answer.text, answer.completions[0].finish_reason) == (text, "length" if end == "length" else "eos")

@@ -28,6 +28,7 @@ from qwen_eval.core import (
     Generate,
     ModelError,
     Prompt,
+    QwenEvalError,
     Rendered,
     Request,
     Sampling,
@@ -41,6 +42,7 @@ from qwen_eval.models.generation_config import sampling_of
 from qwen_eval.models.hub import checkpoint_dir, local_dir
 from qwen_eval.models.lora import refuse_adapter
 from qwen_eval.models.naming import check_shape
+from qwen_eval.models.quant.bnb import allow_fused
 from qwen_eval.models.quant.formats import quant_format
 
 if TYPE_CHECKING:
@@ -144,7 +146,11 @@ class HfEngine:
             logprobs = tuple(logit - logsumexp for logit in logits)
             answers.append(
                 ChoiceLogprobs(
-                    logprobs=logprobs, num_tokens=(1,) * len(choices), logits=tuple(logits), logsumexp=logsumexp
+                    logprobs=logprobs,
+                    num_tokens=(1,) * len(choices),
+                    logits=tuple(logits),
+                    logsumexp=logsumexp,
+                    dtype=str(self._model.dtype).removeprefix("torch."),
                 )
             )
         return answers
@@ -310,10 +316,10 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     with one_line(where):
         loaded = _load(model, where, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    check_vocabulary(loaded, tokenizer, where)
-    size = spec.max_batch_size or BATCH_SIZE
-    chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
-    return HfEngine(loaded, chat, batch_size=size, weights=fingerprint)
+        check_vocabulary(loaded, tokenizer, where)
+        size = spec.max_batch_size or BATCH_SIZE
+        chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
+        return HfEngine(loaded, chat, batch_size=size, weights=fingerprint)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -354,9 +360,12 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> PreTrainedModel
     quantization = _quantization(model.quant)
     if quantization is not None:
         options["quantization_config"] = quantization
-    return AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         where, revision=revision, trust_remote_code=False, device_map=device, **options
     )
+    for layer in loaded.modules():
+        allow_fused(layer, loaded.dtype)
+    return loaded
 
 
 def _quantization(quant: str) -> BitsAndBytesConfig | None:
@@ -385,10 +394,12 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
 
 @contextmanager
 def one_line(where: str) -> Iterator[None]:
-    """The first line of a long message of transformers."""
+    """The first line of whatever a damaged or hostile checkpoint makes transformers raise."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except QwenEvalError:
+        raise
+    except Exception as error:
         raise ModelError(f"{where}: transformers cannot load it: {_line(error)}") from error
 
 

@@ -63,6 +63,8 @@ class NativeEngine:
         self.forward = forward
         self._tokenizer = tokenizer
         self._facts = dict(facts or {})
+        dtype = forward.model.dtype if protocol == "upstream" else torch.float32
+        self._logits_dtype = str(dtype).removeprefix("torch.")
         self.scorer = Scorer(
             forward,
             share=prefix_sharing,
@@ -151,7 +153,7 @@ class NativeEngine:
         for j, scores in self.scorer.run(jobs):
             index, c = owners[j]
             if c < 0:
-                yield index, _letters(scores)
+                yield index, _letters(scores, self._logits_dtype)
                 continue
             parts[index][c] = scores
             if len(parts[index]) == wanted[index]:
@@ -222,8 +224,9 @@ def _keeper(requests: Sequence[Score], jobs: Sequence[Job]) -> Callable[[int, Te
     return keep if stores else None
 
 
-def _letters(scores: Scores) -> ChoiceLogprobs:
+def _letters(scores: Scores, dtype: str) -> ChoiceLogprobs:
     return ChoiceLogprobs(
+        dtype=dtype,
         logprobs=tuple(scores.logprobs.tolist()),
         num_tokens=(1,) * len(scores.logits),
         logits=tuple(scores.logits.tolist()),

@@ -80,7 +80,7 @@ def _nf4(source: Tensor, has_bias: bool) -> Linear4bit:
         quant_type="nf4",
     )
     inner.weight = Params4bit(source, requires_grad=False, compress_statistics=True, quant_type="nf4")
-    _allow_fused(inner, source)
+    allow_fused(inner, source.dtype)
     return inner
 
 
@@ -100,9 +100,9 @@ def _allow_fused(inner: Linear4bit, source: Tensor) -> None:
     On a CPU with AVX512-BF16 the first forward repacks every NF4 layer and computes in bf16 whatever was asked, with
     bf16 scales; it asserts that the outputs come in blocks of 32. In bf16 it is ten times as fast at one row.
     """
-    if getattr(inner, FUSED, False):
-        is_whole = source.shape[0] % FUSED_BLOCK == 0 and source.shape[1] % NF4_BLOCK == 0
-        setattr(inner, FUSED, source.dtype == torch.bfloat16 and is_whole)
+    if getattr(layer, FUSED, False):
+        fits = layer.out_features % FUSED_BLOCK == 0 and layer.in_features % NF4_BLOCK == 0
+        setattr(layer, FUSED, dtype == torch.bfloat16 and fits)
 
 
 def _kernel(inner: Linear4bit | Linear8bitLt, quant: Quant) -> str:
