@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import itertools
 import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +210,38 @@ def test_nothing_is_asked_while_nobody_takes_the_answers() -> None:
         answers.close()
         time.sleep(0.2)
         assert len(server.seen) <= 10
+
+
+def test_a_server_that_is_restarted_is_waited_for() -> None:
+    """Each request in flight meets it, and none of them costs a retry."""
+    with serving(lambda path, asked: completion()) as server:
+        engine = engine_at(server.url, concurrency=100, retries=1)
+        answers = engine.run([GENERATE] * 300)
+        found = {next(answers)[0] for _ in range(20)}
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        rest = pool.submit(lambda: [index for index, _ in answers])
+        time.sleep(1.0)
+        assert not rest.done()
+        stack.enter_context(serving(lambda path, asked: completion(), port=server.server_address[1]))
+        found.update(rest.result(timeout=30))
+    assert len(found) + len(engine.failures) == 300
+    assert not [reason for reason in engine.failures.values() if "no server" in reason]
+
+
+def test_a_run_that_is_ended_while_requests_wait_for_their_next_try_leaves_no_task_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with serving(lambda path, asked: completion() if asked["prompt"] == "Q" else Raw(b"")) as server:
+        engine = engine_at(server.url, concurrency=40)
+        bad = Generate(prompt=Prompt.raw("bad"), max_new_tokens=4)
+        answers = engine.run([bad] * 20 + [GENERATE] * 20)
+        next(answers)
+        time.sleep(0.3)
+        answers.close()
+        engine.close()
+        del answers, engine
+        gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_filtered_and_refused_completions_are_no_normal_end() -> None:
