@@ -228,19 +228,19 @@ def test_a_server_that_is_restarted_is_waited_for() -> None:
     assert not [reason for reason in engine.failures.values() if "no server" in reason]
 
 
-def test_a_run_that_is_ended_while_requests_wait_for_their_next_try_leaves_no_task_behind(
-    caplog: pytest.LogCaptureFixture,
+def test_a_server_that_is_gone_ends_the_run_in_one_line_and_leaves_no_task_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serving(lambda path, asked: completion() if asked["prompt"] == "Q" else Raw(b"")) as server:
-        engine = engine_at(server.url, concurrency=40)
-        bad = Generate(prompt=Prompt.raw("bad"), max_new_tokens=4)
-        answers = engine.run([bad] * 20 + [GENERATE] * 20)
+    monkeypatch.setattr("qwen_eval.engines.api.client.DOWN_S", 0.5)
+    with serving(lambda path, asked: completion()) as server:
+        engine = engine_at(server.url, concurrency=200, retries=1)
+        answers = engine.run([GENERATE] * 600)
         next(answers)
-        time.sleep(0.3)
-        answers.close()
-        engine.close()
-        del answers, engine
-        gc.collect()
+    with pytest.raises(EngineError, match=r"^http\S+ no server answers \(.*\), waited for 0 s"):
+        list(answers)
+    engine.close()
+    del answers, engine
+    gc.collect()
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 

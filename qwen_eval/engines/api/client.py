@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import anyio
 import httpx2 as httpx
 
 from qwen_eval.core import JSON, EngineError
@@ -115,8 +116,9 @@ class EndpointClient:
         async with self.pace:
             self.num_requests += 1
             try:
-                return await asyncio.wait_for(self._with_retries(path, data, read), self._limits.longest_s)
-            except asyncio.TimeoutError:
+                with anyio.fail_after(self._limits.longest_s):  # no task of its own, whose error could get lost
+                    return await self._with_retries(path, data, read)
+            except TimeoutError:
                 raise RequestFailed(f"no answer in {self._limits.longest_s:.0f} s, all tries together") from None
 
     async def _with_retries(self, path: str, data: bytes, read: Callable[[JSON], T]) -> T:
@@ -156,8 +158,9 @@ class EndpointClient:
     async def _once(self, path: str, data: bytes) -> JSON:
         http = self._connection()
         try:
-            return await asyncio.wait_for(self._exchange(http, path, data), self._limits.timeout_s)
-        except (asyncio.TimeoutError, httpx.TimeoutException):
+            with anyio.fail_after(self._limits.timeout_s):
+                return await self._exchange(http, path, data)
+        except (TimeoutError, httpx.TimeoutException):
             raise Fault(f"no whole reply within {self._limits.timeout_s:g} s (engine.timeout_s)") from None
         except httpx.ConnectError as error:
             raise Fault(f"no server answers ({safe_text(str(error), self._key)})", is_down=True) from None
