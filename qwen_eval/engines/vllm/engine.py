@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ class VllmEngine:
                     num_scored += self._hand_over(*item, opened)
                 if not opened:
                     return
-                for output in self._llm.llm_engine.step():
+                with _alive():
+                    outputs = self._llm.llm_engine.step()
+                for output in outputs:
                     if not output.finished:
                         continue
                     entry, number = opened.pop(output.request_id)
@@ -109,8 +112,11 @@ class VllmEngine:
                     if entry.num_left == 0:
                         yield entry.index, self._answer(requests[entry.index], entry.outputs)
         finally:
-            if opened:  # the caller stopped early
-                self._llm.llm_engine.abort_request(list(opened))
+            self._abort(list(opened))  # where the caller stopped early
+
+    def _abort(self, names: Sequence[str]) -> None:
+        with suppress(Exception):  # vLLM may be dead, which is known by then
+            self._llm.llm_engine.abort_request(list(names))
 
     def close(self) -> None:
         """End vLLM's processes and free their shared memory: by itself it does so only when Python collects it."""
@@ -126,12 +132,13 @@ class VllmEngine:
         engine = self._llm.llm_engine
         for number, (name, row) in enumerate(zip(names, rows, strict=True)):
             try:
-                engine.add_request(name, {"prompt_token_ids": row.ids}, row.sampling)
+                with _alive(passes=ValueError):
+                    engine.add_request(name, {"prompt_token_ids": row.ids}, row.sampling)
             except ValueError as error:
                 self.failures[index] = f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"
                 for given in names[:number]:
                     del opened[given]
-                engine.abort_request(names[:number])
+                self._abort(names[:number])
                 return 0
             opened[name] = (entry, number)
         return sum(row.num_scored for row in rows)
@@ -187,6 +194,20 @@ class VllmEngine:
             return ChoiceLogprobs(logprobs=tuple(float(row[i].logprob) for (i,) in tails), num_tokens=num_tokens)
         sums = tuple(_tail_logprob(output, num) for output, num in zip(outputs, num_tokens))
         return ChoiceLogprobs(logprobs=sums, num_tokens=num_tokens)
+
+
+@contextmanager
+def _alive(passes: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """EngineError where vLLM's processes have ended: the error that says so has had several names."""
+    try:
+        yield
+    except passes:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise EngineError(
+            f"vLLM has ended ({reason}); VLLM_LOGGING_LEVEL=INFO shows why, the same command resumes the run"
+        ) from error
 
 
 def _shut_down(llm: Any) -> None:
