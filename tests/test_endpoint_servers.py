@@ -111,6 +111,12 @@ def test_an_echo_that_is_not_real_is_not_used() -> None:
     assert answer.bounded == (1,)
 
 
+def test_a_text_is_not_scored_without_a_tokenizer() -> None:
+    """Nothing at all would be asked: an empty list of token ids."""
+    with serving(echoing()) as server, pytest.raises(EngineError, match=r"pass engine\.tokenizer=DIR"):
+        list(engine_at(server.url, server="vllm").run([Score(prompt=Prompt.raw("text"))]))
+
+
 def test_given_ids_are_scored_and_sent_as_ids(tokenizer: str) -> None:
     bytes_of = load_tokenizer(Path(tokenizer))
     ids = tuple(bytes_of.encode("perplexity"))

@@ -80,6 +80,8 @@ class Check:
                 "the server gives no log-probabilities of a given text (echo), or they are not its own; "
                 "use engine=native, hf or vllm, or a server of vLLM or SGLang"
             )
+        if self._engine.tokenizer is None:
+            raise EngineError("given texts are scored as token ids: pass engine.tokenizer=DIR, the model's tokenizer")
         self.has_echo = True
 
     async def _is_real_echo(self, first: dict[str, float]) -> bool:
