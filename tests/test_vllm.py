@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_a_dead_vllm_is_one_line_and_what_it_answered_before_is_had(tokenizer: H
         EngineError, match=r"^vLLM has ended \(OSError: EngineCore encountered an issue\. See .* resumes"
     ):
         next(answers)
+
+
+class KilledCore(DyingCore):
+    """Waits for answers that nobody will send, as vLLM's client does whose core is killed, until it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.engine_core = SimpleNamespace(
+            resources=SimpleNamespace(engine_dead=False), outputs_queue=queue.Queue[Exception]()
+        )
+
+    def step(self) -> list[Any]:
+        self.engine_core.resources.engine_dead = True  # by vLLM's own monitor
+        raise self.engine_core.outputs_queue.get(timeout=20)
+
+
+def test_a_killed_core_is_not_waited_for(tokenizer: HfTokenizer) -> None:
+    engine = engine_on(KilledCore(), tokenizer)
+    with pytest.raises(EngineError, match=r"^vLLM has ended \(RuntimeError: its core process has ended\)"):
+        next(engine.run([Generate(prompt=Prompt.raw("q"), max_new_tokens=4)]))
 
 
 def test_a_prompt_that_vllm_refuses_is_a_failed_sample_and_the_others_go_on(tokenizer: HfTokenizer) -> None:

@@ -18,67 +18,33 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from leftovers import left, members, shared
 from peers import ROOT
 
-SHARED_MEMORY = Path("/dev/shm")
-START_S, END_S, LEFT_S = 900, 120, 30
+START_S, END_S = 900, 120
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "400"}
 FEW = 20  # samples that are stored before an end
 
-Stop = Callable[[subprocess.Popen[str], "Family"], None]
+Stop = Callable[[subprocess.Popen[str]], None]
 
 
-class Family:
-    """The processes of one start: they inherit a word in their environment."""
-
-    def __init__(self) -> None:
-        self.word = f"QWEN_EVAL_CHECK={uuid.uuid4().hex}"
-        self.shared_before = set(os.listdir(SHARED_MEMORY))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        name, value = self.word.split("=")
-        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "400"}
-        return {**os.environ, **quiet, name: value}
-
-    def members(self) -> dict[int, str]:
-        """Command line by process id; a process that has ended and is not waited for is none."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.word.encode() in (entry / "environ").read_bytes():
-                    found[int(entry.name)] = (entry / "comm").read_text().strip()
-            except OSError:
-                continue
-        return found
-
-    def left(self) -> dict[str, list[str]]:
-        """After waiting for the last of them."""
-        until = time.monotonic() + LEFT_S
-        while True:
-            shared = sorted(set(os.listdir(SHARED_MEMORY)) - self.shared_before)
-            members = self.members()
-            if not (members or shared) or time.monotonic() > until:
-                return {"processes": sorted(members.values()), "shared_memory": shared}
-            time.sleep(0.5)
-
-
-def interrupt(driver: subprocess.Popen[str], family: Family) -> None:
+def interrupt(driver: subprocess.Popen[str]) -> None:
     """As Ctrl-C does: every process of the terminal gets it."""
     os.killpg(driver.pid, signal.SIGINT)
 
 
-def kill_engine(driver: subprocess.Popen[str], family: Family) -> None:
+def kill_engine(driver: subprocess.Popen[str]) -> None:
     """vLLM's core, a child of the driver."""
-    (core,) = [pid for pid, name in family.members().items() if "EngineCore" in name]
+    (core,) = [pid for pid, name in members(driver.pid).items() if "EngineCor" in name]  # cut at 15 characters
     os.kill(core, signal.SIGKILL)
 
 
-def kill_driver(driver: subprocess.Popen[str], family: Family) -> None:
+def kill_driver(driver: subprocess.Popen[str]) -> None:
     driver.kill()
 
 
@@ -92,24 +58,32 @@ def num_stored(run_dir: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+def exit_code(driver: subprocess.Popen[str], timeout_s: float) -> int | None:
+    """None where it hangs."""
+    with suppress(subprocess.TimeoutExpired):
+        return driver.wait(timeout=timeout_s)
+    return None
+
+
 def ended(command: list[str], run_dir: Path, stop: Stop | None) -> dict[str, Any]:
-    family, stored = Family(), num_stored(run_dir)
+    before, stored = shared(), num_stored(run_dir)
     with tempfile.TemporaryFile("w+") as said:
         driver = subprocess.Popen(
-            command, stdout=said, stderr=said, text=True, env=family.environment, start_new_session=True
+            command, stdout=said, stderr=said, text=True, env=os.environ | QUIET, start_new_session=True
         )
         until = time.monotonic() + START_S
         while stop is not None and driver.poll() is None and time.monotonic() < until:
             if num_stored(run_dir) >= stored + FEW:
-                stop(driver, family)
+                stop(driver)
                 break
             time.sleep(0.05)
-        code = driver.wait(timeout=END_S if stop else START_S)
-        left = family.left()
+        code = exit_code(driver, END_S if stop else START_S)
+        remains = left(driver.pid, before)
         said.seek(0)
         lines = [line.strip() for line in said if line.strip()]
-    row = {"exit_code": code, "lines": len(lines), "said": lines[-1:], "stored": num_stored(run_dir), "left": left}
-    for pid in family.members():
+    row = {"exit_code": code, "lines": len(lines), "said": lines[-1:], "stored": num_stored(run_dir), "left": remains}
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    for pid in members(driver.pid):
         os.kill(pid, signal.SIGKILL)
     return row
 

@@ -18,18 +18,17 @@ import pickle
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from leftovers import left, shared
 from peers import ROOT, run_worker, write_checkpoint
 
-SHARED_MEMORY = Path("/dev/shm")
-
 WORKER = """
-import json, pickle, sys, time
+import json, os, pickle, sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/tools"]
 if __name__ == "__main__":  # vLLM starts its processes by importing this file
+    os.setsid()  # so that all that it starts can be found
     request = json.load(open(sys.argv[1]))
     from agreement import timed
     from qwen_eval.config import EngineSpec, ModelSpec
@@ -41,7 +40,7 @@ if __name__ == "__main__":  # vLLM starts its processes by importing this file
         ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"], device="cpu", chat=True),
     )
     forget = (lambda: engine._llm.reset_prefix_cache()) if request["engine"] == "vllm" else None
-    result = {{"start_s": time.perf_counter() - start, "info": dict(engine.info)}}
+    result = {{"start_s": time.perf_counter() - start, "info": dict(engine.info), "session": os.getpid()}}
     for name, requests in kinds.items():
         list(engine.run(requests[:4]))  # warm-up
         result[name] = timed(engine, requests, rounds=request["rounds"], before=forget)
@@ -74,19 +73,6 @@ def _rows(path: str | None) -> dict[str, Any]:
     return {"path": path} if path else {"data": "bundled"}
 
 
-def processes(python: str) -> set[str]:
-    """Command lines of the processes of vLLM's environment."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-        except OSError:
-            continue
-        if line.startswith(python) or "EngineCore" in line:
-            found.append(line.strip()[:100])
-    return set(found)
-
-
 def rows_of(ours: dict[str, Any], theirs: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
     from agreement import compared
 
@@ -117,7 +103,7 @@ def main() -> int:
     from agreement import is_right
 
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE=os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"))
-    before = processes(arguments.vllm), set(os.listdir(SHARED_MEMORY))
+    before = shared()
     kinds = asked(arguments)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder) / "model", hidden=arguments.hidden, layers=arguments.layers)
@@ -128,14 +114,10 @@ def main() -> int:
         ours = run_worker(sys.executable, source, payload | {"engine": "native"})
         theirs = run_worker(arguments.vllm, source, payload | {"engine": "vllm"})
     rows = rows_of(ours, theirs, list(kinds))
-    time.sleep(2)  # what another program shared for a moment is gone by then
-    left = {
-        "processes": sorted(processes(arguments.vllm) - before[0]),
-        "shared_memory": sorted(set(os.listdir(SHARED_MEMORY)) - before[1]),
-    }
+    remains = left(theirs["session"], before)
     info = {key: theirs["info"][key] for key in ("version", "choices")}
-    print(json.dumps({"vllm": info | {"start_s": round(theirs["start_s"], 1)}, **rows, "left": left}, indent=1))
-    return 0 if is_right(rows) and not any(left.values()) else 1
+    print(json.dumps({"vllm": info | {"start_s": round(theirs["start_s"], 1)}, **rows, "left": remains}, indent=1))
+    return 0 if is_right(rows) and not any(remains.values()) else 1
 
 
 if __name__ == "__main__":

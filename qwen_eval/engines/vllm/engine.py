@@ -6,6 +6,8 @@ import gc
 import itertools
 import math
 import os
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ MAX_OPEN_SCORED = 65_536  # tokens with log-probabilities among them: each is a 
 # Tokens of one forward. vLLM's own 8,192 make 5 GB of fp32 logits where a whole prompt is scored, which it does not
 # count when it divides the memory.
 BATCH_TOKENS = 2048
+WATCH_S = 0.5
 BY_IDS = "logprob_token_ids"  # of SamplingParams since vLLM 0.11: log-probabilities of given tokens
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -73,6 +76,7 @@ class VllmEngine:
     def __init__(self, llm: Any, tokenizer: HfTokenizer, make_sampling: Any, *, weights: str | None = None) -> None:
         self._llm, self._make_sampling, self._weights = llm, make_sampling, weights
         self._by_ids = hasattr(make_sampling(), BY_IDS)
+        _watch(llm)
         self.tokenizer = tokenizer
         self._chat_facts = self.tokenizer.facts
         self._ids = itertools.count()
@@ -208,6 +212,21 @@ def _alive(passes: type[Exception] | tuple[()] = ()) -> Iterator[None]:
         raise EngineError(
             f"vLLM has ended ({reason}); VLLM_LOGGING_LEVEL=INFO shows why, the same command resumes the run"
         ) from error
+
+
+def _watch(llm: Any) -> None:
+    """Wake who waits for the answers of a core that was killed: vLLM's client (0.32) would let them wait for ever."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    if not (hasattr(core, "outputs_queue") and hasattr(core, "resources")):
+        return  # another client than that of a core in a process of its own
+    resources, answers = core.resources, core.outputs_queue
+
+    def wait() -> None:
+        while not resources.engine_dead:  # also set when it is shut down
+            time.sleep(WATCH_S)
+        answers.put_nowait(RuntimeError("its core process has ended"))
+
+    threading.Thread(target=wait, name="vllm-watch", daemon=True).start()
 
 
 def _shut_down(llm: Any) -> None:
