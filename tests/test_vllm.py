@@ -149,6 +149,7 @@ def test_however_a_run_ends_nothing_is_left_lost_or_doubled(tmp_path: Path) -> N
     assert found["engine killed"]["said"][0].startswith("vLLM has ended")
     assert found["done"]["exit_code"] == 0
     nothing: dict[str, list[str]] = {"processes": [], "shared_memory": []}
+    assert found["done"]["mapped"] > 0  # there was something to be left
     assert [row["left"] for name, row in found.items() if name != "each_sample_once"] == [nothing] * 4
     assert found["each_sample_once"]
 

@@ -4,7 +4,7 @@
     python tools/check_ends.py --vllm PYTHON --model DIR
 
 One run directory: each end but the last comes in the middle, and the next start resumes. Prints one JSON object: per
-end the exit code, the last line that was said, the stored samples, and the processes and shared memory that are left
+end the exit code, what was said of it, the stored samples, and the processes and shared memory that are left
 half a minute later; then whether each sample is stored once. Exit code 1 where something is left, lost or doubled.
 """
 
@@ -23,11 +23,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from leftovers import left, members, shared
+from leftovers import left, mapped, members
 from peers import ROOT
 
 START_S, END_S = 900, 120
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "400"}
+OURS = ("vLLM", "interrupted")
 FEW = 20  # samples that are stored before an end
 
 Stop = Callable[[subprocess.Popen[str]], None]
@@ -66,22 +67,30 @@ def exit_code(driver: subprocess.Popen[str], timeout_s: float) -> int | None:
 
 
 def ended(command: list[str], run_dir: Path, stop: Stop | None) -> dict[str, Any]:
-    before, stored = shared(), num_stored(run_dir)
+    memory, stored = set[str](), num_stored(run_dir)
     with tempfile.TemporaryFile("w+") as said:
         driver = subprocess.Popen(
             command, stdout=said, stderr=said, text=True, env=os.environ | QUIET, start_new_session=True
         )
         until = time.monotonic() + START_S
-        while stop is not None and driver.poll() is None and time.monotonic() < until:
-            if num_stored(run_dir) >= stored + FEW:
+        while driver.poll() is None and time.monotonic() < until:
+            memory |= mapped(driver.pid)
+            if stop is not None and num_stored(run_dir) >= stored + FEW:
                 stop(driver)
                 break
-            time.sleep(0.05)
+            time.sleep(0.1)
         code = exit_code(driver, END_S if stop else START_S)
-        remains = left(driver.pid, before)
+        remains = left(driver.pid, memory)
         said.seek(0)
-        lines = [line.strip() for line in said if line.strip()]
-    row = {"exit_code": code, "lines": len(lines), "said": lines[-1:], "stored": num_stored(run_dir), "left": remains}
+        lines = [line.strip() for line in said if line.strip() and not line.startswith(" ")]
+    row: dict[str, Any] = {
+        "exit_code": code,
+        "lines": len(lines),
+        "said": [line for line in lines if line.startswith(OURS)],
+        "stored": num_stored(run_dir),
+        "mapped": len(memory),  # pieces of shared memory that were seen
+        "left": remains,
+    }
     print(json.dumps(row), file=sys.stderr, flush=True)
     for pid in members(driver.pid):
         os.kill(pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from leftovers import left, shared
+from leftovers import left
 from peers import ROOT, run_worker, write_checkpoint
 
 WORKER = """
@@ -31,6 +31,7 @@ if __name__ == "__main__":  # vLLM starts its processes by importing this file
     os.setsid()  # so that all that it starts can be found
     request = json.load(open(sys.argv[1]))
     from agreement import timed
+    from leftovers import mapped
     from qwen_eval.config import EngineSpec, ModelSpec
     from qwen_eval.engines import open_engine
     kinds = pickle.load(open(request["requests"], "rb"))
@@ -44,6 +45,7 @@ if __name__ == "__main__":  # vLLM starts its processes by importing this file
     for name, requests in kinds.items():
         list(engine.run(requests[:4]))  # warm-up
         result[name] = timed(engine, requests, rounds=request["rounds"], before=forget)
+    result["mapped"] = sorted(mapped(os.getpid()))
     engine.close()
     json.dump(result, open(request["result"], "w"))
 """
@@ -103,7 +105,6 @@ def main() -> int:
     from agreement import is_right
 
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE=os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"))
-    before = shared()
     kinds = asked(arguments)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder) / "model", hidden=arguments.hidden, layers=arguments.layers)
@@ -114,7 +115,7 @@ def main() -> int:
         ours = run_worker(sys.executable, source, payload | {"engine": "native"})
         theirs = run_worker(arguments.vllm, source, payload | {"engine": "vllm"})
     rows = rows_of(ours, theirs, list(kinds))
-    remains = left(theirs["session"], before)
+    remains = left(theirs["session"], theirs["mapped"])
     info = {key: theirs["info"][key] for key in ("version", "choices")}
     print(json.dumps({"vllm": info | {"start_s": round(theirs["start_s"], 1)}, **rows, "left": remains}, indent=1))
     return 0 if is_right(rows) and not any(remains.values()) else 1

@@ -1,14 +1,15 @@
-"""What a program left: processes of its session, and shared memory that nobody has mapped."""
+"""What a program left: processes of its session, and the shared memory that they had mapped."""
 
 from __future__ import annotations
 
-import os
+import re
 import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
+NAME = re.compile(rf"{SHARED_MEMORY}/(\S+)")
 LEFT_S = 30  # how long something may take to go
 
 
@@ -24,25 +25,21 @@ def members(session: int) -> dict[int, str]:
     return found
 
 
-def shared() -> set[str]:
-    return set(os.listdir(SHARED_MEMORY))
-
-
-def leaked(before: Collection[str]) -> list[str]:
-    """New shared memory that no living process has mapped: what others are using is not ours."""
-    new = shared() - set(before)
-    for entry in Path("/proc").glob("[0-9]*/maps") if new else ():
+def mapped(session: int) -> set[str]:
+    """The shared memory that its processes have mapped now."""
+    found: set[str] = set()
+    for pid in members(session):
         with suppress(OSError):
-            mapped = entry.read_text()
-            new = {name for name in new if f"{SHARED_MEMORY}/{name}" not in mapped}
-    return sorted(new)
+            found.update(NAME.findall(Path(f"/proc/{pid}/maps").read_text()))
+    return found
 
 
-def left(session: int, before: Collection[str]) -> dict[str, list[str]]:
-    """After waiting for the last of it."""
+def left(session: int, mapped_once: Collection[str]) -> dict[str, list[str]]:
+    """After waiting for the last of it. `mapped_once`: what its processes had mapped while they ran."""
     until = time.monotonic() + LEFT_S
     while True:
-        found = {"processes": sorted(members(session).values()), "shared_memory": leaked(before)}
+        memory = sorted(name for name in mapped_once if (SHARED_MEMORY / name).exists())
+        found = {"processes": sorted(members(session).values()), "shared_memory": memory}
         if not any(found.values()) or time.monotonic() > until:
             return found
         time.sleep(0.5)
