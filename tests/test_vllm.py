@@ -17,7 +17,7 @@ from tiny_checkpoint import write_tiny_qwen2
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import Completions, EngineError, Generate, Prompt
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
-from qwen_eval.engines.vllm.engine import VllmEngine, _options
+from qwen_eval.engines.vllm.engine import VllmEngine, _guard, _options
 
 ROOT = Path(__file__).parent.parent
 PYTHON = os.environ.get("QWEN_EVAL_VLLM_PYTHON")
@@ -98,6 +98,21 @@ def test_a_killed_core_is_not_waited_for(tokenizer: HfTokenizer) -> None:
     engine = engine_on(KilledCore(), tokenizer)
     with pytest.raises(EngineError, match=r"^vLLM has ended \(RuntimeError: its core process has ended\)"):
         next(engine.run([Generate(prompt=Prompt.raw("q"), max_new_tokens=4)]))
+
+
+@pytest.mark.parametrize("end", ["killed", "closed"])
+def test_the_core_of_a_killed_run_is_ended_and_that_of_a_closed_one_is_left_to_vllm(end: str) -> None:
+    with subprocess.Popen(["sleep", "60"]) as core:
+        manager = SimpleNamespace(processes=[core])
+        client = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+        guard = _guard(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=client)))
+        assert guard is not None
+        guard.communicate(b"" if end == "killed" else b"done")  # the pipe of a killed process is closed
+        if end == "killed":
+            assert core.wait(timeout=20) == -9
+        else:
+            assert core.poll() is None
+            core.kill()
 
 
 def test_a_prompt_that_vllm_refuses_is_a_failed_sample_and_the_others_go_on(tokenizer: HfTokenizer) -> None:

@@ -6,6 +6,8 @@ import gc
 import itertools
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +46,15 @@ MAX_OPEN_SCORED = 65_536  # tokens with log-probabilities among them: each is a 
 # count when it divides the memory.
 BATCH_TOKENS = 2048
 WATCH_S = 0.5
+GUARD = """
+import os, sys
+if not sys.stdin.buffer.read(1):  # who started this has ended without a word
+    for pid in map(int, sys.argv[1:]):
+        try:
+            os.kill(pid, 9)
+        except OSError:
+            pass
+"""
 BY_IDS = "logprob_token_ids"  # of SamplingParams since vLLM 0.11: log-probabilities of given tokens
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -77,6 +88,7 @@ class VllmEngine:
         self._llm, self._make_sampling, self._weights = llm, make_sampling, weights
         self._by_ids = hasattr(make_sampling(), BY_IDS)
         _watch(llm)
+        self._guard = _guard(llm)
         self.tokenizer = tokenizer
         self._chat_facts = self.tokenizer.facts
         self._ids = itertools.count()
@@ -127,6 +139,9 @@ class VllmEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             _shut_down(llm)
+        if self._guard is not None:
+            self._guard.communicate(b"done")
+            self._guard = None
 
     def _hand_over(self, index: int, request: Request, opened: dict[str, tuple[_Open, int]]) -> int:
         """Returns the number of scored tokens; a prompt that vLLM refuses (too long) is one of `failures`."""
@@ -227,6 +242,18 @@ def _watch(llm: Any) -> None:
         answers.put_nowait(RuntimeError("its core process has ended"))
 
     threading.Thread(target=wait, name="vllm-watch", daemon=True).start()
+
+
+def _guard(llm: Any) -> subprocess.Popen[bytes] | None:
+    """A process that ends vLLM's core when this one is killed: by itself it would go on (0.32), and hold its memory."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    pids = [str(process.pid) for process in getattr(manager, "processes", ())]
+    if not pids:
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", GUARD, *pids], stdin=subprocess.PIPE, start_new_session=True
+    )
 
 
 def _shut_down(llm: Any) -> None:
