@@ -70,14 +70,24 @@ def _usage(found: JSON) -> Usage:
     )
 
 
-def completions_of(reply: Reply, request: Generate) -> Completions:
-    """A filtered or refused completion ends as "filtered": it is no answer of the model's own."""
+def completions_of(reply: Reply, request: Generate, *, repeated: str = "") -> Completions:
+    """A filtered or refused completion ends as "filtered": it is no answer of the model's own.
+
+    `repeated`: the beginning of the message, where the server puts it before the continuation.
+    """
     num_tokens = reply.usage.completion_tokens // len(reply.choices)
-    return Completions(completions=tuple(_completion(row, request, num_tokens) for row in reply.choices))
+    return Completions(completions=tuple(_completion(row, request, num_tokens, repeated) for row in reply.choices))
 
 
-def _completion(row: Mapping[str, JSON], request: Generate, num_tokens: int) -> Completion:
+def text_of(reply: Reply) -> str:
+    return _text(reply.choices[0])[0]
+
+
+def _completion(row: Mapping[str, JSON], request: Generate, num_tokens: int, repeated: str) -> Completion:
     text, is_refused = _text(row)
+    if not (is_refused or text.startswith(repeated)):
+        raise Fault("a reply that does not begin with the message that it continues")
+    text = text.removeprefix(repeated)
     end = row.get("finish_reason")
     if not isinstance(end, str) or end not in ENDS:
         raise Fault(f"a completion that ended with {safe_text(str(end))}")

@@ -6,7 +6,12 @@ import gc
 import itertools
 import math
 import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +48,16 @@ MAX_OPEN_SCORED = 65_536  # tokens with log-probabilities among them: each is a 
 # Tokens of one forward. vLLM's own 8,192 make 5 GB of fp32 logits where a whole prompt is scored, which it does not
 # count when it divides the memory.
 BATCH_TOKENS = 2048
+WATCH_S = 0.5
+GUARD = """
+import os, sys
+if not sys.stdin.buffer.read(1):  # who started this has ended without a word
+    for pid in map(int, sys.argv[1:]):
+        try:
+            os.kill(pid, 9)
+        except OSError:
+            pass
+"""
 BY_IDS = "logprob_token_ids"  # of SamplingParams since vLLM 0.11: log-probabilities of given tokens
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -78,6 +93,8 @@ class VllmEngine:
         self._llm: LLM | None = llm
         self._make_sampling, self._weights = make_sampling, weights
         self._by_ids = hasattr(make_sampling(), BY_IDS)
+        _watch(llm)
+        self._guard = _guard(llm)
         self.tokenizer = tokenizer
         self._chat_facts = self.tokenizer.facts
         self._ids = itertools.count()
@@ -111,7 +128,9 @@ class VllmEngine:
                     num_scored += self._hand_over(*item, opened)
                 if not opened:
                     return
-                for output in self._engine.step():
+                with _alive():
+                    stepped = self._engine.step()
+                for output in stepped:
                     if not output.finished:
                         continue
                     entry, number = opened.pop(output.request_id)
@@ -121,14 +140,20 @@ class VllmEngine:
                         outputs = [entry.outputs[row] for row in sorted(entry.outputs)]
                         yield entry.index, self._answer(requests[entry.index], outputs)
         finally:
-            if opened:  # the caller stopped early
-                self._engine.abort_request(list(opened))
+            self._abort(list(opened))  # where the caller stopped early
+
+    def _abort(self, names: Sequence[str]) -> None:
+        with suppress(Exception):  # vLLM may be dead, which is known by then
+            self._engine.abort_request(list(names))
 
     def close(self) -> None:
         """End vLLM's processes and free their shared memory: by itself it does so only when Python collects it."""
         llm, self._llm = self._llm, None
         if llm is not None:
             _shut_down(llm)
+        if self._guard is not None:
+            self._guard.communicate(b"done")
+            self._guard = None
 
     def _hand_over(self, index: int, request: Request, opened: dict[str, tuple[_Open, int]]) -> int:
         """Returns the number of scored tokens; a prompt that vLLM refuses (too long) is one of `failures`."""
@@ -138,12 +163,13 @@ class VllmEngine:
         engine = self._engine
         for number, (name, row) in enumerate(zip(names, rows, strict=True)):
             try:
-                engine.add_request(name, {"prompt_token_ids": row.ids}, row.sampling)
+                with _alive(passes=ValueError):
+                    engine.add_request(name, {"prompt_token_ids": row.ids}, row.sampling)
             except ValueError as error:
                 self.failures[index] = f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"
                 for given in names[:number]:
                     del opened[given]
-                engine.abort_request(names[:number])
+                self._abort(names[:number])
                 return 0
             opened[name] = (entry, number)
         return sum(row.num_scored for row in rows)
@@ -200,6 +226,47 @@ class VllmEngine:
             return ChoiceLogprobs(logprobs=tuple(float(row[i].logprob) for (i,) in tails), num_tokens=num_tokens)
         sums = tuple(_tail_logprob(output, num) for output, num in zip(outputs, num_tokens))
         return ChoiceLogprobs(logprobs=sums, num_tokens=num_tokens)
+
+
+@contextmanager
+def _alive(passes: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """EngineError where vLLM's processes have ended: the error that says so has had several names."""
+    try:
+        yield
+    except passes:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise EngineError(
+            f"vLLM has ended ({reason}); VLLM_LOGGING_LEVEL=INFO shows why, the same command resumes the run"
+        ) from error
+
+
+def _watch(llm: LLM) -> None:
+    """Wake who waits for the answers of a core that was killed: vLLM's client (0.32) would let them wait for ever."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    if not (hasattr(core, "outputs_queue") and hasattr(core, "resources")):
+        return  # another client than that of a core in a process of its own
+    resources, answers = core.resources, core.outputs_queue
+
+    def wait() -> None:
+        while not resources.engine_dead:  # also set when it is shut down
+            time.sleep(WATCH_S)
+        answers.put_nowait(RuntimeError("its core process has ended"))
+
+    threading.Thread(target=wait, name="vllm-watch", daemon=True).start()
+
+
+def _guard(llm: LLM) -> subprocess.Popen[bytes] | None:
+    """A process that ends vLLM's core when this one is killed: by itself it would go on (0.32), and hold its memory."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    pids = [str(process.pid) for process in getattr(manager, "processes", ())]
+    if not pids:
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", GUARD, *pids], stdin=subprocess.PIPE, start_new_session=True
+    )
 
 
 def _shut_down(llm: LLM) -> None:

@@ -94,13 +94,13 @@ def _int8(source: Tensor, has_bias: bool) -> Linear8bitLt:
     return inner
 
 
-def _allow_fused(inner: Linear4bit, source: Tensor) -> None:
-    """Let the library repack the layer for its fused kernel only where that kernel is right.
+def allow_fused(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Let the library repack a 4-bit layer for its fused kernel only where that kernel is right.
 
     On a CPU with AVX512-BF16 the first forward repacks every NF4 layer and computes in bf16 whatever was asked, with
     bf16 scales; it asserts that the outputs come in blocks of 32. In bf16 it is ten times as fast at one row.
     """
-    if getattr(layer, FUSED, False):
+    if isinstance(layer, nn.Linear) and getattr(layer, FUSED, False):
         fits = layer.out_features % FUSED_BLOCK == 0 and layer.in_features % NF4_BLOCK == 0
         setattr(layer, FUSED, dtype == torch.bfloat16 and fits)
 
