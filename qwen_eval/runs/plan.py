@@ -28,7 +28,7 @@ from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.runs.evaluate import run_directory, selected
 from qwen_eval.runs.planned_work import BYTES_PER_TOKEN, Work, work_of
 from qwen_eval.runs.preview import read_tokenizer
-from qwen_eval.runs.run import Run, Session, load_run
+from qwen_eval.runs.run import Run, SessionCounts, load_run
 from qwen_eval.runs.store import RECORDS
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
 from qwen_eval.tasks.registry import TaskContext, build
@@ -274,7 +274,7 @@ def _earlier(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     yield text_cell("time, expected"), text_cell(clock(seconds)), text_cell(how)
 
 
-def earlier_run(spec: EvalSpec) -> tuple[Run, Session] | None:
+def earlier_run(spec: EvalSpec) -> tuple[Run, SessionCounts] | None:
     """The newest finished run of the same task, model and engine whose last session asked something."""
     folder = Path(spec.runs_dir) / "eval" / spec.task.name / spec.model.name
     results = sorted(folder.glob("*/result.json"), key=lambda file: file.stat().st_mtime, reverse=True)
