@@ -350,8 +350,7 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> PreTrainedModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = _device(model.device)
-    dtype = _dtype(model.dtype, device)
-    options: dict[str, object] = {"dtype": dtype}
+    options: dict[str, object] = {"dtype": _dtype(model.dtype, device)}
     if (attention := ATTENTION[model.attention]) is not None:
         options["attn_implementation"] = attention
     if model.weights == "random":
@@ -365,7 +364,7 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> PreTrainedModel
         where, revision=revision, trust_remote_code=False, device_map=device, **options
     )
     for layer in loaded.modules():
-        allow_fused(layer, dtype)
+        allow_fused(layer, loaded.dtype)
     return loaded
 
 
