@@ -32,7 +32,7 @@ from qwen_eval.data.hub import DatasetSource
 from qwen_eval.data.sources import SAMPLES
 from qwen_eval.engines.fake import FakeEngine
 from qwen_eval.runs.evaluate import evaluate
-from qwen_eval.runs.store import answers_from_json, answers_to_json
+from qwen_eval.runs.record_json import answers_from_json, answers_to_json
 from qwen_eval.tasks.ceval import Ceval
 from qwen_eval.tasks.choice import ChoiceTask, official_letter, official_probs
 from qwen_eval.tasks.cmmlu import Cmmlu
