@@ -25,12 +25,14 @@ ADDRESS = re.compile(r"[\w.-]+:\d+|\[[\da-fA-F:]+\]:\d+")
 OBJECT_STORE_BYTES = 256 << 20  # requests and answers pass through it; Ray's default is a third of the memory
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Cluster:
-    """A connection to Ray. `directory`: files of our own instance; None where it is somebody else's."""
+    """A connection to Ray, of this process, for all its engines: `close` ends it when the last one has closed."""
 
     ray: Any  # the package
-    directory: str | None
+    directory: str | None = None  # the files of our own instance
+    is_ours: bool = True  # False: connected by the caller, and not ended here
+    num_users: int = 0
 
     @property
     def num_gpus(self) -> int:
@@ -53,35 +55,56 @@ class Cluster:
 
     def close(self) -> None:
         """End what was started here: all processes, their files. A cluster of others stays."""
-        if self.directory is None:
+        self.num_users -= 1
+        if self.num_users:
             return
-        self.ray.shutdown()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for address in [address for address, cluster in _OPEN.items() if cluster is self]:
+            del _OPEN[address]
+        if self.is_ours:
+            self.ray.shutdown()
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+_OPEN: dict[str, Cluster] = {}  # by address; Ray allows one connection of a process
 
 
 def connect(address: str) -> Cluster:
     """Start Ray here ("auto") or join the cluster at HOST:PORT; EngineError in one line where that cannot be.
 
-    Where this process is connected already, that connection is used, and stays.
+    Where the caller has connected this process already, that connection is used, and stays.
     """
     if address != EMBEDDED and not ADDRESS.fullmatch(address):
         raise ConfigError(f"engine.ray={address}: auto starts Ray on this machine, HOST:PORT joins a cluster")
+    if address not in _OPEN:
+        if _OPEN:
+            raise EngineError(
+                f"engine.ray={address}: this process uses engine.ray={next(iter(_OPEN))}; use one of them"
+            )
+        _OPEN[address] = _connected(address)
+    _OPEN[address].num_users += 1
+    return _OPEN[address]
+
+
+def _connected(address: str) -> Cluster:
     with _environment(own=address == EMBEDDED):
         try:
             import ray
         except ImportError as error:
             raise EngineError("engine.workers needs the package ray: pip install 'qwen_eval[ray]'") from error
         if ray.is_initialized():
-            return Cluster(ray=ray, directory=None)
+            return Cluster(ray=ray, is_ours=False)
         return _start(ray) if address == EMBEDDED else _join(ray, address)
 
 
 def _start(ray: Any) -> Cluster:
     directory = tempfile.mkdtemp(prefix="qe-ray-", dir="/tmp")  # short: it holds sockets, whose paths have a limit
     try:
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # these two read the environment again, if the caller
+        ray._raylet.Config.initialize("")  # has imported Ray before
         ray.init(
             address="local",
-            num_cpus=0,  # of what Ray gives away: our workers need none, and it starts no process before it is asked
+            num_cpus=0,  # of what Ray gives away: our workers ask for none, and no process starts before they do
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -107,7 +130,7 @@ def _join(ray: Any, address: str) -> Cluster:
     except Exception as error:  # Ray's own kinds, ConnectionError, RuntimeError, ValueError
         ray.shutdown()
         raise EngineError(f"engine.ray={address}: cannot be joined from this machine ({_line(error)})") from error
-    return Cluster(ray=ray, directory=None)
+    return Cluster(ray=ray)
 
 
 @contextlib.contextmanager
@@ -119,7 +142,7 @@ def _environment(*, own: bool) -> Iterator[None]:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its switch for the loopback interface, on Linux too
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": _token(),
-            "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "1",  # those of a killed vLLM
+            "RAY_process_group_cleanup_enabled": "1",  # the processes of a killed vLLM end with it
         }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

@@ -61,6 +61,11 @@ class WorkersEngine:
             merged["warnings"] = [*merged.get("warnings", ()), _restarts_note(self.num_restarts)]
         return merged
 
+    @property
+    def holding(self) -> dict[int, int]:
+        """Process of each worker that has loaded its model (on its own machine) -> requests it has not answered."""
+        return {handle.opened.pid: len(handle.held) for handle in self._handles if handle.opened is not None}
+
     def render(self, prompt: Prompt) -> Rendered:
         return Rendered(text=self._tokenizer.render_text(prompt), ids=self._render_ids(prompt))
 
@@ -154,7 +159,8 @@ def received(ray: Any, handle: Handle) -> Opened | Slice | Exception:
             raise cause from None
         return cause  # as it loads again: memory of the dead one may not be free yet
     except ray.exceptions.RayError as error:
-        return error
+        death: Exception = error
+        return death
     handle.note(result)
     return result
 

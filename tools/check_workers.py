@@ -1,0 +1,145 @@
+"""Two workers against one process: equal records, ten killed workers, speed. Prints one JSON object.
+
+    python tools/check_workers.py --mmlu DIR --gsm8k DIR --humaneval DIR --kills 10 --rounds 5
+
+The model is the packaged miniature, in fp32, with one thread a process. The directories hold the official files;
+without them the packaged samples are asked. Nothing else should run on the machine: `load` says whether something did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_eval.config import EngineSpec, EvalSpec, ModelSpec, check
+from qwen_eval.core import ChoiceLogprobs, Engine, Record, Request
+from qwen_eval.engines.kinds import open_engine
+from qwen_eval.engines.workers.engine import WorkersEngine
+from qwen_eval.runs.evaluate import evaluate, selected, task_context
+from qwen_eval.runs.run import Run
+from qwen_eval.tasks.registry import build, task_class
+
+MODEL = ModelSpec(name="qwen-nano", asset="qwen-nano", dtype="fp32")
+ONE, TWO = EngineSpec(num_threads=1), EngineSpec(num_threads=1, workers=2)
+CHECKED = {
+    "mmlu": {"limit": 300},
+    "gsm8k": {"limit": 96, "max_new_tokens": 96},
+    "humaneval": {"limit": 40, "max_new_tokens": 64},
+}
+PAUSE_S = (0.2, 4.0)  # between two kills
+
+
+def spec_of(task: str, place: str | None, run_dir: Path, **keys: Any) -> EvalSpec:
+    where = {"path": place} if place else {"data": "bundled"}
+    spec: Any = task_class(task).Spec
+    return check(EvalSpec(task=spec(name=task, **where, **keys), model=MODEL, run_dir=str(run_dir), quiet=True))
+
+
+def compared(a: Run, b: Run) -> dict[str, Any]:
+    """Records by id. Log-probabilities follow the batch in their last digits; nothing else may differ."""
+    sides = [sorted(run.records, key=lambda record: record.sample_id) for run in (a, b)]
+    pairs = list(zip(*sides, strict=True))
+    return {
+        "n": len(pairs),
+        "equal": sum(_apart_from_rounding(x) == _apart_from_rounding(y) for x, y in pairs),
+        "to the last bit": sum(x == y for x, y in pairs),
+        "largest difference": max((d for x, y in pairs for d in _differences(x, y)), default=0.0),
+        "metrics equal": a.metrics == b.metrics,
+    }
+
+
+def _apart_from_rounding(record: Record) -> Record:
+    answers = tuple(answer.best if isinstance(answer, ChoiceLogprobs) else answer for answer in record.answers)
+    return dataclasses.replace(record, answers=answers)  # type: ignore[arg-type]
+
+
+def _differences(x: Record, y: Record) -> Iterator[float]:
+    for a, b in zip(x.answers, y.answers, strict=True):
+        if isinstance(a, ChoiceLogprobs) and isinstance(b, ChoiceLogprobs):
+            yield from (abs(p - q) for p, q in zip(a.logprobs, b.logprobs, strict=True))
+
+
+def killed(engine: WorkersEngine, spec: EvalSpec, num: int, seed: int) -> tuple[Run, int]:
+    """A run during which so many workers are killed that hold unanswered requests, at random moments."""
+    draw, is_over, kills = random.Random(seed), threading.Event(), [0]
+
+    def kill() -> None:
+        while kills[0] < num and not is_over.wait(draw.uniform(*PAUSE_S)):
+            holding = [pid for pid, held in engine.holding.items() if held]
+            if holding:
+                os.kill(draw.choice(holding), signal.SIGKILL)
+                kills[0] += 1
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        return evaluate(spec, lambda _: engine), kills[0]
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def requests_of(spec: EvalSpec, engine: Engine) -> list[Request]:
+    task = build(spec.task, task_context(spec, engine))
+    return [request for s in selected(task, spec) if (request := task.request(s, ())) is not None]
+
+
+def seconds(engine: Engine, requests: Sequence[Request]) -> float:
+    start = time.perf_counter()
+    num = sum(1 for _ in engine.run(requests))
+    assert num == len(requests), f"{num} answers to {len(requests)} requests"
+    return time.perf_counter() - start
+
+
+def speed(one: Engine, two: Engine, requests: Sequence[Request], num_rounds: int) -> dict[str, Any]:
+    """Rounds in turn, the first for warming up."""
+    rounds = [(seconds(one, requests), seconds(two, requests)) for _ in range(num_rounds + 1)][1:]
+    ratios = [a / b for a, b in rounds]
+    found = {"n": len(requests), "one_s": [a for a, _ in rounds], "two_s": [b for _, b in rounds]}
+    return {**found, "speed_up": statistics.median(ratios), "of": [min(ratios), max(ratios)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for task in CHECKED:
+        parser.add_argument(f"--{task}")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    places = {task: getattr(given, task) for task in CHECKED}
+    found: dict[str, Any] = {"load before": os.getloadavg()}
+    one, two = open_engine(ONE, MODEL), open_engine(TWO, MODEL)
+    assert isinstance(two, WorkersEngine)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for task, keys in CHECKED.items():
+                specs = [spec_of(task, places[task], Path(folder) / f"{task}-{num}", **keys) for num in (1, 2)]
+                found[task] = compared(evaluate(specs[0], lambda _: one), evaluate(specs[1], lambda _: two))
+            for task in ("mmlu", "gsm8k") if given.rounds else ():
+                spec = spec_of(task, places[task], Path(folder) / "speed", **CHECKED[task])
+                found[f"speed of {task}"] = speed(one, two, requests_of(spec, one), given.rounds)
+            if given.kills:
+                keys = {"limit": 1000, "max_new_tokens": 128}
+                specs = [spec_of("gsm8k", places["gsm8k"], Path(folder) / f"kills-{n}", **keys) for n in (1, 2)]
+                run, num = killed(two, specs[1], given.kills, given.seed)
+                found["kills"] = {"num": num, "restarts": two.num_restarts}
+                found["kills"] |= compared(evaluate(specs[0], lambda _: one), run)
+    finally:
+        two.close()
+    print(json.dumps({**found, "load after": os.getloadavg()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
