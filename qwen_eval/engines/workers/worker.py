@@ -113,7 +113,7 @@ class Worker:
                 answers.append((self._indexes[item[0]], item[1]))
                 self._num_left -= 1
             else:
-                lost = self._engine.failures if isinstance(self._engine, MayFail) else {}
+                lost: Mapping[int, str] = self._engine.failures if isinstance(self._engine, MayFail) else {}
                 failures |= {self._indexes[i]: reason for i, reason in lost.items()}
                 assert self._num_left == len(lost), f"{self._num_left} requests without answer, {len(lost)} failures"
                 self._answers = None
