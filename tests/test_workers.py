@@ -221,9 +221,9 @@ def test_ray_does_not_take_the_end_of_other_children_from_this_process(cluster: 
 
 
 def test_choices_are_those_of_one_process(engines: dict[int, Any], tiny: ModelSpec, tmp_path: Path) -> None:
-    task = spec_of("mmlu", path=str(MMLU), shots=1, limit=24)
+    task = spec_of("mmlu", path=str(MMLU), shots=0, subjects=["college_mathematics", "professional_law"])
     one, two = (run_of(engines[num], task, tmp_path / str(num), model=tiny) for num in (1, 2))
-    assert len(one.records) == 24
+    assert len(one.records) > 4
     assert all(same_within(a, b, 1e-4) for a, b in zip(by_id(one), by_id(two), strict=True))
     assert one.metrics == two.metrics
 
