@@ -155,6 +155,12 @@ def test_what_workers_cannot_do_is_refused(changes: dict[str, Any], words: str) 
         open_engine(dataclasses.replace(FAKE, **changes), ModelSpec(name="m"))
 
 
+def test_a_cluster_that_is_not_there_is_one_line() -> None:
+    pytest.importorskip("ray", reason="the package ray is not installed")
+    with pytest.raises(EngineError, match=r"^engine.ray=127.0.0.1:1: cannot be joined from this machine"):
+        open_engine(dataclasses.replace(FAKE, ray="127.0.0.1:1"), ModelSpec(name="m"))
+
+
 # --- with Ray: one instance for all ----------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from qwen_eval.core import ConfigError, EngineError
 EMBEDDED = "auto"
 LOOPBACK = "127.0.0.1"
 ADDRESS = re.compile(r"[\w.-]+:\d+|\[[\da-fA-F:]+\]:\d+")
+CONNECT_S = 10.0
 OBJECT_STORE_BYTES = 256 << 20  # requests and answers pass through it; Ray's default is a third of the memory
 
 
@@ -37,6 +39,11 @@ class Cluster:
     @property
     def num_gpus(self) -> int:
         return int(self.ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def room(self) -> int | None:
+        """How many workers there is a CPU for; None where they need none."""
+        return None if self.directory is not None else int(self.ray.cluster_resources().get("CPU", 0))
 
     @property
     def num_nodes(self) -> int:
@@ -125,9 +132,11 @@ def _start(ray: Any) -> Cluster:
 
 
 def _join(ray: Any, address: str) -> Cluster:
+    host, _, port = address.rpartition(":")
     try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()  # Ray tries for minutes
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # Ray's own kinds, ConnectionError, RuntimeError, ValueError
+    except Exception as error:  # Ray's own kinds, OSError, RuntimeError, ValueError
         ray.shutdown()
         raise EngineError(f"engine.ray={address}: cannot be joined from this machine ({_line(error)})") from error
     return Cluster(ray=ray)

@@ -169,6 +169,8 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     cluster = connect(spec.ray)
     handles: list[Handle] = []
     try:
+        if cluster.room is not None and spec.workers > cluster.room:
+            raise EngineError(f"engine.workers={spec.workers}: each takes a CPU, and Ray has {cluster.room}; use fewer")
         num_gpus = _gpus_each(cluster, spec, model)
         num_threads = spec.num_threads or _threads_each(cluster, spec.workers)
         arguments = (_worker_spec(spec, cluster, num_threads, num_gpus), _worker_model(model), protocol, num_threads)
