@@ -38,7 +38,7 @@ CHECKED = {
     "gsm8k": {"limit": 96, "max_new_tokens": 96},
     "humaneval": {"limit": 40, "max_new_tokens": 64},
 }
-PAUSE_S = (2.0, 10.0)  # between two kills: a worker that dies three times without an answer ends the run
+PAUSE_S = (5.0, 15.0)  # between two kills: a worker that dies three times without an answer ends the run
 
 
 def spec_of(task: str, place: str | None, run_dir: Path, **keys: Any) -> EvalSpec:
@@ -132,7 +132,7 @@ def main() -> None:
                 spec = spec_of(task, places[task], Path(folder) / "speed", **CHECKED[task])
                 found[f"speed of {task}"] = speed(one, two, requests_of(spec, one), given.rounds)
             if given.kills:
-                keys = {"limit": 1000, "max_new_tokens": 128}
+                keys = {"limit": 1200, "max_new_tokens": 192}
                 specs = [spec_of("gsm8k", places["gsm8k"], Path(folder) / f"kills-{n}", **keys) for n in (1, 2)]
                 run, num = killed(two, specs[1], given.kills, given.seed)
                 found["kills"] = {"num": num, "restarts": two.num_restarts}
