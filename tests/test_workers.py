@@ -226,6 +226,15 @@ def test_ray_does_not_take_the_end_of_other_children_from_this_process(cluster: 
     assert subprocess.run(["sh", "-c", "exit 3"], timeout=10).returncode == 3
 
 
+def test_sigterm_lets_a_run_end_its_workers(cluster: Cluster) -> None:
+    """Ray's own handler ends the process at once, with a trace."""
+    handler = signal.getsignal(signal.SIGTERM)
+    assert callable(handler)
+    with pytest.raises(SystemExit) as raised:
+        handler(signal.SIGTERM, None)
+    assert raised.value.code == 143
+
+
 def test_choices_are_those_of_one_process(engines: dict[int, Any], tiny: ModelSpec, tmp_path: Path) -> None:
     task = spec_of("mmlu", path=str(MMLU), shots=0, subjects=["college_mathematics", "professional_law"])
     one, two = (run_of(engines[num], task, tmp_path / str(num), model=tiny) for num in (1, 2))

@@ -11,12 +11,14 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from qwen_eval.core import ConfigError, EngineError
 
@@ -35,6 +37,7 @@ class Cluster:
     directory: str | None = None  # the files of our own instance
     is_ours: bool = True  # False: connected by the caller, and not ended here
     num_users: int = 0
+    before: Any = None  # what SIGTERM did before
 
     @property
     def num_gpus(self) -> int:
@@ -69,6 +72,7 @@ class Cluster:
             del _OPEN[address]
         if self.is_ours:
             self.ray.shutdown()
+            _on_sigterm(self.before)
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -88,7 +92,10 @@ def connect(address: str) -> Cluster:
             raise EngineError(
                 f"engine.ray={address}: this process uses engine.ray={next(iter(_OPEN))}; use one of them"
             )
+        before = signal.getsignal(signal.SIGTERM)
         _OPEN[address] = _connected(address)
+        _OPEN[address].before = before
+        _on_sigterm(_exit if before == signal.SIG_DFL else before)
     _OPEN[address].num_users += 1
     return _OPEN[address]
 
@@ -168,6 +175,16 @@ def _environment(*, own: bool) -> Iterator[None]:
 @cache  # Ray keeps the first one for the life of the process
 def _token() -> str:
     return secrets.token_hex(32)
+
+
+def _on_sigterm(handler: Any) -> None:
+    """Ray's own handler prints a trace and leaves its files."""
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _exit(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _line(error: Exception) -> str:
