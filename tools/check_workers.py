@@ -132,7 +132,7 @@ def main() -> None:
                 spec = spec_of(task, places[task], Path(folder) / "speed", **CHECKED[task])
                 found[f"speed of {task}"] = speed(one, two, requests_of(spec, one), given.rounds)
             if given.kills:
-                keys = {"limit": 1200, "max_new_tokens": 192}
+                keys = {"limit": 600, "max_new_tokens": 128}
                 specs = [spec_of("gsm8k", places["gsm8k"], Path(folder) / f"kills-{n}", **keys) for n in (1, 2)]
                 run, num = killed(two, specs[1], given.kills, given.seed)
                 found["kills"] = {"num": num, "restarts": two.num_restarts}
