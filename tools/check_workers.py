@@ -34,9 +34,9 @@ from qwen_eval.tasks.registry import build, task_class
 MODEL = ModelSpec(name="qwen-nano", asset="qwen-nano", dtype="fp32")
 ONE, TWO = EngineSpec(num_threads=1), EngineSpec(num_threads=1, workers=2)
 CHECKED = {
-    "mmlu": {"limit": 300},
-    "gsm8k": {"limit": 96, "max_new_tokens": 96},
-    "humaneval": {"limit": 40, "max_new_tokens": 64},
+    "mmlu": {"limit": 100},
+    "gsm8k": {"limit": 48, "max_new_tokens": 64},
+    "humaneval": {"limit": 24, "max_new_tokens": 48},
 }
 PAUSE_S = (5.0, 15.0)  # between two kills: a worker that dies three times without an answer ends the run
 
@@ -132,7 +132,7 @@ def main() -> None:
                 spec = spec_of(task, places[task], Path(folder) / "speed", **CHECKED[task])
                 found[f"speed of {task}"] = speed(one, two, requests_of(spec, one), given.rounds)
             if given.kills:
-                keys = {"limit": 600, "max_new_tokens": 128}
+                keys = {"limit": 300, "max_new_tokens": 96}
                 specs = [spec_of("gsm8k", places["gsm8k"], Path(folder) / f"kills-{n}", **keys) for n in (1, 2)]
                 run, num = killed(two, specs[1], given.kills, given.seed)
                 found["kills"] = {"num": num, "restarts": two.num_restarts}
