@@ -16,7 +16,7 @@ from qwen_eval import __version__
 
 ROOT = Path(__file__).parent.parent
 DOORS = ("__main__", "profile.__main__", "report.__main__", "ship.command", "quantize.__main__", "regrade", "preview",
-         "list", "tokens")  # fmt: skip
+         "list", "tokens", "data.__main__")  # fmt: skip
 HEAVY = {"torch", "pandas", "transformers", "datasets", "scipy", "matplotlib", "tokenizers"}
 CALL = """
 import contextlib, importlib, io, json, sys

@@ -30,7 +30,8 @@ from qwen_eval.models.hub import local_checkpoint_dir
 from qwen_eval.report.runs import CERTIFICATE
 from qwen_eval.runs.evaluate import ask, run_spec, selected, task_context
 from qwen_eval.runs.prompt_lengths import read_by_model
-from qwen_eval.runs.store import RunDirectory, record_from_json, record_to_json
+from qwen_eval.runs.record_json import record_from_json, record_to_json
+from qwen_eval.runs.store import RunDirectory
 from qwen_eval.ship.config import SIDES, ShipSpec
 from qwen_eval.tasks.registry import build
 

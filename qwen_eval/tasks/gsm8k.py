@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Message, Prompt, Sample, Turn
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.numbers import (
     UPSTREAM_GOLD,
     concluded_number,

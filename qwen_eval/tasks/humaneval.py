@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qwen_eval.core import Completion, DataError, Prompt, Sample
 from qwen_eval.data.files import SingleFile
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.programs import continued_program, program_in_reply, upstream_chat_body
 from qwen_eval.extraction.symptoms import cut
 from qwen_eval.sandbox import Program

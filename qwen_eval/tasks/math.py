@@ -14,7 +14,7 @@ from typing import Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.math import boxed, concluded_answer, is_same, is_same_upstream, upstream_answer
 from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import share

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_eval.core import Completion, ConfigError, DataError, Message, Prompt, Sample
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.programs import program_between_marks
 from qwen_eval.sandbox import Program, called_function
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings

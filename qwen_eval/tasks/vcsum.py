@@ -11,7 +11,7 @@ from typing import Any
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Grade, Metric, Prompt, Record, Sample, Tokenizer, Turn
 from qwen_eval.corpus import cut_words
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask
@@ -43,9 +43,6 @@ class Vcsum(GenerativeTask[VcsumSpec]):
             raise ConfigError(f"task.max_prompt_tokens={spec.max_prompt_tokens}: at least 2, or null")
         self.limit = context.prompt_limit(spec.max_prompt_tokens, self.reply_tokens)
         self._num_cut: dict[str, bool] = {}
-
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="vcsum", hub_archive="data.zip")
 
     def rows(self, source: Source) -> list[Sample]:
         samples = []
