@@ -1,7 +1,7 @@
 """Two workers against one process: equal records, speed, or killed workers. Prints one JSON object.
 
     python tools/check_workers.py --mmlu DIR --gsm8k DIR --humaneval DIR --rounds 5
-    python tools/check_workers.py --gsm8k DIR --kills 10
+    python tools/check_workers.py --gsm8k DIR --kills 10 [--fake]
 
 The model is the packaged miniature, in fp32, with one thread a process. The directories hold the official files;
 without them the packaged samples are asked. Nothing else should run on the machine: `load` says whether something did.
@@ -32,7 +32,8 @@ from qwen_eval.runs.run import Run
 from qwen_eval.tasks.registry import build, task_class
 
 MODEL = ModelSpec(name="qwen-nano", asset="qwen-nano", dtype="fp32")
-ONE, TWO = EngineSpec(num_threads=1), EngineSpec(num_threads=1, workers=2)
+NATIVE = EngineSpec(num_threads=1)
+FAKE = EngineSpec(name="fake", fake_delay_s=0.1)  # answers are hashes of the prompts, which take their time
 CHECKED = {
     "mmlu": {"limit": 100},
     "gsm8k": {"limit": 48, "max_new_tokens": 64},
@@ -118,10 +119,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fake", action="store_true", help="no model: what is killed is not the machine's to compute")
     given = parser.parse_args()
     places = {task: getattr(given, task) for task in CHECKED}
     found: dict[str, Any] = {"load before": os.getloadavg()}
-    one, two = open_engine(ONE, MODEL), open_engine(TWO, MODEL)
+    spec = FAKE if given.fake else NATIVE
+    one, two = open_engine(spec, MODEL), open_engine(dataclasses.replace(spec, workers=2), MODEL)
     assert isinstance(two, WorkersEngine)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +135,7 @@ def main() -> None:
                 spec = spec_of(task, places[task], Path(folder) / "speed", **CHECKED[task])
                 found[f"speed of {task}"] = speed(one, two, requests_of(spec, one), given.rounds)
             if given.kills:
-                keys = {"limit": 300, "max_new_tokens": 96}
+                keys = {"limit": 1000 if given.fake else 300, "max_new_tokens": 96}
                 specs = [spec_of("gsm8k", places["gsm8k"], Path(folder) / f"kills-{n}", **keys) for n in (1, 2)]
                 run, num = killed(two, specs[1], given.kills, given.seed)
                 found["kills"] = {"num": num, "restarts": two.num_restarts}
