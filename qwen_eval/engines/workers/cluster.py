@@ -108,6 +108,8 @@ def _connected(address: str) -> Cluster:
             raise EngineError("engine.workers needs the package ray: pip install 'qwen_eval[ray]'") from error
         if ray.is_initialized():
             return Cluster(ray=ray, is_ours=False)
+        os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # those of calls that nobody waits for any more
+        ray._private.worker.print_to_stdstream = lambda *args, **keys: None  # it prints a death among the results
         return _start(ray) if address == EMBEDDED else _join(ray, address)
 
 
