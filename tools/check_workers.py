@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,7 @@ def _apart_from_rounding(record: Record) -> Record:
 
 def _differences(x: Record, y: Record) -> Iterator[float]:
     """Of the numbers that `_apart_from_rounding` leaves out."""
-    assert x.grade.values.keys() == y.grade.values.keys(), x.sample_id
-    for name, value in x.grade.values.items():
-        yield from _apart(value, y.grade.values[name])
+    yield from _apart(x.grade.values, y.grade.values)
     for a, b in zip(x.answers, y.answers, strict=True):
         if isinstance(a, ChoiceLogprobs) and isinstance(b, ChoiceLogprobs):
             yield from _apart(a.logprobs, b.logprobs)
@@ -82,6 +80,9 @@ def _differences(x: Record, y: Record) -> Iterator[float]:
 def _apart(a: Any, b: Any) -> Iterator[float]:
     if isinstance(a, (int, float)):
         yield abs(a - b)
+    elif isinstance(a, Mapping):
+        assert a.keys() == b.keys(), f"{a} and {b}"
+        yield from _apart(list(a.values()), [b[key] for key in a])
     elif isinstance(a, (list, tuple)):
         for one, other in zip(a, b, strict=True):
             yield from _apart(one, other)
