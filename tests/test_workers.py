@@ -248,7 +248,10 @@ def test_texts_and_programs_are_those_of_one_process(engines: dict[int, Any], ti
     humaneval = spec_of("humaneval", data="bundled", limit=4, max_new_tokens=12)
     for task in (gsm8k, humaneval):
         runs = [run_of(engines[num], task, tmp_path / f"{task.name}{num}", model=tiny) for num in (1, 2)]
-        assert by_id(runs[0]) == by_id(runs[1])
+        for one, two in zip(*map(by_id, runs), strict=True):
+            assert one.answers == two.answers
+            assert dataclasses.replace(one, grade=two.grade) == two
+            assert one.grade.score == two.grade.score  # why a program fails may depend on the load of the machine
         assert runs[0].metrics == runs[1].metrics
 
 
