@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_eval.activity import stage
@@ -79,9 +80,11 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
         return DONE
     failures: list[str] = []
     is_quiet = is_true(argv, "quiet")
-    with kept_still(is_quiet=is_quiet), shown(is_quiet=is_quiet), _checking_shown():
+    with kept_still(is_quiet=is_quiet), shown(is_quiet=is_quiet), ExitStack() as checking:
+        checking.enter_context(stage("checking the configuration", is_brief=True))
         try:
-            each_cell(argv, config_name, schema, lambda config: _cell(config, job, schema, failures))
+            cells = _Cells(job=job, schema=schema, failures=failures, checking=checking)
+            each_cell(argv, config_name, schema, lambda config: cells.run(config))
         except (QwenEvalError, BrokenPipeError):
             raise
         except Exception as error:
@@ -90,35 +93,32 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
     return MISTAKE if failures else DONE
 
 
-# Not in the function that Hydra gets: another launcher (`hydra/launcher=`) carries that to other processes.
-_checking: list[ExitStack] = []
+@dataclass(kw_only=True, eq=False)
+class _Cells:
+    """Runs each cell. A launcher of Hydra may send it to another process: the arguments of the command go with it."""
 
+    job: Job
+    schema: type
+    failures: list[str]
+    checking: ExitStack
+    arguments: Sequence[str] | None = None  # in another process only
 
-@contextmanager
-def _checking_shown() -> Iterator[None]:
-    """Say that the configuration is checked, until it is; a cell of the demonstration is a command within another."""
-    with ExitStack() as checking:
-        checking.enter_context(stage("checking the configuration", is_brief=True))
-        _checking.append(checking)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "checking": ExitStack(), "arguments": sys.argv[1:]}
+
+    def run(self, config: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        if self.arguments is not None:
+            sys.argv[1:] = self.arguments
         try:
-            yield
-        finally:
-            _checking.remove(checking)
-
-
-def _end_of_checking() -> None:
-    for checking in _checking:
-        checking.close()
-
-
-def _cell(config: Any, job: Job, schema: type, failures: list[str]) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
-    try:
-        refuse_doubled(sys.argv[1:])
-        spec = settings(config, schema, HydraConfig.get())
-        _end_of_checking()
-        job(spec)
-    except QwenEvalError as error:
-        _end_of_checking()
-        failures.append(tell(f"{cell_name()}{error}"))
+            refuse_doubled(sys.argv[1:])
+            spec = settings(config, self.schema, HydraConfig.get())
+            self.checking.close()
+            self.job(spec)
+        except QwenEvalError as error:
+            self.checking.close()
+            line = f"{cell_name()}{error}"
+            if self.arguments is not None:
+                raise type(error)(line) from None  # the command has it from Hydra
+            self.failures.append(tell(line))
