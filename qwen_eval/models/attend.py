@@ -7,7 +7,7 @@ Lengths are known to Python and lie on the device too, so nothing here reads a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -154,6 +154,26 @@ class PackedAttend:
         mask = visible_BT[:, None, None, :]
         out, lse = partial(q_BHD.unsqueeze(2), self._pad(k), self._pad(v), mask=mask, kernel=self.kernel)
         return out.squeeze(2), lse.squeeze(2)
+
+
+class LayerAttend:
+    """The `Attend` of a model on several devices: for each layer that of its device."""
+
+    def __init__(self, by_layer: Sequence[PackedAttend | DecodeAttend]) -> None:
+        self.by_layer = by_layer
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        return self.by_layer[layer](layer, q_NHD, k_NKD, v_NKD)
+
+
+def by_layer(
+    attends: Mapping[torch.device, PackedAttend] | Mapping[torch.device, DecodeAttend],
+    layer_devices: Sequence[torch.device],
+) -> LayerAttend | PackedAttend | DecodeAttend:
+    """One `Attend` out of one for each device."""
+    if len(attends) == 1:
+        return next(iter(attends.values()))
+    return LayerAttend([attends[device] for device in layer_devices])
 
 
 def token_slices(lengths: Sequence[int]) -> Iterator[slice]:

@@ -45,10 +45,22 @@ def num_parameters(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> int:
     """All weights as our engine holds them."""
-    found = quant_format(quant)
+    return sum(unit_bytes(config, quant, dtype, is_packed=is_packed).values())
+
+
+def unit_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> dict[str, int]:
+    """Weights of what is never split over devices, in the order of a forward: embed, layers.0 ..., norm, head.
+
+    A tied head is the embedding's table: it has no bytes of its own.
+    """
+    found, element = quant_format(quant), ELEMENT_BYTES[dtype]
     linears = [each.shape for each in block_linears(config).values()] if found.is_made_here else stored_linears(config)
-    block = sum(found.held_bytes(linear, dtype, is_packed) for linear in linears)
-    return config.num_layers * block + ELEMENT_BYTES[dtype] * num_other_parameters(config)
+    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    block = sum(found.held_bytes(linear, dtype, is_packed) for linear in linears) + norms * element
+    table = config.vocab_size * config.hidden_size * element
+    layers = {f"layers.{i}": block for i in range(config.num_layers)}
+    head = 0 if config.tie_embeddings else table
+    return {"embed": table, **layers, "norm": config.hidden_size * element, "head": head}
 
 
 def checkpoint_bytes(config: ModelConfig, quant: str) -> int:

@@ -138,6 +138,8 @@ class Generator:
 
     def note_steps(self, graphs: StepGraphs[StepResult] | None) -> None:
         """How the steps of a run were launched, for the result."""
+        if len(self.forward.devices) > 1:
+            self.steps = f"plain: layers lie on {len(self.forward.devices)} devices"
         if graphs is not None:
             why = f"; {graphs.stopped}" if graphs.stopped else ""
             self.steps = f"{graphs.num_captured} shapes captured, {graphs.num_replays} replays{why}"
