@@ -65,7 +65,7 @@ class ModelSpec:
     logn: str = "auto"  # auto | true | false
     window: str = "none"  # none | layerwise | comma list of tokens per layer group, "2048,4096,8192"
     attention: str = "auto"
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | layers over several: cuda:0+cuda:1
     seed: int = 0  # of random weights
     digest: str = "sample"  # how a checkpoint is known again: small files and a part of every tensor | full: every byte
     arch: dict[str, Any] = field(default_factory=dict)  # config.json of the shape, for plans and random weights

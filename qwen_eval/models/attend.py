@@ -171,9 +171,8 @@ def by_layer(
     layer_devices: Sequence[torch.device],
 ) -> LayerAttend | PackedAttend | DecodeAttend:
     """One `Attend` out of one for each device."""
-    if len(attends) == 1:
-        return next(iter(attends.values()))
-    return LayerAttend([attends[device] for device in layer_devices])
+    by_device = [attends[device] for device in layer_devices]
+    return by_device[0] if len(attends) == 1 else LayerAttend(by_device)
 
 
 def token_slices(lengths: Sequence[int]) -> Iterator[slice]:

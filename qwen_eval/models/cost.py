@@ -6,8 +6,8 @@ follow (`published_peak_bytes`), which is that of the original code on an A100.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from qwen_eval.models.block import LinearShape, block_linears
 from qwen_eval.models.config import ModelConfig
@@ -232,6 +232,18 @@ def batch_limits(config: ModelConfig, kv_cache: str, dtype: str, free_bytes: int
 
     cached = (free_bytes - activations) // kv_token_bytes(config, kv_cache, dtype)
     return BatchLimits(packed_tokens=max(1, largest(fits, max_tokens)), cached_tokens=max(1, cached))
+
+
+def spread_limits(
+    config: ModelConfig, kv_cache: str, dtype: str, rooms: Sequence[tuple[int, int]], *, max_tokens: int
+) -> BatchLimits:
+    """`batch_limits` for a model on several devices, each with (its number of layers, its free bytes): the smallest."""
+    parts = [(replace(config, num_layers=num_layers, windows=()), free) for num_layers, free in rooms]
+    limits = [batch_limits(part, kv_cache, dtype, free, max_tokens=max_tokens) for part, free in parts]
+    return BatchLimits(
+        packed_tokens=min(limit.packed_tokens for limit in limits),
+        cached_tokens=min(limit.cached_tokens for limit in limits),
+    )
 
 
 # --- the published tables --------------------------------------------------------------------------------------------

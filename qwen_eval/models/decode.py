@@ -120,7 +120,8 @@ class _Side:
             yield PrefixGroup(prefix=prefix, rows_G=None if is_all else upload(torch.tensor(same), self._data.device))
 
     def positions(self, num_rows: int) -> Tensor:
-        return self.base_B[:num_rows] + self.own_B[:num_rows]
+        positions_B: Tensor = self.base_B[:num_rows] + self.own_B[:num_rows]
+        return positions_B
 
     def rotations(self, positions_B: Tensor, longest: int) -> list[Rotation]:
         """Per layer."""

@@ -162,7 +162,7 @@ class Transformer(nn.Module):
 
     @property
     def layer_devices(self) -> tuple[torch.device, ...]:
-        return tuple(block.attn_norm.weight.device for block in self.layers)
+        return tuple(block.get_parameter("attn_norm.weight").device for block in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -171,9 +171,10 @@ class Transformer(nn.Module):
     def forward(
         self, ids_N: Tensor, rotations: Sequence[Rotation], attend: Attend, last_rows: Tensor | None = None
     ) -> Tensor:
-        """Final hidden states [N,E] after the last norm, or [len(last_rows),E] of those tokens only, beside the head.
+        """Final hidden states [N,E] after the last norm, or [len(last_rows),E] of those tokens only; beside the head.
 
-        Layers may lie on several devices; what `rotations` and `attend` hold for a layer lies on its device. Naming the rows saves the last layer's queries, attention and MLP for all others; keys and values of every
+        Layers may lie on several devices; what `rotations` and `attend` hold for a layer lies on its device.
+        Naming the rows saves the last layer's queries, attention and MLP for all others; keys and values of every
         token are always made.
         """
         x = self.embed(ids_N)

@@ -27,7 +27,7 @@ from qwen_eval.engines.native.scheduler import Counters, is_out_of_memory
 from qwen_eval.models.config import read_fields
 from qwen_eval.models.device import DTYPES, Device, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
-from qwen_eval.models.load import Opened, choose_device, open_forward
+from qwen_eval.models.load import Opened, choose_devices, open_forward
 from qwen_eval.models.quant.kernels import has_packed
 from qwen_eval.profile.cells import GridCell, cost_of, spec_from_json
 from qwen_eval.profile.config import ProfileSpec
@@ -70,14 +70,16 @@ def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
     """Load the model, run the cell as `spec.method` says, and add the limits of the device."""
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
-    device = choose_device(spec.model.device)
-    limit_memory(device, spec.memory_gib)
+    devices = choose_devices(spec.model.device)
+    device = devices[0]  # the ceilings are of one device: layers on several work one after another
+    for each in devices:
+        limit_memory(each, spec.memory_gib)
     if device.type == "cpu":
         _warm_up(spec)
-    before, memory = status_bytes("VmRSS"), PeakMemory(device)
+    before, memory = status_bytes("VmRSS"), PeakMemory(*devices)
     start = time.perf_counter()
     opened = _open(spec, cell)
-    synchroniser(device)()
+    synchroniser(opened.forward.head_device)()
     load_s, load_peak = time.perf_counter() - start, memory.read().allocated_bytes
     repeat = runner(opened, spec, cell)
     if spec.method == "measured":
@@ -117,7 +119,7 @@ def runner(
     opened: Opened, spec: ProfileSpec, cell: GridCell, clock: Callable[[], float] = time.perf_counter
 ) -> Callable[[int], Repetition]:
     """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early."""
-    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.device))
+    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.head_device))
 
     def step(num_rows: int, counters: Counters) -> None:
         if counters.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +33,7 @@ from qwen_eval.engines.native.generation import Generator, Row, completion_of, r
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.engines.native.workspace import MakeGraphs
 from qwen_eval.models import fused
-from qwen_eval.models.cost import BatchLimits, batch_limits
+from qwen_eval.models.cost import BatchLimits, spread_limits
 from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.graph import cuda_graphs
 from qwen_eval.models.hidden import HiddenStates
@@ -251,8 +252,9 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
 
 
 def memory_limits(forward: ModelRunner, spec: EngineSpec, kv_cache: str) -> BatchLimits:
-    """What fits beside the loaded weights, by the cost model."""
-    free, _ = memory_bytes(forward.device)
+    """What fits beside the loaded weights, by the cost model; of several devices, on the fullest."""
     dtype = next(name for name, known in DTYPES.items() if known == forward.model.dtype)
     most = 16384 if forward.device.type == "cuda" else 4096
-    return batch_limits(forward.config, kv_cache, dtype, int(free * spec.memory_fraction), max_tokens=most)
+    free = {device: int(memory_bytes(device)[0] * spec.memory_fraction) for device in forward.devices}
+    rooms = [(num_layers, free[device]) for device, num_layers in Counter(forward.layer_devices).items()]
+    return spread_limits(forward.config, kv_cache, dtype, rooms, max_tokens=most)
