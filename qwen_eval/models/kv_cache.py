@@ -131,6 +131,11 @@ class Prefix:
             return None
         return self.codec.decode(kept.k, self.dtype), self.codec.decode(kept.v, self.dtype), kept.start
 
+    def stored(self, layer: int) -> tuple[Stored, Stored] | None:
+        """As the codec keeps them; None while empty."""
+        kept = self._layers[layer]
+        return None if kept is None else (kept.k, kept.v)
+
     def append(self, layer: int, k: Stored, v: Stored) -> None:
         """Add tokens to one layer; `advance` once all layers have them. A window forgets what no later token sees."""
         if layer in self._blocks:
@@ -209,6 +214,16 @@ class Slots:
         for buffers, parts in zip(self._buffers(layer, k, v), (k, v)):
             for buffer, part in zip(buffers, parts):
                 buffer[rows_N, :, positions_N] = part[0].transpose(0, 1)
+
+    @torch.inference_mode()
+    def put(self, row: int, prefix: Prefix) -> None:
+        """Copy what each layer of a prefix keeps to the beginning of a slot."""
+        for layer in range(self.config.num_layers):
+            kept = prefix.stored(layer)
+            if kept is not None:
+                for buffers, parts in zip(self._buffers(layer, *kept), kept):
+                    for buffer, part in zip(buffers, parts):
+                        buffer[row, :, : part.shape[2]] = part[0]
 
     def stored(self, layer: int, num_rows: int, num_keys: int) -> tuple[Stored, Stored]:
         """The first keys and values of the first slots, as the codec keeps them."""

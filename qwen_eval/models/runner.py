@@ -19,6 +19,7 @@ from qwen_eval.models.attention import choose_kernel
 from qwen_eval.models.decode import Buckets, Decoding, Finish, StepResult, buckets_for
 from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import KvCodec, PlainCodec, Prefix, Slots
+from qwen_eval.models.prefix_pool import GATHERED_BYTES, POOL_BYTES, PrefixPools
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Transformer
 
@@ -154,8 +155,10 @@ class ModelRunner:
         finish: Finish = lambda hidden: (hidden, None),
         buckets: Buckets | None = None,
         graphs: StepGraphs[StepResult] | None = None,
+        is_pooled: bool = False,
     ) -> Decoding:
-        """Decode steps over `slots`; see `Decoding`."""
+        """Decode steps over `slots`; see `Decoding`. Where steps are captured, prefixes are read from pools."""
+        buckets = buckets or buckets_for(self.device)
         return Decoding(
             self.model,
             self.ropes,
@@ -165,8 +168,19 @@ class ModelRunner:
             kernel=self.kernel,
             finish=finish,
             is_triton=self.decode_kernel == "triton",
-            buckets=buckets or buckets_for(self.device),
+            buckets=buckets,
             graphs=graphs,
+            pools=self._pools(buckets) if graphs is not None or is_pooled else None,
+        )
+
+    def _pools(self, buckets: Buckets) -> PrefixPools:
+        layer_bytes = 2 * self.config.num_kv_heads * self.config.head_dim * self.model.dtype.itemsize
+        return PrefixPools(
+            self.slots,
+            buckets.rows,
+            buckets.keys,
+            max_tokens=POOL_BYTES // (layer_bytes * self.config.num_layers),
+            max_gathered=None if self.decode_kernel == "triton" else GATHERED_BYTES // layer_bytes,
         )
 
     def _token_lengths(self, total_lengths: Sequence[int], lengths: Sequence[int]) -> int | list[int]:
