@@ -81,7 +81,7 @@ class EngineSpec:
     prefix_sharing: bool = True
     max_batch_tokens: int | None = None  # tokens of one scoring forward; None: from the cost model
     max_batch_size: int | None = None  # sequences of one batch or generation slots; None: from the cost model
-    prefill_chunk: int = 1024  # tokens of one chunk of a long prefill
+    prefill_chunk: int | None = None  # tokens of one chunk of a long prefill; None: 1024, or what fits on a GPU
     kernels: str = "auto"  # of CUDA: auto compiles and captures where it can | plain | triton
     memory_fraction: float = 0.85  # of the free memory that weights, cache and activations may take
     num_threads: int | None = None

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qwen_eval.models.kv_cache import Prefix, Slots
 
-POOL_BYTES = 4 * 2**30  # of all copies
 GATHERED_BYTES = 256 * 2**20  # of one layer's prefixes, one for each row, where no kernel reads them by their place
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from qwen_eval.models import fused
 from qwen_eval.models.attend import PackedAttend, by_layer, upload
 from qwen_eval.models.attention import choose_kernel
+from qwen_eval.models.cost import MAX_POOL_BYTES
 from qwen_eval.models.decode import Buckets, Decoding, Finish, StepResult, buckets_for
 from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import KvCodec, PlainCodec, Prefix, Slots
-from qwen_eval.models.prefix_pool import GATHERED_BYTES, POOL_BYTES, PrefixPools
+from qwen_eval.models.prefix_pool import GATHERED_BYTES, PrefixPools
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Transformer
 
@@ -45,6 +46,8 @@ class ModelRunner:
         self.ropes = {device: Rope(model.config, device) for device in dict.fromkeys(self.layer_devices)}
         self.rope = self.ropes[self.layer_devices[0]]  # all have the same alphas
         self.prefill_chunk = prefill_chunk
+        self.long_chunk = prefill_chunk  # of a prompt alone, which fills a GPU only with more tokens than a CPU
+        self.pool_bytes = MAX_POOL_BYTES
         self.decode_kernel = decode_kernel or choose_decode_kernel(model, self.kernel)
 
     @property
@@ -63,7 +66,10 @@ class ModelRunner:
 
     @property
     def chunk(self) -> int:
-        """Tokens of one prefill forward. The original's int8 cache has one scale a call: then a prompt is one call."""
+        """Tokens of a prompt beyond which it is prefilled alone, in chunks of `long_chunk`.
+
+        The original's int8 cache has one scale a call: then a prompt is one call.
+        """
         return 2**31 if self.codec.is_chunked else self.prefill_chunk
 
     def empty_prefix(self) -> Prefix:
@@ -81,8 +87,9 @@ class ModelRunner:
         `total_length`: prefill tokens of the whole sequence this belongs to; it decides the NTK alpha.
         """
         prefix.reserve(prefix.length + len(ids))
-        for start in range(0, len(ids), self.chunk):
-            part = ids[start : start + self.chunk]
+        size = max(self.chunk, self.long_chunk)
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
             attends = self._attends([len(part)], prefixes=[prefix], sinks=[prefix])
             hidden = self._run(part, total_length, attends, None if want_hidden else self._no_rows())
             prefix.advance(len(part))
@@ -179,7 +186,7 @@ class ModelRunner:
             self.slots,
             buckets.rows,
             buckets.keys,
-            max_tokens=POOL_BYTES // (layer_bytes * self.config.num_layers),
+            max_tokens=self.pool_bytes // (layer_bytes * self.config.num_layers),
             max_gathered=None if self.decode_kernel == "triton" else GATHERED_BYTES // layer_bytes,
         )
 
