@@ -24,6 +24,7 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, QwenEvalError, Sampling
 from qwen_eval.engines.native.generation import Generator, Row
 from qwen_eval.engines.native.scheduler import Counters, is_out_of_memory
+from qwen_eval.models import fused
 from qwen_eval.models.config import read_fields
 from qwen_eval.models.device import DTYPES, Device, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
@@ -97,9 +98,20 @@ def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
         "baseline_bytes": before if device.type == "cpu" else 0,
         "load_s": load_s, "load_peak_bytes": load_peak,
         "joules_per_token": None if joules is None else joules / tokens,
-        "engine": {**opened.facts, "attention": opened.forward.kernel, "kv_cache": opened.forward.codec.name},
+        "engine": {**opened.facts, **_kernels(opened)},
         **_ceilings(spec, cell, opened, probe(device, dtype), repetitions),
     }  # fmt: skip
+
+
+def _kernels(opened: Opened) -> dict[str, JSON]:
+    """What computed, by name, beside the kernels of the linears."""
+    forward = opened.forward
+    return {
+        "attention": forward.kernel,
+        "decode_attention": forward.decode_kernel,
+        "small_kernels": fused.name(forward.device),
+        "kv_cache": forward.codec.name,
+    }
 
 
 def _warm_up(spec: ProfileSpec) -> None:
