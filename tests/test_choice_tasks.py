@@ -27,7 +27,8 @@ from qwen_eval.core import (
     Record,
     Turn,
 )
-from qwen_eval.data.sources import SAMPLES, HubSource
+from qwen_eval.data.hub import DatasetSource
+from qwen_eval.data.sources import SAMPLES
 from qwen_eval.engines.fake import FakeEngine
 from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.tasks.ceval import Ceval
@@ -193,7 +194,7 @@ def test_subjects_may_be_named_by_category() -> None:
     assert task.subjects == ("formal_logic", *(s for s in Mmlu.categories["humanities"] if s != "formal_logic"))
 
 
-class RecordedHub(HubSource):
+class RecordedHub(DatasetSource):
     """Rows as `datasets` returns them, without a network."""
 
     def __init__(self) -> None:

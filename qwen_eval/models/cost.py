@@ -15,6 +15,7 @@ from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.quant.formats import ELEMENT_BYTES, quant_format
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspace beside the tensors; an assumption, said as such
+CUDA_HEAD_BYTES = 512 * 2**20  # of logits of scoring at a time
 MAX_CHUNK = 8192  # tokens of a prompt in one forward: more make no product faster
 MAX_GRAPH_BYTES = 2 * 2**30  # that captured decode steps keep
 MAX_POOL_BYTES = 4 * 2**30  # of copies of prefixes for them

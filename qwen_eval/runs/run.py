@@ -14,7 +14,8 @@ from qwen_eval.models.quant.formats import FORMATS
 from qwen_eval.runs.fields import as_count, as_number, section
 from qwen_eval.runs.frame import frame_of
 from qwen_eval.runs.integrity import refuse_damaged
-from qwen_eval.runs.store import RECORDS, RESULT, SPEC, metric_from_json, read_json, read_records
+from qwen_eval.runs.record_json import metric_from_json
+from qwen_eval.runs.store import RECORDS, RESULT, SPEC, read_json, read_records
 
 if TYPE_CHECKING:
     from pandas import DataFrame

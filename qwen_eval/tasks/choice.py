@@ -34,7 +34,8 @@ from qwen_eval.core import (
     Sample,
     Turn,
 )
-from qwen_eval.data.sources import Row, nearest
+from qwen_eval.data.rows import TableRow
+from qwen_eval.data.sources import nearest
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.symptoms import flags
 from qwen_eval.metrics import macro, mean, share
@@ -103,7 +104,7 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
         """Names under which the official releases keep a subject's csv."""
 
     @abstractmethod
-    def read(self, subject: str, split: str) -> list[Row]:
+    def read(self, subject: str, split: str) -> list[TableRow]:
         """Rows with the cells question, A, B, C, D and, where the split has them, answer and id."""
 
     @abstractmethod
@@ -121,7 +122,9 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
         found = tuple(s for s in known if self.source.has(*self.candidates(s, self.spec.split)))
         if not found:
             example = self.candidates(known[0], self.spec.split)[0]
-            raise DataError(f"{self.source.origin}: no subject of {self.name} there, such as {example}")
+            raise DataError(
+                f"{self.source.origin}: no subject of {self.name} there, such as {example}; {self.source.how}"
+            )
         if len(found) < len(known) and not self.source.is_bundled:
             logger.warning("%s: %d of %d subjects are there", self.source.origin, len(found), len(known))
         return found
@@ -138,11 +141,11 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
         return (name,)
 
     @cached_property
-    def _rows(self) -> dict[str, list[Row]]:
+    def _rows(self) -> dict[str, list[TableRow]]:
         return {subject: self._checked(self.read(subject, self.spec.split)) for subject in self.subjects}
 
     @cached_property
-    def _shots(self) -> dict[str, list[Row]]:
+    def _shots(self) -> dict[str, list[TableRow]]:
         """The first dev rows of every subject, in order."""
         n = self.shots
         if n == 0:
@@ -155,7 +158,7 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
                 raise DataError(f"{self.source.origin}: the dev rows of {subject} have no answers")
         return {subject: rows[:n] for subject, rows in shots.items()}
 
-    def _checked(self, rows: list[Row]) -> list[Row]:
+    def _checked(self, rows: list[TableRow]) -> list[TableRow]:
         for row in rows:
             letters = option_letters(row.cells)
             if (answer := row.cells.get("answer", LETTERS[0])) not in letters:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.numbers import UPSTREAM_GOLD, concluded_number, written
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
@@ -72,6 +72,7 @@ class Episode:
 class CodeInterpreter(GenerativeTask[InterpreterSpec]):
     Spec = InterpreterSpec
     version = 1
+    bundled = "gsm8k"
 
     def __init__(self, spec: InterpreterSpec, context: TaskContext):
         super().__init__(spec, context)
@@ -82,9 +83,6 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
         self.judge = VisionJudge(spec.judge_base_url, spec.judge_model) if spec.judge_base_url else None
 
     # --- rows ---
-
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="gsm8k")
 
     def rows(self, source: Source) -> list[Sample]:
         if source.is_hub:
@@ -281,7 +279,7 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
 def _gsm8k(source: Source, number: int, row: Mapping[str, Any]) -> Sample:
     gold = UPSTREAM_GOLD.search(str(row.get("answer")))
     if "question" not in row or not gold:
-        raise DataError(f"{source.origin} row {number}: no question with an answer that ends in '#### number'")
+        raise DataError(f"{source.origin} row {number + 1}: no question with an answer that ends in '#### number'")
     data = {"query": row["question"], "answer": row["answer"]}
     return Sample(id=f"math/{number}", group=MATH, data=data, target=gold[1].replace(",", "").rstrip("."))
 
@@ -291,7 +289,7 @@ def _question(source: Source, number: int, row: Mapping[str, Any]) -> Sample:
     tags = row.get("tags")
     tags = tags.split(",") if isinstance(tags, str) else tags
     if not isinstance(row.get("query"), str) or not isinstance(tags, list):
-        raise DataError(f"{source.origin}/{QUESTIONS} row {number}: needs query and tags")
+        raise DataError(f"{source.origin}/{QUESTIONS} row {number + 1}: needs query and tags")
     if "visualization" in tags:
         group = EASY if "<|im_start|>" in row["query"] else HARD
     else:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, cut, flags
 from qwen_eval.metrics import share
 from qwen_eval.sandbox import Mode
@@ -52,15 +52,13 @@ class Step:
 class HfAgent(GenerativeTask[Spec]):
     Spec = Spec
     version = 1
+    bundled = "hf_agent"
 
     @property
     def is_conversation(self) -> bool:
         return self.name == "hf_agent_chat"
 
     # --- rows ---
-
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="hf_agent")
 
     @cached_property
     def _file(self) -> Mapping[str, Any]:

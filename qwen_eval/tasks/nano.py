@@ -26,7 +26,7 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.data import exercises as ex
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.numbers import concluded_number, written
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags

@@ -28,7 +28,7 @@ from qwen_eval.core import (
     Tokenizer,
     Turn,
 )
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import mean, share
 from qwen_eval.tasks.function_calls import parse_react, read_call, schema, tools_of
@@ -69,6 +69,7 @@ class Called:
 class Plugin(GenerativeTask[Spec]):
     Spec = Spec
     version = 3
+    bundled = "plugin"
 
     @property
     def is_template(self) -> bool:
@@ -76,16 +77,13 @@ class Plugin(GenerativeTask[Spec]):
 
     # --- rows ---
 
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="plugin")
-
     def rows(self, source: Source) -> list[Sample]:
         samples = []
         for name in source.names("*.jsonl*"):
             for i, row in enumerate(source.jsonl(name)):
-                data = _own_row(row, f"{source.origin}/{name} row {i}") if "query" in row else dict(row)
+                data = _own_row(row, f"{source.origin}/{name} row {i + 1}") if "query" in row else dict(row)
                 if "prompt" not in data or "response" not in data:
-                    raise DataError(f"{source.origin}/{name} row {i}: needs both prompt and response")
+                    raise DataError(f"{source.origin}/{name} row {i + 1}: needs both prompt and response")
                 is_negative = bool(data.get("is_negative", not calls_a_tool_upstream("\n" + data["response"])))
                 group = "negative" if is_negative else "positive"
                 samples.append(Sample(id=f"{name}/{i}", group=group, data=data, target=data["response"]))

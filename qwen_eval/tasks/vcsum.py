@@ -11,7 +11,7 @@ from typing import Any
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Grade, Metric, Prompt, Record, Sample, Tokenizer, Turn
 from qwen_eval.corpus import cut_words
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask
@@ -44,9 +44,6 @@ class Vcsum(GenerativeTask[VcsumSpec]):
         self.limit = context.prompt_limit(spec.max_prompt_tokens, self.reply_tokens)
         self._num_cut: dict[str, bool] = {}
 
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="vcsum", hub_archive="data.zip")
-
     def rows(self, source: Source) -> list[Sample]:
         samples = []
         for i, row in enumerate(source.jsonl(*FILES)):
@@ -55,7 +52,7 @@ class Vcsum(GenerativeTask[VcsumSpec]):
                 or not isinstance(row.get("answers"), list)
                 or not row["answers"]
             ):
-                raise DataError(f"{source.origin} row {i}: needs context and answers, as LongBench has them")
+                raise DataError(f"{source.origin} row {i + 1}: needs context and answers, as LongBench has them")
             samples.append(Sample(id=f"meeting/{i}", data={"context": row["context"]}, target=row["answers"]))
         return samples
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen_eval.activity import stage
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import (
     JSON,
@@ -30,10 +31,10 @@ from qwen_eval.core import (
     ids_sha256,
 )
 from qwen_eval.engines.native.generation import Generator, Row, completion_of, refuse_empty
-from qwen_eval.engines.native.scoring import CUDA_HEAD_BYTES, Job, Scorer, Scores
+from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.engines.native.workspace import MakeGraphs
 from qwen_eval.models import fused
-from qwen_eval.models.cost import BatchLimits, spread_limits
+from qwen_eval.models.cost import CUDA_HEAD_BYTES, BatchLimits, spread_limits
 from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.graph import cuda_graphs
 from qwen_eval.models.hidden import HiddenStates
@@ -136,7 +137,7 @@ class NativeEngine:
         jobs: list[Job] = []
         owners: list[tuple[int, int]] = []  # (request, choice) of each job; choice -1 for all at once
         parts: dict[int, dict[int, Scores]] = {}
-        for index, request in requests:
+        for index, request in _packed(requests):
             choices = [tuple(self._tokenizer.encode(choice)) for choice in request.choices]
             prompt = request.kept(self._render_ids(request.prompt))
             refuse_empty(prompt)
@@ -182,7 +183,8 @@ class NativeEngine:
             )
 
     def _generate(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Completions]]:
-        rows = [row for index, request in requests for row in self._rows(index, request)]
+        with stage("packing the prompts", is_brief=True):
+            rows = [row for index, request in requests for row in self._rows(index, request)]
         wanted = {index: request.n for index, request in requests}
         done: dict[int, dict[int, Completion]] = {index: {} for index in wanted}
         for row in self.generator.run(rows):
@@ -204,6 +206,12 @@ class NativeEngine:
                 sampling=request.sampling,
                 k=k,
             )
+
+
+def _packed(requests: Sequence[tuple[int, Choose]]) -> Iterator[tuple[int, Choose]]:
+    """The requests, while their prompts are tokenised: of a whole benchmark that takes a while."""
+    with stage("packing the prompts", is_brief=True):
+        yield from requests
 
 
 def _keeper(requests: Sequence[Score], jobs: Sequence[Job]) -> Callable[[int, Tensor], None] | None:
