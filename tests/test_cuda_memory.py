@@ -67,6 +67,15 @@ def test_a_decode_step_takes_the_predicted_bytes(name: str, kv_cache: str, sampl
     assert counted.peak == pytest.approx(cache_bytes + step, rel=NEAR)
 
 
+def test_a_kernel_that_reads_the_int8_cache_as_it_is_takes_no_copy() -> None:
+    config = config_of("qwen-7b")
+    copied, read = (
+        cost.decode_bytes(config, 64, 2048, "bf16", kv_cache="int8", is_copied=is_copied) for is_copied in (True, False)
+    )
+    assert copied > 100 * read
+    assert read == cost.decode_bytes(config, 64, 2048, "bf16")
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_choosing_tokens_takes_the_predicted_bytes(sampling: str) -> None:
     config, rows = config_of("qwen-7b"), 64

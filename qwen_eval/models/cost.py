@@ -162,6 +162,7 @@ class Cost:
     dtype: str = "bf16"
     kv_cache: str = "auto"
     is_packed: bool = True
+    is_copied: bool = True  # an int8 cache is read through a copy; False where a kernel reads it as it is
     prefill_chunk: int = 1024
     max_batch_tokens: int = 4096  # tokens of one packed prefill
 
@@ -190,8 +191,12 @@ class Cost:
 
     def activation_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
         length = prompt_tokens + new_tokens
-        decode = decode_bytes(self.config, batch, length, self.dtype, kv_cache=self.kv_cache) if new_tokens > 1 else 0
-        return max(self.prefill_activation_bytes(batch, prompt_tokens), decode)
+        prefill = self.prefill_activation_bytes(batch, prompt_tokens)
+        if new_tokens <= 1:
+            return prefill
+        cache, is_copied = self.kv_cache, self.is_copied
+        step = decode_bytes(self.config, batch, length, self.dtype, kv_cache=cache, is_copied=is_copied)
+        return max(prefill, step)
 
     def peak_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
         """Weights, cache at its longest and activations; the memory of a CUDA context is not included."""

@@ -180,7 +180,8 @@ def _ceilings(
 ) -> dict[str, JSON]:
     """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase reached."""
     is_packed = has_packed(opened.forward.model.dtype, opened.forward.device)
-    cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed)
+    is_copied = opened.forward.decode_kernel != "triton"
+    cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed, is_copied=is_copied)
     prefill_s, step_s = floor_s(cost, cell, device)
     steps = [step for repetition in repetitions for step in repetition.steps_s]
     ttft_s = sorted(repetition.ttft_s for repetition in repetitions)[len(repetitions) // 2]
