@@ -70,7 +70,7 @@ class ModelSpec:
     logn: str = "auto"  # auto | true | false
     window: str = "none"  # none | layerwise | comma list of tokens per layer group, "2048,4096,8192"
     attention: str = "auto"
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | layers over several: cuda:0+cuda:1
     seed: int = 0  # of random weights
     digest: str = "sample"  # how a checkpoint is known again: small files and a part of every tensor | full: every byte
     arch: dict[str, Any] = field(default_factory=dict)  # config.json of the shape, for plans and random weights
@@ -86,7 +86,7 @@ class EngineSpec:
     prefix_sharing: bool = True
     max_batch_tokens: int | None = None  # tokens of one scoring forward; None: from the cost model
     max_batch_size: int | None = None  # sequences of one batch or generation slots; None: from the cost model
-    prefill_chunk: int = 1024  # tokens of one chunk of a long prefill
+    prefill_chunk: int | None = None  # tokens of one chunk of a long prefill; None: 1024, or what fits on a GPU
     kernels: str = "auto"  # of CUDA: auto compiles and captures where it can | plain | triton
     memory_fraction: float = 0.85  # of the free memory that weights, cache and activations may take
     num_threads: int | None = None

@@ -88,7 +88,7 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
         except (QwenEvalError, BrokenPipeError):
             raise
         except Exception as error:
-            _end_of_checking()
+            checking.close()
             failures.append(tell(explain(error, schema)))
     return MISTAKE if failures else DONE
 

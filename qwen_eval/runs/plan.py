@@ -17,7 +17,15 @@ from qwen_eval.engines.api.replies import Usage
 from qwen_eval.engines.kinds import kind
 from qwen_eval.engines.options import check_options
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.cost import CUDA_CONTEXT_BYTES, BatchLimits, Cost, batch_limits, num_linear_weights, prefill_bytes
+from qwen_eval.models.cost import (
+    CUDA_CONTEXT_BYTES,
+    CUDA_HEAD_BYTES,
+    BatchLimits,
+    Cost,
+    batch_limits,
+    num_linear_weights,
+    prefill_bytes,
+)
 from qwen_eval.models.cpu import cpu_flags
 from qwen_eval.models.hub import local_checkpoint_dir
 from qwen_eval.models.lora import base_of
@@ -199,7 +207,13 @@ def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
         yield _gib("weights, GiB", cost.weight_bytes, how)
         return
     limits = batch_limits(
-        asked.config, spec.model.kv_cache, device.dtype, usable - cost.weight_bytes, max_tokens=MOST_TOKENS[device.kind]
+        asked.config,
+        spec.model.kv_cache,
+        device.dtype,
+        usable - cost.weight_bytes,
+        max_tokens=MOST_TOKENS[device.kind],
+        head_bytes=CUDA_HEAD_BYTES if device.kind == "cuda" else 0,
+        is_captured=device.kind == "cuda" and spec.engine.kernels != "plain",
     )
     memory = memory_of(spec, asked.work, cost, limits, device, free)
     yield _gib("weights, GiB", memory.weight_bytes, f"in {device.dtype}" if cost.quant == "none" else cost.quant)

@@ -376,6 +376,8 @@ def _quantization(quant: str) -> BitsAndBytesConfig | None:
 
 
 def _device(name: str) -> str:
+    if "+" in name:
+        raise EngineError(f"model.device={name}: engine=hf takes one device; only engine=native spreads a model")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
