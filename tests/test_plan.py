@@ -66,6 +66,24 @@ def test_a_run_of_the_same_task_says_how_long_the_rest_takes(capsys: pytest.Capt
     assert float(planned["time, expected"][0].split()[0]) == pytest.approx(2 * session["run_s"], rel=0.1)
 
 
+def test_what_is_stored_is_counted_if_the_run_would_resume_it(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"task": "nano", "model": "qwen-nano", "engine": "fake", "limit": "6", "task.max_new_tokens": "2"}
+
+    def said(*more: str, **changed: str) -> str:
+        code = main([*(f"{key}={value}" for key, value in (keys | changed).items()), *more])
+        output = capsys.readouterr()
+        return output.out + output.err if code == 0 else f"exit {code}: {output.err}"
+
+    said("quiet=true")
+    assert "6 of these samples are stored: the run asks the other 0." in said("plan=true")
+    for changed in ({"limit": "10"}, {"task.max_new_tokens": "3"}, {"engine": "native"}):
+        planned, ran = said("plan=true", **changed), said(**changed)
+        assert "warning: the run would be refused: runs/eval/nano/qwen-nano/default holds another run: " in planned
+        assert "are stored" not in planned
+        assert ran.startswith("exit 2: runs/eval/nano/qwen-nano/default holds another run: "), ran
+    assert "refused" not in said("overwrite=true", "plan=true", limit="10")
+
+
 def test_a_checkpoint_that_is_not_here_is_planned_by_its_published_shape(capsys: pytest.CaptureFixture[str]) -> None:
     small = plan(capsys, "task=gsm8k", "task.data=bundled", "model=qwen-7b", "on=RTX-4090")
     assert "estimate" in small["tokens of the prompts"][1]

@@ -112,7 +112,7 @@ class RunDirectory:
                 raise StoreError(f"{self.path}: has {RECORDS} but no {SPEC}; {self.way_out}")
             write_json(path, spec)
             return
-        self.refuse_changes(_plain(as_object(spec["decides"])))
+        self.refuse_changes(plain(as_object(spec["decides"])))
 
     def refuse_changes(self, decides: Mapping[str, JSON]) -> None:
         """StoreError, listing the differences, if `decides` (all or some keys) differs from that of the stored run."""
@@ -157,7 +157,7 @@ class RunDirectory:
         if self._records is not None:
             with _one_line(self.path / RECORDS):
                 os.fsync(self._records)
-        write_json(self.path / RESULT, sealed(_plain(result), self.spec() or {}, self.path / RECORDS))
+        write_json(self.path / RESULT, sealed(plain(result), self.spec() or {}, self.path / RECORDS))
 
     def spec(self) -> dict[str, JSON] | None:
         path = self.path / SPEC
@@ -319,7 +319,7 @@ def _refuse_special(path: Path) -> None:
             raise StoreError(f"{path}: not a plain file")
 
 
-def _plain(value: Mapping[str, JSON]) -> dict[str, JSON]:
+def plain(value: Mapping[str, JSON]) -> dict[str, JSON]:
     """As it will look when read back: tuples are lists, keys are strings."""
     plain: dict[str, JSON] = json.loads(json.dumps(value, ensure_ascii=False))
     return plain
