@@ -171,7 +171,7 @@ def _floors(
     """The least width of every column; columns of `whole` are as wide as their texts where the width allows that."""
     columns = [[row[i] for row in texts] for i in range(len(heads))]
     floors = [_floor(head, column, number) for head, column, number in zip(heads, columns, is_number)]
-    wide = [max(floor, *map(text_width, column)) if name in table.whole else floor
+    wide = [max([floor, *map(text_width, column)]) if name in table.whole else floor
             for name, floor, column in zip(table.columns, floors, columns)]  # fmt: skip
     kept = [size for name, size in zip(table.columns, wide) if name not in table.optional]
     return wide if width is None or sum(kept) + GAP * (len(kept) - 1) <= width else floors

@@ -16,6 +16,7 @@ from qwen_eval import __version__
 from qwen_eval.__main__ import main
 from qwen_eval.cli import bracket_lists, conf_dir, list_keys, model_first
 from qwen_eval.config import EvalSpec
+from qwen_eval.quantize.__main__ import main as quantize
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,21 @@ def test_a_limit_is_a_number_of_samples_or_a_share(command: Command, limit: str)
     done = command("task=toy", "model=toy", "engine=fake", f"limit={limit}")
     assert done.returncode == 2
     assert "a number of samples, at least 1, or a share such as 10% or 0.1" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_with_the_way_out(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "file").touch()
+    for key, way_out in (("runs_dir=file", "runs_dir=DIR"), ("run_dir=file/run", "run_dir=DIR")):
+        done = command("task=toy", "model=toy", "engine=fake", key)
+        assert done.returncode == 2
+        assert done.stderr.endswith(f"Not a directory; pass {way_out} that can be written\n")
+        assert done.stderr.count("\n") == 1
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert quantize(["model=qwen-nano", f"out={tmp_path}/file/q"]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/file/q.partial: Not a directory\n"
 
 
 def test_a_run_directory_that_cannot_be_is_one_line(tmp_path: Path, command: Command) -> None:

@@ -69,6 +69,7 @@ def test_a_folder_of_the_user_is_listed_too(tmp_path: Path, capsys: pytest.Captu
     [
         (["modles"], 'did you mean "models"?'),
         (["tasks", "a", "b"], "written tasks|models|engines [word]"),
+        (["tasks", "zzz"], "list tasks: none has 'zzz' in its name"),
         (["models", "loop", "--config-dir=loop"], "model/loop.yaml: inherits from itself"),
     ],
 )

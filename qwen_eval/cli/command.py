@@ -116,9 +116,12 @@ class _Cells:
             spec = settings(config, self.schema, HydraConfig.get())
             self.checking.close()
             self.job(spec)
-        except QwenEvalError as error:
+        except BrokenPipeError:
+            raise
+        except (QwenEvalError, OSError) as error:
             self.checking.close()
-            line = f"{cell_name()}{error}"
+            is_ours = isinstance(error, QwenEvalError)
+            line = f"{cell_name()}{error if is_ours else explain(error, self.schema)}"
             if self.arguments is not None:
-                raise type(error)(line) from None  # the command has it from Hydra
+                raise (type(error) if is_ours else QwenEvalError)(line) from None  # the command has it from Hydra
             self.failures.append(tell(line))

@@ -214,9 +214,12 @@ class RunDirectory:
 def _locked(path: Path, elsewhere: str) -> int:
     """The open lock file of the directory, which is made where it is not there."""
     while True:
-        with _one_line(path):
+        try:
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # its target would be emptied
+        except OSError as error:
+            folder = elsewhere if elsewhere.startswith("run_dir=") else "runs_dir=DIR"
+            raise StoreError(f"{path}: {error.strerror or error}; pass {folder} that can be written") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -269,7 +272,8 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}; what was saved before is kept and valid") from error
+        kept = "; what was saved before is kept and valid" if path.exists() else ""
+        raise StoreError(f"{path}: {error.strerror or error}{kept}") from error
 
 
 def _write_all(file: int, data: bytes) -> None:

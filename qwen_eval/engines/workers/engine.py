@@ -98,6 +98,8 @@ class WorkersEngine:
         """Workers whose oldest call has returned."""
         heads = {handle.calls[0]: handle for handle in self._handles if handle.calls}
         done, _ = self._cluster.ray.wait(list(heads), num_returns=1, timeout=WAIT_S)
+        if not done:
+            self._cluster.refuse_loss()
         return [heads[call] for call in done]
 
     def _taken(self, handle: Handle, queue: BatchQueue) -> Iterator[tuple[int, Answer]]:
@@ -192,6 +194,8 @@ def _wait_opened(cluster: Cluster, handles: Sequence[Handle]) -> None:
     with stage("starting the workers", total=len(handles), unit="workers") as starting:
         while opening := {handle.calls[0]: handle for handle in handles if handle.calls}:
             done, _ = cluster.ray.wait(list(opening), num_returns=1, timeout=WAIT_S)
+            if not done:
+                cluster.refuse_loss()
             for handle in (opening[call] for call in done):
                 result = received(cluster.ray, handle)
                 if isinstance(result, Exception):
