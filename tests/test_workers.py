@@ -291,6 +291,11 @@ def test_a_run_that_is_stopped_early_leaves_the_workers_ready(engines: dict[int,
     assert sorted(index for index, _ in engines[2].run(again)) == list(range(20))
 
 
+def test_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
+    with pytest.raises(EngineError, match=r"^engine.workers=5000: this machine has \d+ CPUs; use fewer$"):
+        open_engine(dataclasses.replace(FAKE, workers=5000), ModelSpec(name="m", device="cpu"))
+
+
 def test_what_a_worker_refuses_is_one_line(cluster: Cluster) -> None:
     with pytest.raises(EngineError, match=r"^model.quant=nf4: not offered by engine=vllm"):
         open_engine(EngineSpec(name="vllm", workers=2), ModelSpec(name="m", quant="nf4"))

@@ -174,6 +174,8 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         if cluster.room is not None and spec.workers > cluster.room:
             raise EngineError(f"engine.workers={spec.workers}: each takes a CPU, and Ray has {cluster.room}; use fewer")
         num_gpus = _gpus_each(cluster, spec, model)
+        if num_gpus == 0 and cluster.directory is not None and spec.workers > max(2, cluster.num_cpus):
+            raise EngineError(f"engine.workers={spec.workers}: this machine has {cluster.num_cpus} CPUs; use fewer")
         num_threads = spec.num_threads or _threads_each(cluster, spec.workers)
         arguments = (_worker_spec(spec, cluster, num_threads, num_gpus), _worker_model(model), protocol, num_threads)
         for number in range(spec.workers):
