@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from unhurried import SAYS_NO_STAGES
 
 from qwen_eval import __version__
 
@@ -18,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 DOORS = ("__main__", "profile.__main__", "report.__main__", "ship.command", "quantize.__main__", "regrade", "preview",
          "list", "tokens", "data.__main__")  # fmt: skip
 HEAVY = {"torch", "pandas", "transformers", "datasets", "scipy", "matplotlib", "tokenizers"}
-CALL = """
+CALL = (
+    SAYS_NO_STAGES
+    + """
 import contextlib, importlib, io, json, sys
 said = []
 for module, arguments in json.loads(sys.argv[1]):
@@ -28,6 +31,7 @@ for module, arguments in json.loads(sys.argv[1]):
     said.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps([said, sorted(sys.modules)]))
 """
+)
 
 
 def called(calls: list[tuple[str, list[str]]], cwd: Path) -> tuple[list[list[object]], set[str]]:
