@@ -79,7 +79,7 @@ def plan_tables(spec: EvalSpec) -> list[Table]:
         known(spec.on, "bf16")  # a typo is said before rows are read
     asked = what_is_asked(spec)
     rows = [*_tokens(spec, asked), *_machine(spec, asked), *_earlier(spec, asked), *_price(spec, asked)]
-    notes = [*_notes(asked), *(f"warning: {warning}" for warning in warnings)]
+    notes = [*_notes(spec, asked), *(f"warning: {warning}" for warning in warnings)]
     return [
         Table(
             name="plan",
@@ -222,8 +222,9 @@ def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     seconds = least_s(asked.work, cost, limits, device, spec)
     if seconds is not None:
         how = _ceiling(device, asked.work)
-        if spec.engine.workers > 1:
-            seconds, how = seconds / spec.engine.workers, f"{spec.engine.workers} workers, {how}"
+        num_workers = min(spec.engine.workers, len(asked.samples))
+        if num_workers > 1 and "workers" in kind(spec.engine.name).tuned_by:
+            seconds, how = seconds / num_workers, f"{num_workers} workers, {how}"
         yield text_cell("time, at least"), text_cell(clock(seconds)), text_cell(how)
 
 
@@ -324,13 +325,15 @@ def _money(what: str, prices: Prices, written: int, asked: Asked, how: str) -> t
     return text_cell(what), Cell(text=f"{cost:,.4g} {prices.currency}".rstrip(), value=cost), text_cell(how)
 
 
-def _notes(asked: Asked) -> Iterator[str]:
+def _notes(spec: EvalSpec, asked: Asked) -> Iterator[str]:
     stored = asked.stored
     if stored.refusal is not None:
         yield f"warning: the run would be refused: {stored.refusal}"
     if stored.num_stored:
-        others = len(asked.samples) - stored.num_stored
-        yield f"{stored.num_stored} of these samples are stored: the run asks the other {others}. Counted are all."
+        num = f"{stored.num_stored} of {len(asked.samples)} samples"
+        yield f"stored already: {num}; the run asks only the others, and the rows above count all."
+    if spec.on is not None and asked.config is None:
+        yield f"warning: on={spec.on} has no effect with engine={spec.engine.name}, which runs no model here"
     yield "Of samples with several turns the first is counted. Nothing was loaded, asked or written."
 
 
