@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -264,6 +265,25 @@ def test_a_limit_is_a_number_of_samples_or_a_share(command: Command, limit: str)
     done = command("task=toy", "model=toy", "engine=fake", f"limit={limit}")
     assert done.returncode == 2
     assert "a number of samples, at least 1, or a share such as 10% or 0.1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "err"),
+    [
+        (" --help >/dev/full", 2, "", "standard output: No space left on device\n"),
+        (" --help >&-", 0, "", ""),
+        (".list tasks mmlu 2>&- | head -n 1", 0, "tasks\n", ""),
+        (".list engines native | head -n 3 | tail -n 1 | tr -d '?'", 0, "\n", ""),  # a rule that ASCII does not have
+    ],
+)
+def test_an_output_that_takes_not_everything_brings_no_traceback(arguments: str, code: int, out: str, err: str) -> None:
+    if "/dev/full" in arguments and not Path("/dev/full").exists():
+        pytest.skip("a device of Linux")
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m qwen_eval{arguments}"], capture_output=True, text=True, timeout=60,
+        cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line_with_the_way_out(tmp_path: Path, command: Command) -> None:

@@ -312,10 +312,10 @@ def refuse_mistakes(spec: EvalSpec) -> None:
         return
     try:
         task = build(spec.task, task_context(spec, None))
+        if spec.task.subjects or spec.task.path is not None:
+            task.samples()
     except NeedsTokenizer:
         return
-    if spec.task.subjects:
-        task.samples()
 
 
 def draft_of(engine: Engine, sample: Sample, turns: Sequence[Turn]) -> Record:
