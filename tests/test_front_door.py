@@ -65,6 +65,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> 
         'task=mmluu: unknown; did you mean "mmlu"?': ["task=mmluu"],
         'tsak: no such key; did you mean "task"?': ["tsak=mmlu"],
         "task.path=no: no such file or folder": ["task=gsm8k", "task.subjects=a", "task.path=no"],
+        "task.path=no.csv: no such file or folder": ["task=csv", "task.path=no.csv"],
         "task=mmlu,ceval: several values; add -m to run each of them": ["task=mmlu,ceval"],
     }
     given = ["task.data=bundled"]  # else the hub would be asked
