@@ -66,8 +66,10 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> 
         'tsak: no such key; did you mean "task"?': ["tsak=mmlu"],
         "task.path=no: no such file or folder": ["task=gsm8k", "task.subjects=a", "task.path=no"],
         "task.path=no.csv: no such file or folder": ["task=csv", "task.path=no.csv"],
+        "rows.csv: no column answer; found question, A, B": ["task=csv", "task.path=rows.csv"],
         "task=mmlu,ceval: several values; add -m to run each of them": ["task=mmlu,ceval"],
     }
+    (tmp_path / "rows.csv").write_text("question,A,B\nWhich?,one,two\n")
     given = ["task.data=bundled"]  # else the hub would be asked
     said, modules = called([("__main__", [*given, *arguments]) for arguments in mistakes.values()], tmp_path)
     assert not HEAVY & modules
@@ -75,7 +77,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> 
         assert (code, out) == (2, "")
         assert str(err).startswith(words)
         assert str(err).count("\n") == 1
-    assert list(tmp_path.iterdir()) == []  # no empty run directory
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]  # no empty run directory
 
 
 def test_a_report_of_nothing_needs_nothing(tmp_path: Path) -> None:
