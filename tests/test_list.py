@@ -11,6 +11,7 @@ from qwen_eval import cli
 from qwen_eval.__main__ import main as evaluation
 from qwen_eval.report.inventory import inherited
 from qwen_eval.report.list_command import main
+from qwen_eval.tasks.registry import TASKS
 
 
 def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -44,7 +45,7 @@ def test_a_task_is_one_line(columns: str, capsys: pytest.CaptureFixture[str], mo
     assert head.split()[:2] == ["task", "what"]
     assert {"licence"} <= set(head.split())
     names = [row.split()[0] for row in rows if not row.startswith(("─", "  "))]
-    assert sorted(names) == sorted(path.stem for path in (cli.conf_dir() / "task").glob("*.yaml"))
+    assert sorted(names) == sorted(TASKS)
     assert max(map(len, rows)) <= int(columns)
 
 
