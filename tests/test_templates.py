@@ -402,6 +402,9 @@ def test_the_sampling_of_a_generation_config_is_read() -> None:
     greedy = sampling_of({"temperature": 0.6, "repetition_penalty": 1.05})
     assert greedy == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.05}
     assert sampling_of({}) is None
+    everything = sampling_of({"do_sample": True, "top_k": -1})  # as vLLM writes it
+    assert everything is not None
+    assert everything["top_k"] == 0
     with pytest.raises(ModelError, match="top_p=often is no number"):
         sampling_of({"top_p": "often"})
 

@@ -12,7 +12,8 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError
 from qwen_eval.data.catalogue import CARDS, UNKNOWN
 from qwen_eval.data.sources import SAMPLES
-from qwen_eval.report.published import BENCHMARKS, ledger
+from qwen_eval.report.ledger import ledger
+from qwen_eval.report.published import BENCHMARKS
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
 from qwen_eval.tasks.registry import TASKS, task_class
 

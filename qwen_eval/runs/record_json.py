@@ -122,6 +122,8 @@ def _answer_from_json(row: Mapping[str, JSON]) -> Answer:
             num_tokens=as_counts(row["num_tokens"]),
             logits=as_numbers(row.get("logits", ())),
             logsumexp=None if total is None else as_number(total),
+            bounded=as_counts(row.get("bounded", ())),
+            dtype=as_text(row.get("dtype", "float32")),
         )
     if kind == "tokens":
         return TokenLogprobs(

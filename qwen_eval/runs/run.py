@@ -24,7 +24,7 @@ Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
+class SessionCounts:
     """The command that finished a run. What earlier commands asked is `num_resumed` samples, of unknown time."""
 
     run_s: float
@@ -135,13 +135,13 @@ class Run:
         return tuple(map(str, found)) if isinstance(found, list) else ()
 
     @property
-    def session(self) -> Session | None:
+    def session(self) -> SessionCounts | None:
         """None for runs without one: unfinished runs and profiles."""
         row = section(self.result.get("run"))
         if not row:
             return None
         counts = {key: as_count(row[key]) for key in _COUNTS}
-        return Session(run_s=as_number(row["run_s"]), **counts)
+        return SessionCounts(run_s=as_number(row["run_s"]), **counts)
 
     @property
     def status(self) -> Status:

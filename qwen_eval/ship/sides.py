@@ -72,9 +72,10 @@ def fit_together(spec: ShipSpec) -> bool:
     if None in sizes:
         return False
     from qwen_eval.models.device import memory_bytes
-    from qwen_eval.models.load import choose_device
+    from qwen_eval.models.load import choose_devices
 
-    free = min(memory_bytes(choose_device(spec.model(side).device))[0] for side in local)
+    devices = [choose_devices(spec.model(side).device) for side in local]
+    free = min(sum(memory_bytes(device)[0] for device in several) for several in devices)
     return ROOM * sum(size or 0 for size in sizes) < free
 
 

@@ -29,7 +29,7 @@ STOPS = ("\nQ:", "\n\nQ:")
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class BbhSpec(TaskSpec):
     name: str = "bbh"
     hub_id: str | None = "lukaemon/bbh"
     split: str = "test"
@@ -37,8 +37,8 @@ class Spec(TaskSpec):
     max_new_tokens: int = 512
 
 
-class Bbh(GenerativeTask[Spec]):
-    Spec = Spec
+class Bbh(GenerativeTask[BbhSpec]):
+    Spec = BbhSpec
     version = 2
     average: ClassVar[Literal["macro"]] = "macro"
 

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
@@ -42,6 +42,10 @@ from qwen_eval.metrics import macro, mean, share
 from qwen_eval.tasks.benchmark import Benchmark
 from qwen_eval.tasks.prompts import ShotFormat, chat_shots, few_shot, option_letters
 from qwen_eval.tasks.registry import TaskContext
+
+if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
 
 LETTERS = ("A", "B", "C", "D")  # the columns of the exams' files
 OFFICIAL = -1  # shots
@@ -338,12 +342,24 @@ def letter_values(answer: ChoiceLogprobs, letters: Sequence[str] = LETTERS) -> d
 
 
 def official_probs(answer: ChoiceLogprobs) -> list[float]:
-    """Softmax over the vocabulary, then a second one over the letters' probabilities, in fp32 as the scripts do."""
+    """Softmax over the vocabulary, then a second one over the letters' probabilities, each rounded to the dtype of the
+    logits, as the scripts do: in bf16 many letters are equally likely then."""
     import numpy
 
-    probs = numpy.exp(numpy.asarray(answer.logprobs, dtype=numpy.float32))
+    probs = _rounded(numpy.exp(numpy.asarray(answer.logprobs, dtype=numpy.float32)), answer.dtype)
     again = numpy.exp(probs - probs.max())
-    return [float(p) for p in again / again.sum(dtype=numpy.float32)]
+    return [float(p) for p in _rounded(again / again.sum(dtype=numpy.float32), answer.dtype)]
+
+
+def _rounded(values: NDArray[float32], dtype: str) -> NDArray[float32]:
+    """To the nearest number of that dtype, of two equally near ones the even one."""
+    if dtype == "float16":
+        return values.astype("float16").astype("float32")
+    if dtype == "bfloat16":  # the upper half of an fp32 number
+        bits = values.view("uint32")
+        rounded: NDArray[float32] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype("uint32").view("float32")
+        return rounded
+    return values
 
 
 def official_letter(answer: ChoiceLogprobs, letters: Sequence[str] = LETTERS) -> str:

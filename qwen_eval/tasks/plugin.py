@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
@@ -41,11 +41,14 @@ from qwen_eval.tasks.react import (
     read_step_upstream,
 )
 
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
 INPUT_CHARACTERS = 4_000  # of an action's input that are compared: the overlap takes time with their square
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class PluginSpec(TaskSpec):
     name: str = "plugin"  # or plugin_template
     split: str = "test"
     mode: str = "chat"
@@ -66,8 +69,8 @@ class Called:
         return None if self.tool is None else self.tool.strip().lower()
 
 
-class Plugin(GenerativeTask[Spec]):
-    Spec = Spec
+class Plugin(GenerativeTask[PluginSpec]):
+    Spec = PluginSpec
     version = 3
     bundled = "plugin"
 
@@ -224,7 +227,7 @@ def rouge_l(found: str, gold: str, tokenizer: Tokenizer | None) -> float:
 
 
 @cache
-def _scorer() -> Any:
+def _scorer() -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=_Whitespace())

@@ -52,15 +52,15 @@ HOW = way_to_get("wmt22")
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class Wmt22Spec(TaskSpec):
     name: str = "wmt22"
     split: str = "test"
     shots: int = 5
     max_new_tokens: int = 256  # the harness's limit
 
 
-class Wmt22(GenerativeTask[Spec]):
-    Spec = Spec
+class Wmt22(GenerativeTask[Wmt22Spec]):
+    Spec = Wmt22Spec
     version = 1
     bundled = "wmt22"
 
