@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qwen_eval.core import Metric
-from qwen_eval.terminal import MIN_TEXT, layout, longest_piece, plain_text, terminal_width, text_width, wrapped
+from qwen_eval.terminal import GAP, MIN_TEXT, layout, longest_piece, plain_text, terminal_width, text_width, wrapped
 
 PLUS_MINUS = "±"
 NONE = "–"
@@ -56,6 +56,7 @@ class Table:
 
     In a terminal too narrow for all columns, those of `optional` are left out, in their order, with a note. If that
     is not enough, the other columns follow in further blocks, each beginning with the first `num_keys` columns.
+    Texts of the columns of `whole` are not wrapped: optional columns are left out before.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Table:
     notes: tuple[str, ...] = ()
     name: str = ""  # stable, for files and links
     optional: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     num_keys: int = 1
 
     def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ def to_terminal(table: Table, width: int | None = None) -> str:
     texts = [[plain_text(cell.text) for cell in row] for row in table.rows]
     heads = [plain_text(column) for column in table.columns]
     is_number = [table.is_number(i) for i in range(len(heads))]
-    floors = [_floor(heads[i], [row[i] for row in texts], is_number[i]) for i in range(len(heads))]
+    floors = _floors(table, heads, texts, is_number, width)
     optional = [table.columns.index(name) for name in table.optional if name in table.columns]
     body, left_out = layout(heads, texts, floors, is_number, optional, table.num_keys, width)
     notes = list(all_notes(table))
@@ -161,6 +163,18 @@ def to_terminal(table: Table, width: int | None = None) -> str:
     lines = wrapped(plain_text(table.title), width) if table.title else []
     notes_lines = [line for note in notes for line in wrapped(plain_text(note), width, indent="  ")]
     return "\n".join([*lines, body.rstrip("\n"), *notes_lines, ""])
+
+
+def _floors(
+    table: Table, heads: Sequence[str], texts: Sequence[Sequence[str]], is_number: Sequence[bool], width: int | None
+) -> list[int]:
+    """The least width of every column; columns of `whole` are as wide as their texts where the width allows that."""
+    columns = [[row[i] for row in texts] for i in range(len(heads))]
+    floors = [_floor(head, column, number) for head, column, number in zip(heads, columns, is_number)]
+    wide = [max([floor, *map(text_width, column)]) if name in table.whole else floor
+            for name, floor, column in zip(table.columns, floors, columns)]  # fmt: skip
+    kept = [size for name, size in zip(table.columns, wide) if name not in table.optional]
+    return wide if width is None or sum(kept) + GAP * (len(kept) - 1) <= width else floors
 
 
 def _floor(head: str, column: Sequence[str], is_number: bool) -> int:

@@ -165,6 +165,8 @@ def test_what_needs_no_hub_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["get", "cmmlu", "hub=modelscope"], "no copy of cmmlu is known there"),
         (["get", "--force", "mmlu"], "--force: no such option"),
         (["get", "mmlu", "revisoin=v1"], "revisoin"),
+        (["get", "model=qwen-7b", "model=qwen-14b"], "model= is given twice; several models are written model=A,B"),
+        (["list", "mmul"], 'data list=mmul: unknown; did you mean "mmlu"?'),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +205,18 @@ def test_without_a_network_get_is_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["get", "gsm8k"]) == 2
     assert capsys.readouterr().err == "openai/gsm8k: HF_HUB_OFFLINE is set and no copy is cached\n"
+
+
+def test_a_download_by_sacrebleu_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sacrebleu.utils.SACREBLEU_DIR", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    assert main(["get", "wmt22"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("wmt22: sacreBLEU's download failed (")
+    assert err.endswith("); docs/data.md shows what task.path= takes\n")
+    assert err.count("\n") == 1
 
 
 def test_a_file_that_was_damaged_in_the_cache_is_found_by_get(

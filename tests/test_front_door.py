@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from unhurried import SAYS_NO_STAGES
 
 from qwen_eval import __version__
 
@@ -18,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 DOORS = ("__main__", "profile.__main__", "report.__main__", "ship.command", "quantize.__main__", "regrade", "preview",
          "list", "tokens", "data.__main__")  # fmt: skip
 HEAVY = {"torch", "pandas", "transformers", "datasets", "scipy", "matplotlib", "tokenizers"}
-CALL = """
+CALL = (
+    SAYS_NO_STAGES
+    + """
 import contextlib, importlib, io, json, sys
 said = []
 for module, arguments in json.loads(sys.argv[1]):
@@ -28,6 +31,7 @@ for module, arguments in json.loads(sys.argv[1]):
     said.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps([said, sorted(sys.modules)]))
 """
+)
 
 
 def called(calls: list[tuple[str, list[str]]], cwd: Path) -> tuple[list[list[object]], set[str]]:
@@ -61,8 +65,11 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> 
         'task=mmluu: unknown; did you mean "mmlu"?': ["task=mmluu"],
         'tsak: no such key; did you mean "task"?': ["tsak=mmlu"],
         "task.path=no: no such file or folder": ["task=gsm8k", "task.subjects=a", "task.path=no"],
+        "task.path=no.csv: no such file or folder": ["task=csv", "task.path=no.csv"],
+        "rows.csv: no column answer; found question, A, B": ["task=csv", "task.path=rows.csv"],
         "task=mmlu,ceval: several values; add -m to run each of them": ["task=mmlu,ceval"],
     }
+    (tmp_path / "rows.csv").write_text("question,A,B\nWhich?,one,two\n")
     given = ["task.data=bundled"]  # else the hub would be asked
     said, modules = called([("__main__", [*given, *arguments]) for arguments in mistakes.values()], tmp_path)
     assert not HEAVY & modules
@@ -70,7 +77,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> 
         assert (code, out) == (2, "")
         assert str(err).startswith(words)
         assert str(err).count("\n") == 1
-    assert list(tmp_path.iterdir()) == []  # no empty run directory
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]  # no empty run directory
 
 
 def test_a_report_of_nothing_needs_nothing(tmp_path: Path) -> None:

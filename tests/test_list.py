@@ -37,6 +37,17 @@ def test_a_row_says_where_from_and_how_much_was_published(
     assert "sample  CC BY-NC-SA 4.0  " in listed(capsys, "tasks", "cmmlu")
 
 
+@pytest.mark.parametrize("columns", ["80", "100", "120", "200"])
+def test_a_task_is_one_line(columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    head, *rows = listed(capsys, "tasks").partition("docs/")[0].partition("tasks\n")[2].splitlines()
+    assert head.split()[:2] == ["task", "what"]
+    assert {"licence"} <= set(head.split())
+    names = [row.split()[0] for row in rows if not row.startswith(("─", "  "))]
+    assert sorted(names) == sorted(path.stem for path in (cli.conf_dir() / "task").glob("*.yaml"))
+    assert max(map(len, rows)) <= int(columns)
+
+
 @pytest.mark.parametrize("name", ["qwen-7b-chat-int4", "qwen2.5-7b-instruct", "qwen-nano-chat", "qwen3-8b"])
 def test_inherited_keys_are_those_that_are_composed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluation([f"model={name}", "--cfg", "job", "--package", "model"]) == 0
@@ -58,6 +69,7 @@ def test_a_folder_of_the_user_is_listed_too(tmp_path: Path, capsys: pytest.Captu
     [
         (["modles"], 'did you mean "models"?'),
         (["tasks", "a", "b"], "written tasks|models|engines [word]"),
+        (["tasks", "zzz"], "list tasks: none has 'zzz' in its name"),
         (["models", "loop", "--config-dir=loop"], "model/loop.yaml: inherits from itself"),
     ],
 )

@@ -66,6 +66,24 @@ def test_a_run_of_the_same_task_says_how_long_the_rest_takes(capsys: pytest.Capt
     assert float(planned["time, expected"][0].split()[0]) == pytest.approx(2 * session["run_s"], rel=0.1)
 
 
+def test_what_is_stored_is_counted_if_the_run_would_resume_it(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"task": "nano", "model": "qwen-nano", "engine": "fake", "limit": "6", "task.max_new_tokens": "2"}
+
+    def said(*more: str, **changed: str) -> str:
+        code = main([*(f"{key}={value}" for key, value in (keys | changed).items()), *more])
+        output = capsys.readouterr()
+        return output.out + output.err if code == 0 else f"exit {code}: {output.err}"
+
+    said("quiet=true")
+    assert "stored already: 6 of 6 samples; the run asks only the others" in said("plan=true")
+    for changed in ({"limit": "10"}, {"task.max_new_tokens": "3"}, {"engine": "native"}):
+        planned, ran = said("plan=true", **changed), said(**changed)
+        assert "warning: the run would be refused: runs/eval/nano/qwen-nano/default holds another run: " in planned
+        assert "stored already" not in planned
+        assert ran.startswith("exit 2: runs/eval/nano/qwen-nano/default holds another run: "), ran
+    assert "refused" not in said("overwrite=true", "plan=true", limit="10")
+
+
 def test_a_checkpoint_that_is_not_here_is_planned_by_its_published_shape(capsys: pytest.CaptureFixture[str]) -> None:
     small = plan(capsys, "task=gsm8k", "task.data=bundled", "model=qwen-7b", "on=RTX-4090")
     assert "estimate" in small["tokens of the prompts"][1]
@@ -84,6 +102,17 @@ def test_an_endpoint_has_a_price_by_the_table_of_the_user(capsys: pytest.Capture
     read, written = (number(planned[what]) for what in ("tokens of the prompts", "tokens to write, at most"))
     assert planned["price, at most"][0] == f"{(read * 1000 + written * 2000) / 1e6:,.4g} CNY"
     assert "peak, GiB" not in planned
+
+
+def test_workers_share_the_time_only_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["task=nano", "limit=3", "engine.workers=4", "on=RTX-4090"]
+    assert plan(capsys, *arguments)["time, at least"][1].startswith("3 workers, ")
+    assert "workers" not in plan(capsys, *arguments, "engine=hf")["time, at least"][1]
+
+
+def test_a_device_without_a_model_on_it_has_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task=nano", "limit=1", "engine=fake", "on=RTX-4090", "plan=true"]) == 0
+    assert "warning: on=RTX-4090 has no effect with engine=fake" in capsys.readouterr().out
 
 
 def test_every_cell_of_a_grid_has_its_plan(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

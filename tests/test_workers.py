@@ -291,6 +291,11 @@ def test_a_run_that_is_stopped_early_leaves_the_workers_ready(engines: dict[int,
     assert sorted(index for index, _ in engines[2].run(again)) == list(range(20))
 
 
+def test_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
+    with pytest.raises(EngineError, match=r"^engine.workers=5000: this machine has \d+ CPUs; use fewer$"):
+        open_engine(dataclasses.replace(FAKE, workers=5000), ModelSpec(name="m", device="cpu"))
+
+
 def test_what_a_worker_refuses_is_one_line(cluster: Cluster) -> None:
     with pytest.raises(EngineError, match=r"^model.quant=nf4: not offered by engine=vllm"):
         open_engine(EngineSpec(name="vllm", workers=2), ModelSpec(name="m", quant="nf4"))
@@ -356,10 +361,9 @@ def processes_of(session: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow  # starts Ray in a process of its own
-def test_an_interrupted_run_leaves_no_process_and_is_resumed(tmp_path: Path) -> None:
+def started_run(run_dir: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A run over two workers with some records, and the processes below it."""
     pytest.importorskip("ray", reason="the package ray is not installed")
-    run_dir = tmp_path / "run"
     command = [*TOY, "task=toy", "engine=fake", "engine.fake_delay_s=0.05", "task.num=2000", f"run_dir={run_dir}"]
     child = subprocess.Popen([*command, "engine.workers=2"], start_new_session=True, stderr=subprocess.PIPE, text=True)
     records = run_dir / "records.jsonl"
@@ -368,17 +372,39 @@ def test_an_interrupted_run_leaves_no_process_and_is_resumed(tmp_path: Path) -> 
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    started = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
+    started = psutil.Process(child.pid).children(recursive=True)
     assert len(started) > 4
+    return child, started
+
+
+def check_ended(started: Sequence[psutil.Process]) -> None:
+    deadline = time.monotonic() + 10
+    while alive := [process.pid for process in started if psutil.pid_exists(process.pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+
+
+@pytest.mark.slow  # starts Ray in a process of its own
+def test_an_interrupted_run_leaves_no_process_and_is_resumed(tmp_path: Path) -> None:
+    child, started = started_run(tmp_path / "run")
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130
     assert said.strip().splitlines()[-1].startswith("interrupted; graded samples are kept")
-    deadline = time.monotonic() + 10
-    while alive := [pid for pid in started if psutil.pid_exists(pid)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.1)
+    check_ended(started)
+    records = tmp_path / "run" / "records.jsonl"
     num_kept = len(records.read_text().splitlines())
     assert 0 < num_kept < 2000
     ids = [json.loads(line)["sample_id"] for line in records.read_text().splitlines()]
     assert len(set(ids)) == num_kept
+
+
+@pytest.mark.slow  # starts Ray in a process of its own
+def test_a_run_whose_ray_has_died_ends_in_one_line(tmp_path: Path) -> None:
+    child, started = started_run(tmp_path / "run")
+    (helper,) = [process for process in started if "DashboardAgent" in " ".join(process.cmdline())]
+    helper.kill()  # as the kernel does where memory is short: Ray's raylet ends itself with it, and its workers
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert said.strip().splitlines()[-1].startswith("Ray's process raylet has died (killed, or out of memory); what is")
+    check_ended(started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ def run(argv: Sequence[str], *, config_name: str, schema: type, job: Job, usage:
 
 def guarded(command: Callable[[], int]) -> int:
     """The exit code of a command: a mistake is one line, Ctrl-C one line, a reader that has left (`| head`) none."""
+    make_writable()
     try:
         code = command()
         sys.stdout.flush()
@@ -49,8 +51,29 @@ def guarded(command: Callable[[], int]) -> int:
         tell(str(error))
         return MISTAKE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it leaves
+        drop_output()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is not None:
+            raise  # of a file, where no command expects it
+        drop_output()
+        tell(f"standard output: {error.strerror}")
+        return MISTAKE
+
+
+def make_writable() -> None:
+    """Standard streams that are closed go nowhere; characters that an old locale does not have become `?`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def drop_output() -> None:
+    """What is left of standard output: else Python complains when it leaves."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def asked_of_itself(argv: Sequence[str], usage: str, *, groups: bool = False) -> bool:
@@ -116,9 +139,12 @@ class _Cells:
             spec = settings(config, self.schema, HydraConfig.get())
             self.checking.close()
             self.job(spec)
-        except QwenEvalError as error:
+        except BrokenPipeError:
+            raise
+        except (QwenEvalError, OSError) as error:
             self.checking.close()
-            line = f"{cell_name()}{error}"
+            is_ours = isinstance(error, QwenEvalError)
+            line = f"{cell_name()}{error if is_ours else explain(error, self.schema)}"
             if self.arguments is not None:
-                raise type(error)(line) from None  # the command has it from Hydra
+                raise (type(error) if is_ours else QwenEvalError)(line) from None  # the command has it from Hydra
             self.failures.append(tell(line))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from qwen_eval.cli.schemas import conf_dir, list_keys, typed_keys
-from qwen_eval.config import CHOICES
+from qwen_eval.config import CHOICES, HUBS
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.kinds import ENGINES
 from qwen_eval.tasks.registry import TASKS
@@ -26,8 +26,12 @@ COMMANDS = {
     "report": ("qwen_eval.report.config:ReportSpec", ()),
     "quantize": ("qwen_eval.quantize.config:QuantizeSpec", ("model",)),
     "regrade": ("qwen_eval.runs.regrade:RegradeSpec", ()),
+    "ship": ("qwen_eval.ship.config:ShipSpec", ()),
     "tokens": ("qwen_eval.profile.tokens:TokensSpec", ()),
 }
+# Commands of words: what follows `get`, `list`, ... and the keys of the first
+WORDS = {"data": ("get", "list"), "list": ("tasks", "models", "engines")}
+DATA_KEYS = ("model=", "hub=", "revision=")
 MODULE = re.compile(r"\bqwen_eval(?:\.(\w+))?\s|\bqwen-eval\s()")
 TASK = re.compile(r"\btask=(\w+)")
 SCRIPT = r"""
@@ -67,9 +71,12 @@ def completions(line: str) -> list[str]:
     """What the last word of a line may become: `"task=mm"` -> `["task=mmlu"]`; a key up to its next dot: `"mod"` ->
     `["model.", "model="]`."""
     found = MODULE.search(line)
-    if found is None or (found[1] or "") not in COMMANDS:
+    command = (found[1] or "") if found is not None else "unknown"
+    if command in WORDS:
+        return _words(command, line)
+    if command not in COMMANDS:
         return []
-    place, groups = COMMANDS[found[1] or ""]
+    place, groups = COMMANDS[command]
     schema = _schema(place)
     task = TASK.search(line)
     tasks = [task[1]] if task and task[1] in TASKS and "task" in groups else []
@@ -80,6 +87,23 @@ def completions(line: str) -> list[str]:
     before, comma, last = value.rpartition(",")
     words = [each for each in _values(key, schema, groups) if each.startswith(last)]
     return [f"{key}={before}{comma}{each}" for each in words]
+
+
+def _words(command: str, line: str) -> list[str]:
+    """Of a command of words: `"qwen_eval.data get mm"` -> `["mmlu"]`."""
+    _, *before, word = line[line.index(f"qwen_eval.{command}") :].split(" ")
+    before = [each for each in before if each]
+    if not before:
+        offered = list(WORDS[command])
+    elif command == "list":
+        offered = []
+    elif before[0] == "list":
+        offered = sorted(TASKS)
+    else:
+        values = {"hub": HUBS, "model": sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))}
+        key, equals, _ = word.partition("=")
+        offered = [f"{key}={value}" for value in values.get(key, ())] if equals else [*sorted(TASKS), *DATA_KEYS]
+    return [each for each in offered if each.startswith(word)]
 
 
 def _schema(place: str) -> type:

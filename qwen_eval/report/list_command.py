@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_eval import cli
+from qwen_eval.core import ConfigError
 from qwen_eval.engines.kinds import ENGINES
 from qwen_eval.report.config import ListSpec, list_spec
 
@@ -42,4 +43,6 @@ def _show(spec: ListSpec) -> None:
         table = inventory.engines(folders, spec.word, ENGINES)
     else:
         table = (inventory.tasks if spec.what == "tasks" else inventory.models)(folders, spec.word)
+    if not table.rows:
+        raise ConfigError(f"list {spec.what}: none has {spec.word!r} in its name; leave it out to see all")
     print_tables([table])

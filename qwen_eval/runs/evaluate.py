@@ -144,16 +144,13 @@ def selected(task: Task, spec: EvalSpec) -> list[Sample]:
 def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mapping[str, JSON]) -> dict[str, JSON]:
     """The content of spec.json; its section "decides" must be equal for a run to be resumed."""
     config = dataclasses.asdict(spec)
-    decides = {part: _without(config[part], PLACES.get(part, ())) for part in ("task", "model")}
     return {
         "format": FORMAT,
         "kind": "eval",
         "readings": BOTH_READINGS,
         "config": config,
         "decides": {
-            **decides,
-            "engine": {key: config["engine"].get(key) for key in deciding_keys()},
-            "protocol": spec.protocol,
+            **deciding_settings(config),
             "task_version": task.version,
             "benchmark": dict(task.describe()),
             "num_samples": len(samples),
@@ -164,6 +161,15 @@ def run_spec(spec: EvalSpec, task: Task, samples: Sequence[Sample], info: Mappin
             **({"task_file_sha256": FROM_FILES[spec.task.name].sha256} if spec.task.name in FROM_FILES else {}),
         },
         "provenance": provenance(),
+    }
+
+
+def deciding_settings(config: Mapping[str, Any]) -> dict[str, JSON]:
+    """The keys of a run's configuration that can change its numbers."""
+    return {
+        **{part: _without(config[part], PLACES.get(part, ())) for part in ("task", "model")},
+        "engine": {key: config["engine"].get(key) for key in deciding_keys()},
+        "protocol": config["protocol"],
     }
 
 
@@ -306,10 +312,10 @@ def refuse_mistakes(spec: EvalSpec) -> None:
         return
     try:
         task = build(spec.task, task_context(spec, None))
+        if spec.task.subjects or spec.task.path is not None:
+            task.samples()
     except NeedsTokenizer:
         return
-    if spec.task.subjects:
-        task.samples()
 
 
 def draft_of(engine: Engine, sample: Sample, turns: Sequence[Turn]) -> Record:

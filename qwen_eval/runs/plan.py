@@ -33,11 +33,11 @@ from qwen_eval.models.machine import Device, known, numpy_device
 from qwen_eval.models.overrides import read_config, with_overrides
 from qwen_eval.models.quant.formats import detected, quant_format
 from qwen_eval.models.tokenizer import load_tokenizer
-from qwen_eval.runs.evaluate import run_directory, selected
+from qwen_eval.runs.evaluate import selected
 from qwen_eval.runs.planned_work import BYTES_PER_TOKEN, Work, work_of
 from qwen_eval.runs.preview import read_tokenizer
+from qwen_eval.runs.resumable import Resumable, resumable
 from qwen_eval.runs.run import Run, SessionCounts, load_run
-from qwen_eval.runs.store import RECORDS
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
 from qwen_eval.tasks.registry import TaskContext, build
 
@@ -54,7 +54,7 @@ class Asked:
 
     task: Task
     samples: list[Sample]
-    num_stored: int
+    stored: Resumable
     work: Work
     tokenizer: Tokenizer | None
     config: ModelConfig | None
@@ -75,9 +75,11 @@ class Memory:
 def plan_tables(spec: EvalSpec) -> list[Table]:
     """One table of what is known, each row with where it comes from."""
     warnings = check_options(spec.engine, spec.model, keep_hidden=spec.keep_hidden)
+    if spec.on is not None:
+        known(spec.on, "bf16")  # a typo is said before rows are read
     asked = what_is_asked(spec)
     rows = [*_tokens(spec, asked), *_machine(spec, asked), *_earlier(spec, asked), *_price(spec, asked)]
-    notes = [*_notes(asked), *(f"warning: {warning}" for warning in warnings)]
+    notes = [*_notes(spec, asked), *(f"warning: {warning}" for warning in warnings)]
     return [
         Table(
             name="plan",
@@ -105,18 +107,11 @@ def what_is_asked(spec: EvalSpec) -> Asked:
     return Asked(
         task=task,
         samples=samples,
-        num_stored=_num_lines(run_directory(spec) / RECORDS),
+        stored=resumable(spec, samples),
         work=_work(spec, [_first(task, sample) for sample in samples], tokenizer, config),
         tokenizer=tokenizer,
         config=config,
     )
-
-
-def _num_lines(file: Path) -> int:
-    if not file.is_file():
-        return 0
-    with file.open("rb") as lines:
-        return sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
 
 
 def _first(task: Task, sample: Sample) -> Request:
@@ -189,7 +184,11 @@ def _tokens(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     if work.read_tokens != work.prompt_tokens:
         yield _row("tokens to read", work.read_tokens, f"shared beginnings once: {100 * work.shared_part:.0f} % less")
     if work.most_new_tokens:
-        yield _row("tokens to write, at most", work.most_new_tokens, f"{work.num_replies:,} replies at their limit")
+        yield _row("tokens to write, at most", work.most_new_tokens, _at_their_limit(work.num_replies))
+
+
+def _at_their_limit(num_replies: int) -> str:
+    return "1 reply at its limit" if num_replies == 1 else f"{num_replies:,} replies at their limit"
 
 
 def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
@@ -223,8 +222,9 @@ def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     seconds = least_s(asked.work, cost, limits, device, spec)
     if seconds is not None:
         how = _ceiling(device, asked.work)
-        if spec.engine.workers > 1:
-            seconds, how = seconds / spec.engine.workers, f"{spec.engine.workers} workers, {how}"
+        num_workers = min(spec.engine.workers, len(asked.samples))
+        if num_workers > 1 and "workers" in kind(spec.engine.name).tuned_by:
+            seconds, how = seconds / num_workers, f"{num_workers} workers, {how}"
         yield text_cell("time, at least"), text_cell(clock(seconds)), text_cell(how)
 
 
@@ -279,7 +279,7 @@ def _earlier(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     if found is None:
         return
     run, session = found
-    to_ask = len(asked.samples) - min(asked.num_stored, len(asked.samples))
+    to_ask = len(asked.samples) - asked.stored.num_stored
     seconds = session.run_s / session.num_samples * to_ask
     written = session.num_answer_tokens / session.num_samples * to_ask
     how = f"as in {run.path}: {session.num_samples / session.run_s:.3g} samples/s"
@@ -325,9 +325,15 @@ def _money(what: str, prices: Prices, written: int, asked: Asked, how: str) -> t
     return text_cell(what), Cell(text=f"{cost:,.4g} {prices.currency}".rstrip(), value=cost), text_cell(how)
 
 
-def _notes(asked: Asked) -> Iterator[str]:
-    if asked.num_stored:
-        yield f"{asked.num_stored} samples are stored already; the run asks only the others."
+def _notes(spec: EvalSpec, asked: Asked) -> Iterator[str]:
+    stored = asked.stored
+    if stored.refusal is not None:
+        yield f"warning: the run would be refused: {stored.refusal}"
+    if stored.num_stored:
+        num = f"{stored.num_stored} of {len(asked.samples)} samples"
+        yield f"stored already: {num}; the run asks only the others, and the rows above count all."
+    if spec.on is not None and asked.config is None:
+        yield f"warning: on={spec.on} has no effect with engine={spec.engine.name}, which runs no model here"
     yield "Of samples with several turns the first is counted. Nothing was loaded, asked or written."
 
 

@@ -112,7 +112,7 @@ class RunDirectory:
                 raise StoreError(f"{self.path}: has {RECORDS} but no {SPEC}; {self.way_out}")
             write_json(path, spec)
             return
-        self.refuse_changes(_plain(as_object(spec["decides"])))
+        self.refuse_changes(plain(as_object(spec["decides"])))
 
     def refuse_changes(self, decides: Mapping[str, JSON]) -> None:
         """StoreError, listing the differences, if `decides` (all or some keys) differs from that of the stored run."""
@@ -157,7 +157,7 @@ class RunDirectory:
         if self._records is not None:
             with _one_line(self.path / RECORDS):
                 os.fsync(self._records)
-        write_json(self.path / RESULT, sealed(_plain(result), self.spec() or {}, self.path / RECORDS))
+        write_json(self.path / RESULT, sealed(plain(result), self.spec() or {}, self.path / RECORDS))
 
     def spec(self) -> dict[str, JSON] | None:
         path = self.path / SPEC
@@ -214,9 +214,12 @@ class RunDirectory:
 def _locked(path: Path, elsewhere: str) -> int:
     """The open lock file of the directory, which is made where it is not there."""
     while True:
-        with _one_line(path):
+        try:
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # its target would be emptied
+        except OSError as error:
+            folder = elsewhere if elsewhere.startswith("run_dir=") else "runs_dir=DIR"
+            raise StoreError(f"{path}: {error.strerror or error}; pass {folder} that can be written") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -269,7 +272,8 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}; what was saved before is kept and valid") from error
+        kept = "; what was saved before is kept and valid" if path.exists() else ""
+        raise StoreError(f"{path}: {error.strerror or error}{kept}") from error
 
 
 def _write_all(file: int, data: bytes) -> None:
@@ -319,7 +323,7 @@ def _refuse_special(path: Path) -> None:
             raise StoreError(f"{path}: not a plain file")
 
 
-def _plain(value: Mapping[str, JSON]) -> dict[str, JSON]:
+def plain(value: Mapping[str, JSON]) -> dict[str, JSON]:
     """As it will look when read back: tuples are lists, keys are strings."""
     plain: dict[str, JSON] = json.loads(json.dumps(value, ensure_ascii=False))
     return plain

@@ -215,11 +215,21 @@ def sacrebleu_folder(*, may_download: bool) -> Path | None:
     folder = Path(utils.SACREBLEU_DIR) / "wmt22"
     if may_download and not (folder / "wmt22.zh-en.src").is_file():
         try:
-            for pair in PAIRS:
-                utils.get_source_file("wmt22", pair)
-        except (Exception, SystemExit) as error:  # it leaves the process where a checksum is wrong
-            logger.warning("wmt22: sacreBLEU's download failed (%s)", str(error).split("\n")[0])
+            download()
+        except DataError as error:
+            logger.warning("%s", error)
     return folder if (folder / "wmt22.zh-en.src").is_file() else None
+
+
+def download() -> None:
+    """By sacreBLEU, into its own folder; DataError where that fails."""
+    from sacrebleu import utils
+
+    try:
+        for pair in PAIRS:
+            utils.get_source_file("wmt22", pair)
+    except (Exception, SystemExit) as error:  # it leaves the process where a checksum is wrong
+        raise DataError(f"wmt22: sacreBLEU's download failed ({str(error).splitlines()[0]})") from error
 
 
 def _names(pair: str, kind: str) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ EMBEDDED = "auto"
 LOOPBACK = "127.0.0.1"
 ADDRESS = re.compile(r"[\w.-]+:\d+|\[[\da-fA-F:]+\]:\d+")
 CONNECT_S = 10.0
+NEEDED = ("raylet", "gcs_server")  # of Ray's own processes; the raylet ends itself where one of its helpers dies
 OBJECT_STORE_BYTES = 256 << 20  # requests and answers pass through it; Ray's default is a third of the memory
 
 
@@ -62,6 +63,16 @@ class Cluster:
     @property
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]
+
+    def refuse_loss(self) -> None:
+        """EngineError where a process of our own Ray has died, without which no answer would ever come."""
+        node = self.ray._private.worker._global_node if self.directory is not None else None
+        lost = [kind for kind, _ in node.dead_processes() if kind in NEEDED] if node is not None else []
+        if lost:
+            raise EngineError(
+                f"Ray's process {lost[0]} has died (killed, or out of memory); what is graded is stored, the same "
+                "command asks for the rest"
+            )
 
     def close(self) -> None:
         """End what was started here: all processes, their files. A cluster of others stays."""

@@ -98,6 +98,8 @@ class WorkersEngine:
         """Workers whose oldest call has returned."""
         heads = {handle.calls[0]: handle for handle in self._handles if handle.calls}
         done, _ = self._cluster.ray.wait(list(heads), num_returns=1, timeout=WAIT_S)
+        if not done:
+            self._cluster.refuse_loss()
         return [heads[call] for call in done]
 
     def _taken(self, handle: Handle, queue: BatchQueue) -> Iterator[tuple[int, Answer]]:
@@ -172,6 +174,8 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         if cluster.room is not None and spec.workers > cluster.room:
             raise EngineError(f"engine.workers={spec.workers}: each takes a CPU, and Ray has {cluster.room}; use fewer")
         num_gpus = _gpus_each(cluster, spec, model)
+        if num_gpus == 0 and cluster.directory is not None and spec.workers > max(2, cluster.num_cpus):
+            raise EngineError(f"engine.workers={spec.workers}: this machine has {cluster.num_cpus} CPUs; use fewer")
         num_threads = spec.num_threads or _threads_each(cluster, spec.workers)
         arguments = (_worker_spec(spec, cluster, num_threads, num_gpus), _worker_model(model), protocol, num_threads)
         for number in range(spec.workers):
@@ -192,6 +196,8 @@ def _wait_opened(cluster: Cluster, handles: Sequence[Handle]) -> None:
     with stage("starting the workers", total=len(handles), unit="workers") as starting:
         while opening := {handle.calls[0]: handle for handle in handles if handle.calls}:
             done, _ = cluster.ray.wait(list(opening), num_returns=1, timeout=WAIT_S)
+            if not done:
+                cluster.refuse_loss()
             for handle in (opening[call] for call in done):
                 result = received(cluster.ray, handle)
                 if isinstance(result, Exception):
