@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.config import EvalSpec, check
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.cache import EngineCache
@@ -18,7 +19,10 @@ python -m qwen_eval [-m] [group=option ...] [key=value ...]
 A first look:                  python -m qwen_eval
 One benchmark with one model:  python -m qwen_eval task=mmlu model=qwen-7b-chat
 A whole table:                 python -m qwen_eval -m task=mmlu,ceval model=qwen-7b,qwen-7b-chat
+What will it take?             python -m qwen_eval task=mmlu model=qwen-7b-chat plan=true
 Every key with its value:      python -m qwen_eval --cfg job
+
+Exit code: 0 done, 2 a mistake, 130 Ctrl-C (the same command resumes the run).
 """
 
 
@@ -43,11 +47,18 @@ def run_cell(spec: EvalSpec, engine_cache: EngineCache) -> None:
     if spec.task.file is not None and spec.task.name not in FROM_FILES:
         raise ConfigError(f"task.file={spec.task.file}: give it on the command line, without `+`")
     check(spec)
+    if spec.plan:
+        from qwen_eval.runs.plan import plan_tables
+        from qwen_eval.tables import print_tables
+
+        with stage(f"reading the rows of {spec.task.name}"):
+            tables = plan_tables(spec)
+        print_tables(tables)
+        return
     from qwen_eval.runs.evaluate import evaluate
-    from qwen_eval.runs.progress import Progress
     from qwen_eval.runs.summary import show
 
-    show(spec, evaluate(spec, engine_cache.open, progress=Progress(is_quiet=spec.quiet)))
+    show(spec, evaluate(spec, engine_cache.open))
 
 
 if __name__ == "__main__":

@@ -47,15 +47,15 @@ def evaluate(
     from qwen_eval.config import EvalSpec, check
     from qwen_eval.engines.cache import EngineCache
     from qwen_eval.runs import evaluate as runs
-    from qwen_eval.runs.progress import Progress
+    from qwen_eval.runs.progress import shown
 
     checkpoint = {"model.path": model} if isinstance(model, Path) else {"model": model}
     named = {"task": task, **checkpoint, "engine": engine, "protocol": protocol, "limit": limit, "seed": seed}
     given = {key: value for key, value in {**named, "run_dir": run_dir}.items() if value is not None}
     overrides = [override(key, value) for part in (given, settings or {}) for key, value in part.items()]
     spec = check(cli.compose(overrides, config_name="config", schema=EvalSpec))
-    with contextlib.nullcontext(cache) if cache is not None else EngineCache() as engines:
-        return runs.evaluate(spec, engines.open, progress=Progress(is_quiet=quiet))
+    with shown(is_quiet=quiet), contextlib.nullcontext(cache) if cache is not None else EngineCache() as engines:
+        return runs.evaluate(spec, engines.open)
 
 
 def compare(reference: Run | str | Path, other: Run | str | Path, *, margin: float | None = None) -> list[Judgement]:

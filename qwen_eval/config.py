@@ -1,4 +1,4 @@
-"""Schemas of the configuration: plain dataclasses that Hydra fills once, in `cli.py`. No torch here.
+"""Schemas of the configuration: plain dataclasses that Hydra fills once, in `cli/`. No torch here.
 
 A variant is a yaml file in `conf/`; only keys defined here exist. The schema of a task is in the task's file and
 derives from `TaskSpec`.
@@ -97,6 +97,8 @@ class EngineSpec:
     tensor_parallel: int = 1  # vllm engine: GPUs that share each layer
     pipeline_parallel: int = 1  # vllm engine: groups of layers, each on its own GPUs
     executor: str = "auto"  # vllm engine: who starts its processes, auto | mp | ray | uni
+    workers: int = 1  # engines of one run, each in a process of its own on its own GPUs; needs the package ray
+    ray: str = "auto"  # where they run: auto is this machine, HOST:PORT the Ray cluster there
     fake_reply: str = ""  # fake engine: what it says to everything; "" is a hash of the prompt
     fake_delay_s: float = 0.0  # fake engine: seconds it takes for one request
 
@@ -139,6 +141,8 @@ class EvalSpec:
     overwrite: bool = False
     keep_hidden: bool = False  # native engine: final hidden states of scored texts, for an exact KL divergence
     quiet: bool = False
+    plan: bool = False  # say what the run will take; nothing is loaded, asked or written
+    on: str | None = None  # plan=true: for this device instead of the one here, e.g. A100-SXM4-80GB
 
 
 # --- rules that types do not express ---------------------------------------------------------------------------------
@@ -173,6 +177,7 @@ AT_LEAST: dict[str, int] = {
     "engine.concurrency": 1,
     "engine.retries": 0,
     "engine.retry_share": 0,
+    "engine.workers": 1,
     "engine.tensor_parallel": 1,
     "engine.pipeline_parallel": 1,
 }
@@ -213,6 +218,8 @@ def check(spec: EvalSpec) -> EvalSpec:
             if long not in (short, getattr(type(spec.task)(), key)):
                 raise ConfigError(f"{key}={short} and task.{key}={long}: two values for one setting; give one of them")
             setattr(spec.task, key, short)
+    if spec.on is not None and not spec.plan:
+        raise ConfigError(f"on={spec.on}: has an effect with plan=true only; a run uses the device that is here")
     check_values(spec)
     check_limit(spec.task.limit)
     if not 0 < spec.engine.memory_fraction <= 1:

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "qwen_eval"
 # Room -> the rooms that it may import. A new room is added here, above everything that it imports.
 ALLOWED: dict[str, str] = {
     "core": "",
+    "activity": "",
     "config": "core",
     "terminal": "core",
     "extraction": "core",
@@ -28,22 +29,25 @@ ALLOWED: dict[str, str] = {
     "metrics": "core",
     "tables": "core terminal",
     "corpus": "core metrics",
-    "data": "core config",
-    "models": "core config",
-    "engines": "core config terminal models",
+    "data": "core activity config",
+    "models": "core activity config",
+    "engines": "core activity config terminal models",
     "tasks": "core config extraction figures sandbox metrics corpus data",
-    "quantize": "core config models",
-    "runs": "core config terminal tables metrics data models engines tasks",
-    "profile": "core config terminal tables models engines runs",
-    "report": "core config terminal tables figures metrics corpus data models tasks runs profile",
-    "ship": "core config terminal tables models engines tasks runs report",
+    "quantize": "core activity config models",
+    "runs": "core activity config terminal tables metrics data models engines tasks",
+    "profile": "core activity config terminal tables models engines runs",
+    "report": "core activity config terminal tables figures metrics corpus data models tasks runs profile",
+    "ship": "core activity config terminal tables models engines tasks runs report",
 }
 ENTRY_POINTS = (
     "qwen_eval", "__main__", "api", "cli", "demo", "ship.command", "ship.config", "profile.tokens",
-    "runs.preview_command", "report.list_command",
+    "runs.preview_command", "runs.regrade_command", "report.list_command",
 )  # fmt: skip
 # The lazy imports elsewhere, and why: modules that import torch, or a package that may not be there.
 DOORS = {
+    ("runs.plan", "models.device"): "a plan for a GPU, or a CPU that numpy cannot measure, asks torch",
+    ("runs.plan", "models.load"): "as models.device",
+    ("runs.plan", "models.quant.kernels"): "as models.device",
     ("report.finetune", "models.device"): "a plan asks the device; tables of stored runs do not",
     ("report.finetune", "models.load"): "as models.device",
     ("models.attend", "models.triton_decode"): "Triton is there only with CUDA",
@@ -119,7 +123,7 @@ def room_of(name: str) -> str:
 
 
 def is_entry_point(name: str) -> bool:
-    return name in ENTRY_POINTS or name.endswith(".__main__") or is_shim(name)
+    return name in ENTRY_POINTS or room_of(name) == "cli" or name.endswith(".__main__") or is_shim(name)
 
 
 def is_shim(name: str) -> bool:

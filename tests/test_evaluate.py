@@ -271,7 +271,7 @@ def test_grading_again_by_the_same_protocol_changes_nothing(tmp_path: Path) -> N
 
 
 def test_regrade_is_a_command(tmp_path: Path) -> None:
-    code = "import sys, toy; toy.register(); from qwen_eval.runs.regrade import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys, toy; toy.register(); from qwen_eval.regrade import main; sys.exit(main(sys.argv[1:]))"
     run_with(spec(tmp_path), FakeEngine())
     environment = {**os.environ, "PYTHONPATH": f"{Path(toy.__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
 

@@ -193,7 +193,8 @@ def test_the_sign_of_every_gold_answer_is_kept(golds: list[str], form: str) -> N
         ("- 5 apples", "5"),  # a list, not a debt
         ("2 \\frac{1}{2}", "2.5"),
         ("2 3/2", "1.5"),  # no mixed number
-        ("The answer is seven.", None),
+        ("The answer is seven.", "7"),
+        ("9 * 3 = 27, minus 2. The answer is twenty-five.", "25"),
         ("", None),
         ("9" * 100_000, None),  # a stuck model is not asked for its number
     ],

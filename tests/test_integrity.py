@@ -23,7 +23,7 @@ from qwen_eval.report.runs import find_runs
 from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.runs.integrity import damage_of
 from qwen_eval.runs.regrade import RegradeSpec, regrade
-from qwen_eval.runs.regrade import main as regrade_command
+from qwen_eval.runs.regrade_command import main as regrade_command
 from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.seal import sealed
 

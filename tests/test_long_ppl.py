@@ -16,7 +16,6 @@ from qwen_eval.core import ConfigError, DataError, Record, Request, Score, Token
 from qwen_eval.engines.fake import ByteTokenizer, FakeEngine
 from qwen_eval.models.tokenizer import QwenTokenizer
 from qwen_eval.runs.evaluate import ask
-from qwen_eval.runs.progress import Progress
 from qwen_eval.tasks.long_ppl import LongPpl
 from qwen_eval.tasks.long_ppl import LongPplSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
@@ -56,7 +55,7 @@ def task_of(
 def records_of(task: LongPpl) -> list[Record]:
     engine, records = FakeEngine(scored), []
     engine.tokenizer = TOKENIZER  # type: ignore[assignment]
-    ask(engine, task, task.samples(), records.append, Progress(is_quiet=True))
+    ask(engine, task, task.samples(), records.append)
     return records
 
 
@@ -279,7 +278,7 @@ def test_texts_come_from_jsonl_and_parquet_under_a_key(tmp_path: Path) -> None:
     assert task.streams[0].text == task.streams[2].text == text(20)
     one_file = LongPpl(Spec(path=str(tmp_path / "b.parquet"), lengths=[8], text_key="body"), task.context)
     assert len(one_file.streams) == 2
-    with pytest.raises(DataError, match=r"a\.jsonl row 0: no text under 'text'; it has body; pass task\.text_key="):
+    with pytest.raises(DataError, match=r"a\.jsonl row 1: no text under 'text'; it has body; pass task\.text_key="):
         task_of(tmp_path, [], lengths=[8]).samples()
 
 

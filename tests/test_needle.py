@@ -15,7 +15,6 @@ from qwen_eval.data import exercises
 from qwen_eval.engines.fake import FakeEngine
 from qwen_eval.models.tokenizer import QwenTokenizer
 from qwen_eval.runs.evaluate import ask
-from qwen_eval.runs.progress import Progress
 from qwen_eval.tasks.haystack import Frame, bury
 from qwen_eval.tasks.needle import WORDINGS, Needle, begins_with, says
 from qwen_eval.tasks.needle import NeedleSpec as Spec
@@ -38,7 +37,7 @@ def task_of(folder: Path, *, is_chat: bool = False, facts: dict | None = None, *
 def records_of(task: Needle, reply: object) -> list[Record]:
     engine, records = FakeEngine(reply), []  # type: ignore[arg-type]
     engine.tokenizer = TOKENIZER  # type: ignore[assignment]
-    ask(engine, task, task.samples(), records.append, Progress(is_quiet=True))
+    ask(engine, task, task.samples(), records.append)
     return records
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import ModelError, StoreError
-from qwen_eval.models.device import known
 from qwen_eval.models.load import open_forward
+from qwen_eval.models.machine import known
 from qwen_eval.profile import grid
 from qwen_eval.profile.__main__ import main
 from qwen_eval.profile.cells import GridCell, cells

@@ -18,7 +18,7 @@ from report_runs import answered, chose, documents, record, said, write, write_p
 from qwen_eval import cli, demo
 from qwen_eval.config import EvalSpec, ModelSpec, TaskSpec
 from qwen_eval.core import JSON, Metric
-from qwen_eval.models.device import known
+from qwen_eval.models.machine import known
 from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.profile.plan import plan_tables
 from qwen_eval.report.__main__ import main

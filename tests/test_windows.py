@@ -16,7 +16,7 @@ from qwen_eval.core import ConfigError, Generate, Prompt, Score
 from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.load import layer_windows
+from qwen_eval.models.overrides import layer_windows
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.transformer import Transformer
 

@@ -50,6 +50,9 @@ class ByteTokenizer:
         data = b"".join(names[i].encode() if i in names else bytes([i]) for i in ids)
         return data.decode("utf-8", "replace")
 
+    def render_text(self, prompt: Prompt) -> str:
+        return self.decode(self.render(prompt))
+
     def render(self, prompt: Prompt) -> list[int]:
         if prompt.ids is not None:
             return list(prompt.ids)
@@ -160,7 +163,7 @@ ENGINE = EngineKind(
     name="fake",
     opens="qwen_eval.engines.fake:open_engine",
     honours=MODEL_OPTIONS,  # has no model: nothing to dishonour
-    tuned_by=("fake_reply", "fake_delay_s"),
+    tuned_by=("fake_reply", "fake_delay_s", "workers", "ray"),
     decides=("fake_reply",),
     model_at="nowhere",
     identity="qwen_eval.engines.fake:identity",

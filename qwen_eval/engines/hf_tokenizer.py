@@ -64,6 +64,9 @@ class HfTokenizer:
         chat = rendered.removesuffix(prompt.prefill) if prompt.prefill else rendered
         return self.encode(chat, parse_special=True) + self.encode(prompt.prefill)
 
+    def render_text(self, prompt: Prompt) -> str:
+        return self.decode(self.render(prompt))
+
     @cached_property
     def beginning_ids(self) -> list[int]:
         with_ends, plain = ([int(i) for i in self._ids_of_a(ends)] for ends in (True, False))

@@ -22,6 +22,7 @@ ENGINES = announced("qwen_eval.engines") | {
     "vllm": "qwen_eval.engines.vllm",
     "fake": "qwen_eval.engines.fake",
 }
+WORKERS = "qwen_eval.engines.workers.engine:open_engine"  # several of one kind, of those that declare `workers`
 # Keys of a model that say which it is and where, not how it is run: they concern every engine.
 NAMES_AND_PLACES = (
     "name", "hub_id", "modelscope_id", "hub", "revision", "path", "asset", "chat", "device", "seed", "digest", "arch",
@@ -77,7 +78,9 @@ def identity(engine: EngineSpec, model: ModelSpec) -> str:
 
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> Engine:
     """Load what the engine needs and return it; EngineError or ModelError in one line where that cannot be."""
-    engine: Engine = _named(kind(spec.name).opens)(spec, model, protocol=protocol)
+    own = kind(spec.name)
+    is_spread = "workers" in own.tuned_by and (spec.workers > 1 or spec.ray != EngineSpec.ray)
+    engine: Engine = _named(WORKERS if is_spread else own.opens)(spec, model, protocol=protocol)
     return engine
 
 

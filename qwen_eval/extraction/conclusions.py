@@ -14,12 +14,14 @@ ANY_BRACE = re.compile(r"[{}]")  # but it is one to the official readers
 # What a text that runs on begins its next question with; nothing from there on belongs to the answer.
 NEXT_ITEM = re.compile(
     r"(?<=\S)\s?(?:Question:|<\|(?:im_end|im_start|endoftext|eot_id)\|>)"
-    r"|\n(?:Q|Problem|问题|Human|User|Instruction)\s?[:：]"
+    r"|\n(?:Q|Problem|问题|Human|User|(?:#{1,4} )?Instruction)\s?[:：]"
+    r"|\n(?:Problem|Question|Exercise|Example|Q|问题|题目|练习)\s?(?:[2-9]|\d\d)\s?[:：.]"
 )
 RETRACTION = re.compile(
     r"\b(?:(?:that|this|it)(?:'s| is| was) (?:wrong|incorrect|not (?:right|correct))"
     r"|(?:i|we) (?:made an? (?:mistake|error)|forgot|miscounted|miscalculated|misread|overlooked)"
-    r"|oops|correction:|let me (?:correct|redo|recalculate|recompute|fix) (?:that|this|it|my))"
+    r"|oops|(?:no, wait|wait, no)(?=[:,.—-])"
+    r"|correction:|let me (?:correct|redo|recalculate|recompute|fix) (?:that|this|it|my))"
     r"|不对|错了|更正|算错",
     re.IGNORECASE,
 )
@@ -51,8 +53,13 @@ def behind_retraction(text: str) -> str:
 
 def boxes(text: str, brace: re.Pattern[str] = BRACE) -> list[str | None]:
     r"""What stands in each `\boxed{}` or `\fbox{}`, in order, braces balanced; None for one that does not close."""
+    return [content for _, content in placed_boxes(text, brace)]
+
+
+def placed_boxes(text: str, brace: re.Pattern[str] = BRACE) -> list[tuple[int, str | None]]:
+    """(where it begins, what stands in it) of each box."""
     closing = _closing_braces(text, brace)
-    return [_box_content(text, match.end(), closing) for match in BOX.finditer(text)]
+    return [(match.start(), _box_content(text, match.end(), closing)) for match in BOX.finditer(text)]
 
 
 def _box_content(text: str, begin: int, closing: dict[int, int]) -> str | None:

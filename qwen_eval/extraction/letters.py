@@ -25,7 +25,7 @@ _LINE = 400  # characters of a line that judges or is an option
 _FULL_WIDTH = str.maketrans({0xFF21 + i: chr(65 + i) for i in range(26)} | {0xFF41 + i: chr(97 + i) for i in range(26)})
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm|bf) ?\{([^{}]*)\}")
 _BOXED = re.compile(r"\\(?:boxed|fbox) ?\{([^{}]*)\}")
-_SMALL = re.compile(r"(?im)(\b(?:option|choice|answer(?: is)?:?) ?[(\"']?)([a-z])(?=[)\"']? ?[.。]? ?$)")
+_SMALL = re.compile(r"(?im)(\b(?:option|choice|answer)(?: is)?:? ?[(\"']?)([a-z])(?=[)\"']? ?[.。]? ?$)")
 _SPACES = re.compile(r"[^\S\n]+")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 _MARKUP = re.compile(r"\*+|`+|\$+|\\[()\[\]]|</?[a-z]+>")
@@ -48,7 +48,7 @@ _SURELY = (
 )
 _ANSWER_EN = (
     r"\b(?:answer|choice|option|solution|conclusion|response)\b(?!\s+[A-Z]\b)[^.!?;\n。！？；]{0,60}?"
-    rf"{_COPULA}{_SURELY}|\banswer\b"
+    rf"{_COPULA}{_SURELY}|\banswer\b|\b(?:correct|right|best)\s+one\s+{_COPULA}"
 )
 _CHOOSE_EN = (
     r"\b(?:choose|chose|choosing|pick|picked|picking|select|selected|selecting|go(?:ing)?\s+(?:with|for)|opt\s+for"
@@ -58,7 +58,7 @@ _ANSWER_ZH = (
     r"(?:答案|选项|结论|结果)[^。！？；;\n]{0,30}?(?:应该是|应当是|应为|应是|就是|是|为|选择|选|即|：|:|=)"
     r"|答案\s*[】\]）)]?"
 )
-_CHOOSE_ZH = r"(?<![可备挑筛待])(?:选择|选定|选出|选)(?!项)(?:的?(?:应该?)?(?:是|为))?"
+_CHOOSE_ZH = r"(?<![可备挑筛待误])(?<!易错)(?:选择|选定|选出|选)(?!项)(?:的?(?:应该?)?(?:是|为))?"
 # what follows second thoughts: "wait, so it should be C", "不是，是C"
 _CORRECTED = (
     r"\b(?:it|this|that)\s+(?:should|must|has\s+to)\s+(?:actually\s+)?be|(?:不是|不对|错了)[,，。：]?\s*(?:应该?|而)?是"
@@ -86,7 +86,7 @@ _ANNOUNCES = re.compile(
     r"\b(?:options|choices|each|every|analy[sz]\w*)\b|选项(?:如下|内容)|分析|解析|逐|各", re.IGNORECASE
 )
 _THEREFORE = re.compile(
-    r"(?:\b(?:so|therefore|thus|hence|consequently|but|rather|leaves|leaving)\b"
+    r"(?:\b(?:so|therefore|thus|hence|consequently|but|rather|leaves|leaving|left\s+with)\b"
     r"|所以|因此|因而|故|于是|综上|可知|而是|只有|剩下)"
     r"(?:\s*(?:only|it|it's|this|that|we|i)\b)*(?:\s*(?:have|get|must\s+be|is|be)\b)?[,，]?(?:为|是)?"
     rf"{_NAMED}\Z",
@@ -95,7 +95,7 @@ _THEREFORE = re.compile(
 _THE_ONE_THAT_IS = re.compile(rf"(?:的|者)(?:应该?)?(?:是|为)[:：]?{_NAMED}\Z")
 _CORRECT = re.compile(
     rf"{_ITEM}(?:(?:is|was|looks|seems|must\s+be|would\s+be|should\s+be)\s+(?:the\s+)?(?:most\s+|only\s+)?"
-    r"(?:correct|right|true|best|accurate|appropriate)\b"
+    r"(?:correct|right|true|best|better|accurate|appropriate)\b"
     rf"|(?:{_STATEMENT})?(?:是|为|最|才)*(?:正确|对(?:的|[，。,.]|$)|合适|恰当))",
     re.IGNORECASE,
 )
@@ -103,12 +103,13 @@ _CORRECT = re.compile(
 _SAID_OF_IT = r"(?:(?:this\s+)?(?:option|statement|one)?\s*(?:is|was)\s+|选?项|说法|是|为)?(?:the\s+)?"
 _LEAD = rf"[\s:：\-–—|.．、,，)）\]】(（\"'“”]*{_SAID_OF_IT}\s*"
 _NO_PAIR = r"\b(?!, ?(?:true|false|right|wrong)\b)"  # "True, False" is an option, no verdict
+_ALONE = r"(?=[\s.,;)]*$)"  # "Yes, because ..." is an option too
 _RIGHT = re.compile(
-    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|正确|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
+    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|yes{_ALONE}|正确|符合|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
     re.IGNORECASE,
 )
 _WRONG = re.compile(
-    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|不正确|不对|错|有误|[✗✘❌✖×])",
+    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|no{_ALONE}|不正确|不符合|不对|错|有误|[✗✘❌✖×])",
     re.IGNORECASE,
 )
 _AT_END = re.compile(r"(?:[-–—:：(（\[|]|->|→|=)\s*([^-–—:：(（\[|\n]{1,20})\s*$", re.MULTILINE)
@@ -137,6 +138,18 @@ _ITEM_DOT = re.compile(r"\s*[.．、)）]")
 _ENDS = re.compile(_CLOSING + r"(?:[.,;!。，；！\n]|$)")
 _ASKED = re.compile(_CLOSING + "[?？]")
 _HYPOTHESIS = re.compile(r"\b(?:if|suppose|assuming|whether|unless|had)\b|如果|假如|假设|若|是否|要是", re.IGNORECASE)
+# "Many people choose A": not the choice of the reply
+_OTHERS = re.compile(
+    r"\b(?:many|some|most|others|people|students|you\s+(?:might|may|could))\b[^.,;:!?\n]{0,30}"
+    r"\b(?:choose|chose|picks?|picked|selects?|selected|say|think|opt\s+for|go\s+(?:with|for))\b[^.,;:!?\n]{0,15}\Z",
+    re.IGNORECASE,
+)
+# "The answer is B. Wait, ...": what follows counts, if it concludes anything
+_SECOND_THOUGHT = re.compile(
+    r"(?:^|[.!?。！？；;\n]|\.\.\.|……)\s*(?:hmm+|oh|no|哦|嗯|啊)?[\s,，]*"
+    r"(?:wait|hold\s+on|scratch\s+that|等等|等一下|不对(?=[,，。！])|更正|我?重新(?:考虑|思考|审视|分析|检查))",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"[.!?。！？；;\n]")
 # "A dog barks" at the start of a sentence is an article; "A is", "A because" a letter.
 _ARTICLE = re.compile(
@@ -169,6 +182,11 @@ class _Reply:
     letters: str
     mentions: Sequence[_Mention] = ()
 
+    @staticmethod
+    def of(text: str, options: Mapping[str, str], letters: str) -> _Reply:
+        found = [m for m in _mentions(text, options, letters) if not _is_article(text, m)]
+        return _Reply(text, options, letters, _outer(found))
+
     @cached_property
     def outer_lines(self) -> tuple[str, str]:
         """The first and the last line."""
@@ -193,8 +211,9 @@ class _Reply:
 
     def is_supposed(self, mention: _Mention) -> bool:
         """Only considered: "if the answer is A", "is it A?"."""
-        sentence = _SENTENCE_END.split(self.before(mention))[-1]
-        return bool(_HYPOTHESIS.search(sentence) or _ASKED.match(self.text, mention.end))
+        before = self.before(mention)
+        is_hypothesis = _HYPOTHESIS.search(_SENTENCE_END.split(before)[-1]) or _OTHERS.search(before)
+        return bool(is_hypothesis or _ASKED.match(self.text, mention.end))
 
 
 def concluded_letter(reply: str, choices: Sequence[str] = (), *, letters: str = LETTERS) -> str | None:
@@ -204,11 +223,24 @@ def concluded_letter(reply: str, choices: Sequence[str] = (), *, letters: str = 
     """
     options = {letter: _bare(_unmarked(words)) for letter, words in zip(letters, choices)}
     text = _plain(before_next_question(answer_part(reply)))
+    return _concluded_anew(text, options, letters) or _concluded(text, options, letters)
+
+
+def _concluded_anew(text: str, options: Mapping[str, str], letters: str) -> str | None:
+    """What the reply concludes after its last second thought: "B. Wait, ..., so C"."""
+    thoughts = list(_SECOND_THOUGHT.finditer(text))
+    if not thoughts:
+        return None
+    found = _Reply.of(text[thoughts[-1].end() :], options, letters)
+    standing = [m for m in found.mentions if not found.is_denied(m)]
+    return next((letter for stage in (_answer, _therefore) if (letter := stage(found, standing)[0])), None)
+
+
+def _concluded(text: str, options: Mapping[str, str], letters: str) -> str | None:
     if len(bare := _bare(text).strip(_BRACKETS)) == 1:
         return bare.upper() if bare.upper() in letters else _named_option(text, options)
-    mentions = _outer([m for m in _mentions(text, options, letters) if not _is_article(text, m)])
-    found = _Reply(text, options, letters, mentions)
-    standing = [m for m in mentions if not found.is_denied(m)]
+    found = _Reply.of(text, options, letters)
+    standing = [m for m in found.mentions if not found.is_denied(m)]
     for stage in (_answer, _only_right_one, _opening, _therefore, _correct):
         letter, is_settled = stage(found, standing)
         if is_settled:

@@ -7,6 +7,7 @@ version does. Neither evaluates a model's text as code.
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 from qwen_eval.extraction.conclusions import (
@@ -14,6 +15,7 @@ from qwen_eval.extraction.conclusions import (
     before_next_item,
     behind_retraction,
     boxes,
+    placed_boxes,
     single_spaced,
 )
 from qwen_eval.extraction.math_verifier import verifier
@@ -22,8 +24,9 @@ from qwen_eval.extraction.symptoms import answer_part
 MAX_CHARACTERS = 400  # no answer of the benchmark is a tenth of that; parsing time grows with nesting
 STATEMENT_CHARACTERS = 600  # of what stands behind "the answer is"; bounds the reading of a text full of such cues
 
+FULL_WIDTH = str.maketrans({code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)})
 CUE = re.compile(
-    r"\banswer\b(?:(?!\bnot\b)[^.:=\n$\\]){0,40}?"
+    r"\banswers?\b(?:(?!\bnot\b)[^.:=\n$\\]){0,40}?"
     r"(?:\b(?:is|are|would be|should be)\b(?! ?(?:correct|right|given|obtained|verified|not)\b)|[:：→])"
     r"|<answer>|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$|答案\s?(?:应该|应)?(?:是|为|[:：])",
     re.IGNORECASE | re.MULTILINE,
@@ -42,6 +45,7 @@ LEADING_NUMBER = re.compile(
 )
 PREDICATE = re.compile(r" (?:is|are|equals|must be) (?=[-\d])")  # the value of $x$ is 5
 CLAUSE = re.compile(r",? (?:because|since|where|when|so that|as required)\b", re.IGNORECASE)
+CONDITION = re.compile(r"^[,，]? ?(?:此时|其中|当|(?:attained |achieved |which happens )?(?:when|where|at|for)) ?$")
 BETWEEN_ANSWERS = re.compile(r"(?:,|，|,? ?(?:and|or)|和|或|、) ?")
 
 
@@ -59,7 +63,7 @@ def concluded_answer(reply: str) -> str | None:
     Reasoning before `</think>` and a next problem are not looked at. What a reply takes back ("that is wrong: ...")
     does not count once it states another answer.
     """
-    text = before_next_item(single_spaced(answer_part(reply)))
+    text = before_next_item(single_spaced(answer_part(reply).translate(FULL_WIDTH)))
     if (correction := behind_retraction(text)) and (answer := _boxed_or_named(correction)):
         return answer
     if answer := _boxed_or_named(text):
@@ -68,13 +72,24 @@ def concluded_answer(reply: str) -> str | None:
 
 
 def _boxed_or_named(text: str) -> str | None:
-    found = boxes(text)
-    if inside := next((content for content in reversed(found) if content), None):
-        return inside
-    if found:
-        return None
+    if found := placed_boxes(text):
+        return _last_boxes(text, found)
     cues = list(CUE.finditer(text))
     return _stated(text[cues[-1].end() : cues[-1].end() + STATEMENT_CHARACTERS]) if cues else None
+
+
+def _last_boxes(text: str, found: list[tuple[int, str | None]]) -> str | None:
+    r"""The last box with content, and those joined to it: `\boxed{1}$ and $\boxed{2}` is "1, 2"."""
+    answers: list[str] = []
+    begin = 0
+    for start, content in reversed(found):
+        between = text[start:begin].partition("}")[2] if answers else ""
+        if content and (not answers or BETWEEN_ANSWERS.fullmatch(between.strip("$ "))):
+            answers.insert(0, content)
+            begin = start
+        elif answers:
+            break
+    return ", ".join(answers) or None
 
 
 def _stated(behind: str) -> str | None:
@@ -115,7 +130,27 @@ def _at_the_end(text: str) -> str | None:
     _, _, behind = re.sub(r"[.。](?=\s|$)", "\n", text[spans[-1][1] :] if spans else "\n" + text).partition("\n")
     if numbers := NUMBER.findall(behind):
         return str(numbers[-1])
-    return spans[-1][2] if spans else None
+    return _last_formulas(text, spans) if spans else None
+
+
+def _last_formulas(text: str, spans: list[tuple[int, int, str]]) -> str:
+    """The last formula of the text that is no condition ("when $x = 2$"), with those joined to it by "and"."""
+    last = len(spans) - 1
+    while last and CONDITION.search(text[spans[last - 1][1] : spans[last][0]]):
+        last -= 1
+    first = last
+    while first and BETWEEN_ANSWERS.fullmatch(text[spans[first - 1][1] : spans[first][0]].strip(" ")):
+        if _named_side(spans[first - 1][2]) != _named_side(spans[last][2]):
+            break  # "$x = 3$ and $y = 4$" are no two solutions
+        first -= 1
+    if text[: spans[first][0]].rstrip().endswith("between"):
+        first = last
+    return ", ".join(content for _, _, content in spans[first : last + 1])
+
+
+def _named_side(formula: str) -> str:
+    """`"x"` of `"x = 3"`, "" without an equals sign."""
+    return formula.rpartition("=")[0].strip()
 
 
 def formulas(text: str) -> list[tuple[int, int, str]]:
@@ -138,8 +173,10 @@ def formulas(text: str) -> list[tuple[int, int, str]]:
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 REPEATING = re.compile(r"(?<![\d.])(\d+)\.(\d*)\\(?:overline|bar|dot)\s?\{?(\d+)\}?")
+HALVES = re.compile("[¼-¾⅐-⅞]")
+PLAIN_LIST = re.compile(r"-?[\d./]+(?:(?:, | and |, and )-?[\d./]+)+")
 PLAIN_MIXED = re.compile(r"(-?)(\d{1,9}) (\d{1,9})/(\d{1,9})")
-BASE = re.compile(r"([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)_\{?(\w+)\}?")
+BASE = re.compile(r"\(?([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?_\{?\(?(?:base)?(\w+)\)?\}?")
 NUMERALS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 BASES = {name: str(base) for base, name in enumerate(NUMERALS, 2)}
 SYMBOLS = str.maketrans(
@@ -155,10 +192,15 @@ SYMBOLS = str.maketrans(
         "≥": r"\ge ",
     }
 )
-CLOCK = re.compile(r"\d+(?::\d+)+")
+CLOCK = re.compile(r"(\d+(?::\d+)+)(?:([ap])\.?m\.?)?", re.IGNORECASE)  # 10:30, 10:30 a.m.
+LETTER = re.compile(r"\(([A-F])\)")  # (C) stands for its option, "(C) 5"
+DRESS = re.compile(
+    r"\\(?:text)?color\s?\{\w{1,20}\}|\\text\{\\?\$\}|^[\u4e00-\u9fff]{1,20}(?=[(\d\\-])|^(?:an?|the)\s(?=[A-Za-z]{3})"
+)
+SCIENTIFIC = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})$")
 NAMED = re.compile(r"\\(?:text|mathrm)\s?\{[^{}]*\b(?:is|are|answer):?\s*\}")
 UNIT = re.compile(
-    r"(?<=[\d}\])])\s*\\(?:text|mathrm|mbox|textrm)\s?\{\s?(?!and\b|or\b)[A-Za-z][A-Za-z ./]*\}(?:\^\{?\d\}?)?$"
+    r"(?<=[\d}\])])[\s~]*\\(?:text|mathrm|mbox|textrm)\s?\{\s?(?!and\b|or\b)[A-Za-z][A-Za-z ./]*\}(?:\^\{?\d\}?)?$"
 )
 UNIT_WORD = re.compile(
     r"(?<=\d)(?: ?(?:[cmk]m|kg)| (?:(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3}[A-Za-z ]*|m|ft|in|g|hr|s))"
@@ -170,12 +212,15 @@ def is_same(answer: str | None, gold: str) -> bool:
     """Whether two answers mean the same: equal after normalisation, or by symbolic comparison within a time limit."""
     if answer is None or not answer.strip() or max(len(answer), len(gold)) > MAX_CHARACTERS:
         return False
+    if (clock := CLOCK.fullmatch(normalised(answer))) and (other_clock := CLOCK.fullmatch(normalised(gold))):
+        halves = {half for half in (clock[2], other_clock[2]) if half}
+        return clock[1] == other_clock[1] and len(halves) < 2
     answer, gold = undressed(answer), undressed(gold)
     one, other = normalised(answer), normalised(gold)
     if one == other:
         return True
-    if CLOCK.fullmatch(one) and CLOCK.fullmatch(other):
-        return False
+    if (letter := LETTER.fullmatch(other)) and re.match(rf"\(?{letter[1]}\)?(?![A-Za-z0-9])", one):
+        return True
     if (left := BASE.fullmatch(one)) and (right := BASE.fullmatch(other)):
         return left[1].lower() == right[1].lower() and _base(left[2]) == _base(right[2])
     return bool(one) and verifier.same(answer, gold)
@@ -191,11 +236,17 @@ def undressed(answer: str) -> str:
 
     Per cents count as upstream counts them: 10% is 10, not 0.1.
     """
+    answer = DRESS.sub("", answer)
+    answer = SCIENTIFIC.sub(r"\\times 10^{\1}", answer.replace("{.}", "."))
+    answer = re.sub(r"\\mathrm\s?\{([ie])\}", r"\1", answer)
     answer = NAMED.sub("", answer.strip().strip("$").rstrip(".。").strip())
     answer = re.sub(r"\s*(?:\\?%|\bper ?cent\b)", "", answer)
     answer = UNIT_WORD.sub("", UNIT.sub("", answer))
     answer = re.sub(r"(?:\\sqrt\s?|√\s?(?=\d))(\d{2,}|(?<=√)\d)", r"\\sqrt{\1}", answer.translate(SYMBOLS))
     answer = REPEATING.sub(lambda m: _fraction(_repeating(m[1], m[2], m[3])), answer)
+    answer = HALVES.sub(lambda m: f" {unicodedata.normalize('NFKC', m[0])}".replace("\u2044", "/"), answer)
+    if " and " in answer and PLAIN_LIST.fullmatch(answer):
+        answer = answer.replace(", and ", ", ").replace(" and ", ", ")
     if (mixed := PLAIN_MIXED.fullmatch(answer.strip())) and 0 < int(mixed[3]) < int(mixed[4]):
         return mixed[1] + _fraction(int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4])))
     return answer.strip()
@@ -218,7 +269,7 @@ def normalised(answer: str) -> str:
     answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", answer)
     answer = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigl|bigr)(?![a-zA-Z])", "", answer)
     answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox|textit)\s*\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"\\[,;:! ]|\\quad|\\(?=[$%])|~", "", answer)
+    answer = re.sub(r"\\[,;:! ]|\\quad|\\(?=[$%])|~", "", answer).replace(r"\varnothing", r"\emptyset")
     answer = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°", "", answer)
     answer = re.sub(r"\s+", "", answer).rstrip(".").replace("{,}", ",")
     return answer.replace(",", "") if re.fullmatch(r"[$-]*\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer

@@ -110,7 +110,9 @@ def is_same(gold: str, answer: str) -> bool:
 
     try:
         golds, answers = (parse(f"\\boxed{{{text}}}", parsing_timeout=SECONDS) for text in (gold, answer))
-        if not (golds and answers and verify(golds, answers, timeout_seconds=SECONDS)):
+        # either may be the inequality of the other's interval; math-verify turns only its first argument into a set
+        pairs = ((golds, answers), (answers, golds)) if golds and answers else ()
+        if not any(verify(*pair, timeout_seconds=SECONDS) for pair in pairs):
             return False
         return _is_close(golds[0], answers[0])
     except Exception:  # whatever sympy trips over: answers that cannot be compared are not the same

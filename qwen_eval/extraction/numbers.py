@@ -35,14 +35,24 @@ CUE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 CONCLUDING = re.compile(  # a correction that states a result
-    r"\b(?:so|thus|therefore|hence|makes|total|is|it's|are|should|answer)\b|=|####|\\boxed|应|所以|答案", re.IGNORECASE
+    r"\b(?:so|thus|therefore|hence|makes|total|is|it's|are|should|answer)\b|=|####|\\boxed|应|所以|答案|^\W{0,3}\d",
+    re.IGNORECASE,
+)
+BARE_OPENING = re.compile(  # "18 dollars.\n\nExplanation: ..."
+    r"[*$€£¥\s]{0,9}(-?\d[\d,.]{0,20}\d|\d)(?: ?[A-Za-z%°]{1,20}){0,3}[*.。 ]{0,9}\n\W{0,9}"
+    r"(?:explanation|reason|solution|steps?\b|here|note|because|解析|解释|过程|说明|理由)",
+    re.IGNORECASE,
 )
 HASHES = re.compile(r"####(?!#)")
 BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 DENIAL = re.compile(r"[(,;]?\s?\b(?:and not|but not|not|rather than|instead of)\b.*$", re.IGNORECASE)
+DENIED = re.compile(r"\(\s?(?:and )?not\b[^()\n]*\)|(?:,\s?(?:and )?not|,?\s(?:and not|rather than))\s[$\-\d][^.;\n]*")
 NOT_BUT = re.compile(r"^\W*not\b.*?\bbut\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|;(?=\s)|[\n。！？；]|</answer>")
-OFFER = re.compile(r"\b(?:let me know|feel free|would you like|i can|i hope|is there anything)\b", re.IGNORECASE)
+OFFER = re.compile(
+    r"\b(?:let me know|feel free|would you like|i can|i hope|is there anything)\b|^\W*(?:note|p\.?s\.?)\b",
+    re.IGNORECASE,
+)
 
 # --- within a statement: which of several numbers ---
 
@@ -56,9 +66,26 @@ TRAILING_CLAUSE = re.compile(
     r"\s(?:after|before|when|if|because|since|while|once|given|considering|assuming|even though)\s.*$", re.IGNORECASE
 )
 ADVERBIAL = re.compile(  # "in 2 weeks", "for the 16 glasses": said of the answer, not the answer; "for $18" may be one
-    r"\b(?:in|after|for|over|within|on|at|during|every|each|per|among|between|out of|(?<!left )(?<!up )with)"
-    r"(?:\s(?:the|all|of|these|those|his|her|their|its|each|only|first|next|last|about))*\s$",
+    r"\b(?:in|after|for|from|across|over|within|on|at|during|every|each|per|among|between|out of"
+    r"|(?<!left )(?<!up )with)"
+    r"(?:\s(?:the|all|of|these|those|his|her|their|its|each|only|original|first|next|last|about|day|page))*\s$"
+    r"|\d (?:\w+ ){0,2}of (?:(?:the|these|those|his|her|their|its|all) )*$"  # 18 of the 20 students, 18 boxes of 12
+    r"|\d[^.]*(?<!need)(?<!needs)(?<!have)(?<!has)(?<!had)(?<!able)(?<!going)(?<!comes)(?<!adds up)(?<!equal)"
+    r"(?<!up) to (?!be\b)[a-z]+ (?:the )?[$€£¥]?$",  # 18 days to finish 36 tasks
     re.IGNORECASE,
+)
+TO_A_NOUN = re.compile(r"-[A-Za-z]")  # 5-year-old
+LATER = re.compile(r"\s?[\u4e00-\u9fff]{1,3}?(?:以?后|之?内|之后|以前)")  # 3小时后
+ASIDE = re.compile(r"\s?[(（][^()（）\n]*[)）]")
+COMPARISON = re.compile(
+    r",\s(?:which (?:is|was) )?[$€£¥]?\d[\d,.]* (?:\w+ )?(?:more|less|fewer|times|older|younger)\b.*$"
+    r"|,\s(?:twice|half|double|triple)\b.*$|[，,]比.*$",
+    re.IGNORECASE,
+)
+BREAKDOWN = re.compile(r":(?=(?:\D*\d[\d,.]*(?![\d,.])){2}).*$")  # 18 in total: 9 from Ann, 9 from Bob
+DATE = re.compile(
+    r"\b(?:January|February|March|April|May|June|July|August|September|October|November|December) \d{1,2}"
+    r"(?:st|nd|rd|th)?(?:, \d{4})?(?!\d)"
 )
 
 LATEX_FRACTION = re.compile(r"(\d)?\s?\\[dtc]?frac\s?(?:\{\s?(-?\d+)\s?\}\s?\{\s?(\d+)\s?\}|(\d)(\d))")
@@ -67,10 +94,14 @@ LATEX_WORDS = re.compile(
 )
 
 
+POWER_OF_TEN = re.compile(r"(\d)\s?(?:x|×|\*|\\times|\\cdot)\s?10\s?\^\s?\{?(-?\d{1,3})\}?(?!\d)")
+
+
 def plain_text(text: str) -> str:
     """Full-width and other scripts' digits, typographic minus signs and LaTeX dress in their plain form."""
     text = single_spaced("".join(_plain_character(character) for character in text))
     text = re.sub(r"(?<=\d)(?:\{,\}|，|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ",", text)
+    text = POWER_OF_TEN.sub(r"\1e\2", text)
     text = LATEX_FRACTION.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[4]}/{m[3] or m[5]}", text)
     return LATEX_WORDS.sub("", text)
 
@@ -119,10 +150,11 @@ def _with_tail(value: Fraction, text: str, end: int) -> tuple[Fraction, int]:
 def concluded_number(reply: str) -> Fraction | None:
     """The number a solution ends on, None when it has none.
 
-    In this order: the last `\\boxed{}`, the last `####`, what follows the last "the answer is", the last bold number of
-    the last line, the number that the last sentence with one is about. Reasoning before `</think>` and whatever comes
-    after the beginning of a next question are not looked at; what a reply takes back ("that is wrong: ...") counts only
-    when nothing follows.
+    In this order: the last `\\boxed{}`, the last `####`, what follows the last "the answer is", a number that stands
+    alone before an explanation, the last bold number of the last line, the number that the last sentence with one is
+    about. Numbers in words count where a statement, or the whole text, has no other. Reasoning before `</think>` and
+    whatever comes after the beginning of a next question are not looked at; what a reply takes back ("that is wrong:
+    ...") counts only when nothing follows.
     """
     text = before_next_item(plain_text(answer_part(reply)))
     correction = behind_retraction(text)
@@ -131,11 +163,24 @@ def concluded_number(reply: str) -> Fraction | None:
 
 
 def _concluded(text: str) -> Fraction | None:
-    for statements in (_boxed(text), _after(HASHES, text), _after(CUE, text), _bold_in_last_line(text)):
+    for statements in (_boxed(text), _after(HASHES, text), _after(CUE, text)):
         for statement in reversed(statements):
             if (value := _stated(statement)) is not None:
                 return value
-    return _in_last_sentence(_without_denials(text))
+        if statements and (value := named_number(statements[-1])) is not None:
+            return value
+    if opening := BARE_OPENING.match(text):
+        return next((value for _, value in numbers_in(opening[1])), None)
+    bold = [value for statement in _bold_in_last_line(text) if (value := _stated(statement)) is not None]
+    value = bold[-1] if bold else _in_last_sentence(_without_denials(text))
+    return _named_at_the_end(text) if value is None else value
+
+
+def _named_at_the_end(text: str) -> Fraction | None:
+    """A number in words in the last sentence; "one" is a pronoun too."""
+    last = next((sentence for sentence in reversed(_sentences(text)) if sentence.strip()), "")
+    value = named_number(last[-STATEMENT_CHARACTERS:])
+    return None if value == 1 else value
 
 
 def _boxed(text: str) -> list[str]:
@@ -175,8 +220,10 @@ def _equated(text: str) -> Fraction | None:
     """The number behind the last `=`, or before it where the calculation stands behind: `42 = 18 + 24`."""
     left, _, right = text.rpartition("=")
     first = next(_spans(right), None)
-    if first and OPERATOR.match(right, first[1]) and (value := _first_number(left)) is not None:
-        return value
+    if first and OPERATOR.match(right, first[1]):
+        value = _first_number(left)
+        if value is not None or (value := _main_number(left)) is not None:
+            return value
     return _main_number(right)
 
 
@@ -189,19 +236,24 @@ def _first_number(text: str) -> Fraction | None:
     begin = len(text) - len(text.lstrip(ORNAMENT)) + opening.end()
     for start, end, value in _spans(text):
         is_direct = not re.sub(r"[-\s$€£¥+*]", "", text[begin:start])
-        return value if is_direct and not OPERATOR.match(text, end) else None
+        return value if is_direct and not OPERATOR.match(text, end) and not LATER.match(text, end) else None
     return None
 
 
 def _main_number(sentence: str) -> Fraction | None:
     """The number that a sentence is about: the last one outside its clauses and phrases of time, place and purpose."""
-    for pattern in (LEADING_CLAUSE, TRAILING_CLAUSE):
+    for pattern in (ASIDE, LEADING_CLAUSE, TRAILING_CLAUSE, COMPARISON, BREAKDOWN, DATE):
         shorter = pattern.sub("", sentence)
         sentence = shorter if next(numbers_in(shorter), None) else sentence
-    found = list(numbers_in(sentence))
-    main = [value for begin, value in found if not ADVERBIAL.search(sentence[max(0, begin - 40) : begin])]
-    values = main or [value for _, value in found]
+    found = list(_spans(sentence))
+    values = [value for begin, end, value in found if not _is_aside(sentence, begin, end)] or [v for _, _, v in found]
     return values[-1] if values else None
+
+
+def _is_aside(sentence: str, begin: int, end: int) -> bool:
+    """Said of the answer: a time, a place, a purpose, the whole that it is a part of."""
+    before = sentence[max(0, begin - 60) : begin]
+    return bool(ADVERBIAL.search(before) or TO_A_NOUN.match(sentence, end) or LATER.match(sentence, end))
 
 
 def _in_last_sentence(text: str) -> Fraction | None:
@@ -223,8 +275,30 @@ def _sentences(text: str) -> list[str]:
 
 def _without_denials(text: str) -> str:
     """Without "(not 20)" and ", not 20" at the end of sentences: the last number must not be the one ruled out."""
-    shorter = re.sub(r"\(\s?(?:and )?not\b[^()\n]*\)|,\s?(?:and )?not\s[$\-\d][^.;\n]*", "", text)
+    shorter = DENIED.sub("", text)
     return shorter if next(numbers_in(shorter), None) else text
+
+
+UNITS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+NAMED = re.compile(
+    rf"\b(?:(?P<tens>{'|'.join(TENS)})(?:[- ](?P<unit>{'|'.join(UNITS[1:10])}))?|(?P<small>{'|'.join(UNITS)}))\b",
+    re.IGNORECASE,
+)
+
+
+def named_number(text: str) -> Fraction | None:
+    """The last number below a hundred that is written in words: "twenty-one"."""
+    found = list(NAMED.finditer(text))
+    if not found:
+        return None
+    tens, unit, small = (str(part).lower() for part in found[-1].group("tens", "unit", "small"))
+    if small in UNITS:
+        return Fraction(UNITS.index(small))
+    return Fraction(10 * (TENS.index(tens) + 2) + (UNITS.index(unit) if unit in UNITS else 0))
 
 
 def written(value: Fraction | None) -> str | None:

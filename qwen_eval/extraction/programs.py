@@ -247,14 +247,14 @@ def program_between_marks(text: str, function: str, *, also: Collection[str] = (
 def _unquoted(piece: str) -> Iterator[str]:
     """The piece as it stands, and what stands in the quotes around it; `\\n` in quotes on one line ends a line."""
     yield piece.strip("\n")
-    opening = re.match(r"\s*('{3}|\"{3}|['\"])", piece)
+    opening = re.match(r"\s*('{3}|\"{3}|['\"`“‘])", piece)
     if not opening:
         return
-    inside = piece[opening.end() :]
-    ends = [match.start() for match in re.finditer(rf"{opening[1]}[ \t]*$", inside, re.MULTILINE)]
+    inside, quote = piece[opening.end() :], {"“": "”", "‘": "’"}.get(opening[1], opening[1])
+    ends = [match.start() for match in re.finditer(rf"{quote}[ \t]*$", inside, re.MULTILINE)]
     yield from (inside[:end] for end in ends[: -MAX_PLACES - 1 : -1] if parsed(inside[:end]))
-    yield inside.rstrip().removesuffix(opening[1])
-    first = inside.strip("\n").split("\n")[0].rstrip().removesuffix(opening[1])
+    yield inside.rstrip().removesuffix(quote)
+    first = inside.strip("\n").split("\n")[0].rstrip().removesuffix(quote)
     if "\\n" in first:
         yield first.replace("\\n", "\n").replace("\\t", "\t")
 

@@ -22,10 +22,6 @@ _OPTION_LINE = re.compile(r"^\(([A-R])\) ?(.*)$", re.MULTILINE)
 _BRACKETS = r"[\[\](){}<>]"
 _CUES = 10  # of the last ones
 _END = 2_000  # characters in which the number that a reply ends on is looked for
-_NUMBER_WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-)
 
 
 def canonical(target: str) -> str:
@@ -95,9 +91,13 @@ def _first_found(text: str, read: Callable[[str], str | None]) -> str | None:
 # --- the kinds ------------------------------------------------------------------------------------------------------
 
 
+_ANSWER_MARK = re.compile(r"\A\s*A ?: ?(?=\(?[A-R]\)|Let\b)")  # of the few-shot form, not option A
+
+
 def _option(reply: str, question: str) -> str | None:
     """The letter concluded, as in exams; else the only one in the last line. Letters not offered come last."""
     options = dict(_OPTION_LINE.findall(question))
+    reply = _ANSWER_MARK.sub("", reply)
     offered = "".join(options) if len(options) > 1 else OPTIONS
     words = [options[letter].rstrip() for letter in offered] if len(options) > 1 else []
     for text in (reply, _last_line(_plain(reply))):
@@ -107,8 +107,12 @@ def _option(reply: str, question: str) -> str | None:
     return None
 
 
+_REASON = re.compile(r",? (?:because|since|as it)\b[^.,\n]*")
+_SUPPOSED = re.compile(
+    r"\b(?:would|could) be (?:\w{1,20}ly )?valid\b|\ba valid argument (?:would|must|should|requires|needs)\b"
+)
 _NEGATED = re.compile(
-    r"(?:\bnot\b|n['’]t\b|\bcannot\b|\bnever\b|\bnor\b|\bneither\b|\bfails? to)"
+    r"(?:\bnot\b|\bfar from\b|\bnon[- ]\Z|n['’]t\b|\bcannot\b|\bnever\b|\bnor\b|\bneither\b|\bfails? to)"
     r"(?: (?:be|been|is|are|considered|deemed|called|said|to|an?|the|that|it|this|argument|appears?|seems?|looks?|say"
     r"|think|believe|claim|conclude|make|\w{1,20}ly))*[ \"'(]*\Z",
     re.IGNORECASE,
@@ -123,6 +127,8 @@ def _closed_word(text: str, words: tuple[str, str]) -> str | None:
     "not valid" is invalid. "valid or invalid?" says neither.
     """
     text = re.sub(_BOTH.format(*words), " ", text.lower())
+    if words[0] == "valid":
+        text = _SUPPOSED.sub(" ", _REASON.sub("", text))
     if words[0] == "true" and "=" in _last_line(text):  # not True = False
         text = text.rpartition("=")[2]
     if (found := _first_found(text, lambda statement: next(_said(statement, words), None))) is not None:
@@ -144,10 +150,8 @@ def _said(text: str, words: tuple[str, str], means: dict[str, str] | None = None
 
 def _number(reply: str) -> str | None:
     def read(statement: str) -> str | None:
-        if (value := concluded_number(statement)) is not None:
-            return str(value)
-        named = re.search(rf"\b(?:{'|'.join(_NUMBER_WORDS)})\b", statement.lower())
-        return str(_NUMBER_WORDS.index(named[0])) if named else None
+        value = concluded_number(statement)
+        return None if value is None else str(value)
 
     found = _first_found(_plain(reply), read)
     return found if found is not None else read(reply[-_END:])
@@ -190,7 +194,8 @@ def _bracket_text(reply: str) -> str:
     text = _MARKUP.sub(" ", text)
     for latex, bracket in _LATEX_BRACKETS.items():
         text = text.replace(latex, bracket)
-    text = re.sub(r"[\"'“”‘’,]", " ", _PROSE_IN_BRACKETS.sub(" ", text))
+    text = re.sub(r"[\"'“”‘’,]|\\ ", " ", _PROSE_IN_BRACKETS.sub(" ", text))
+    text = re.sub(rf"(?<={_BRACKETS})\s{{1,9}}(?:then|and|followed by)\s{{1,9}}(?={_BRACKETS})", " ", text)
     return _SPACES.sub(" ", text)
 
 
@@ -211,8 +216,10 @@ def _word_list(text: str, question: str) -> str | None:
 
 
 def _listed(statement: str, known: set[str]) -> str | None:
-    """From the first to the last of the known words, with whatever stands between; "and" is none unless known."""
-    words = [word for word in _words(statement).split() if word != "and" or word in known]
+    """From the first to the last of the known words, with whatever stands between but "and" and numbers."""
+    words = [word for word in _words(statement).split() if word in known or not (word == "and" or word.isdigit())]
+    if set(words[-len(known) :]) == known:  # behind the list as it was given
+        return " ".join(words[-len(known) :])
     at = [i for i, word in enumerate(words) if word in known]
     return " ".join(words[at[0] : at[-1] + 1]) if at else None
 
@@ -222,7 +229,7 @@ def _last_block(text: str, known: set[str]) -> str | None:
     block: list[str] = []
     for line in reversed(text.split("\n")):
         words = _words(line.rpartition(":")[2] or line).split()
-        if words and all(word in known or word == "and" for word in words):
+        if words and all(word in known or word == "and" or word.isdigit() for word in words):
             block.append(" ".join(words))
             if ":" in line.rstrip(": "):
                 break

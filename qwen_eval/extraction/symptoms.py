@@ -13,7 +13,8 @@ LOOP_REPEATS = 4
 READ_CHARACTERS = 20_000  # of the end of an answer: a bound on what a hostile or looping reply costs its reader
 
 _NEXT_QUESTION = re.compile(r"\s*\**(?:Question|Q|Human|User|问题|题目|问)\s?\d{0,4}\**[:：]")
-_BLANK_OR_MARK = re.compile(r"[?？]\s*$|_{2,}|[(（]\s{0,9}[)）]")
+_BLANK_OR_MARK = re.compile(r"[?？]\s*$|_{2,}|[(（]\s{0,9}[)）]|^\s*(?:下列|以下|下面)")
+_HEAD_OF_EXAM = re.compile(r"\s*(?:以下是(?:中国)?关于.{0,60}题|The following are multiple choice questions)")
 _OPTION_A = re.compile(r"\s*[(（]?A\s?[.．、:：)）]")
 
 REASONING_START, REASONING_END = "<think>", "</think>"
@@ -43,13 +44,16 @@ def before_next_question(text: str) -> str:
     lines = text.split("\n")
     is_begun = False
     for i, line in enumerate(lines):
-        if is_begun and (_NEXT_QUESTION.match(line) or _asks_and_offers(lines[i : i + 3])):
+        if is_begun and _begins_question(lines[i : i + 3]):
             return "\n".join(lines[:i])
         is_begun = is_begun or bool(line.strip())
     return text
 
 
-def _asks_and_offers(lines: list[str]) -> bool:
+def _begins_question(lines: list[str]) -> bool:
+    """Whether the first of these lines names a question, or asks one and the next offers an option A."""
+    if _NEXT_QUESTION.match(lines[0]) or _HEAD_OF_EXAM.match(lines[0]):
+        return True
     following = next((line for line in lines[1:] if line.strip()), "")
     return bool(_BLANK_OR_MARK.search(lines[0]) and _OPTION_A.match(following))
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qwen_eval.activity import stage
 from qwen_eval.core import ModelError
 from qwen_eval.models.block import block_linears, checkpoint_names
 from qwen_eval.models.config import ModelConfig
@@ -34,9 +35,12 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: dict[str, Path] = {}  # tensor name -> file
+        self.num_bytes = 0
+        self.on_read: Callable[[int], None] = lambda num_bytes: None  # told of every tensor as it is read
         self._opened: dict[Path, Tensors] = {}
         self._used: set[str] = set()
         for file in weight_files(directory):
+            self.num_bytes += file.stat().st_size
             for name in self._open(file).keys():  # noqa: SIM118  (safe_open is not a mapping)
                 if name in self.files:
                     raise ModelError(f"{directory}: {name} is in both {self.files[name].name} and {file.name}")
@@ -55,7 +59,9 @@ class TensorFiles:
         if name not in self.files:
             raise ModelError(f"{self.directory}: tensor {name} is missing")
         self._used.add(name)
-        return self._checked(self._open(self.files[name]).get_tensor(name), name, shape)
+        tensor = self._checked(self._open(self.files[name]).get_tensor(name), name, shape)
+        self.on_read(tensor.nbytes)
+        return tensor
 
     def _checked(self, tensor: Tensor, name: str, shape: Sequence[int] | None = None) -> Tensor:
         if shape is not None and tuple(tensor.shape) != tuple(shape):
@@ -110,6 +116,12 @@ def _meta() -> Iterator[None]:
 def load(source: Path | TensorFiles, config: ModelConfig, placement: Placement) -> tuple[Transformer, TensorFiles]:
     """A ready `Transformer` in inference mode; ModelError names what is wrong with the checkpoint."""
     files = TensorFiles(source) if isinstance(source, Path) else source
+    with stage("reading the weights", total=files.num_bytes, unit="bytes") as reading:
+        files.on_read = reading.advance
+        return _load(files, config, placement), files
+
+
+def _load(files: TensorFiles, config: ModelConfig, placement: Placement) -> Transformer:
     config = as_stored(config, files)
     with _meta():
         model = Transformer(config)
@@ -122,7 +134,7 @@ def load(source: Path | TensorFiles, config: ModelConfig, placement: Placement) 
     leftover = files.unused()
     if leftover and not (config.tie_embeddings and leftover == ["lm_head.weight"]):
         raise ModelError(f"{files.directory}: tensor {leftover[0]} has no place in this model ({len(leftover)} such)")
-    return model.eval().requires_grad_(False), files
+    return model.eval().requires_grad_(False)
 
 
 def as_stored(config: ModelConfig, files: TensorFiles) -> ModelConfig:

@@ -1,70 +1,21 @@
-"""The ceilings of this device: bandwidth and FLOP/s, measured here or known from its maker; memory; energy.
-
-An unknown device has no known ceiling: None, never a guess.
-"""
+"""What torch measures of a device: bandwidth, FLOP/s, memory, energy."""
 
 from __future__ import annotations
 
 import functools
-import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from qwen_eval.core import JSON, ConfigError
 from qwen_eval.models.cpu import cpu_model
+from qwen_eval.models.machine import KNOWN, Device, host_memory_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPEATS = 5
 CPU_BUFFER_BYTES, CUDA_BUFFER_BYTES = 512 * 2**20, 2 * 2**30
 CPU_GEMM, CUDA_GEMM = 1536, 8192
-# Exact torch.cuda.get_device_name -> (GB/s, dense TFLOP/s in 16 bit, GiB), from the makers' data sheets.
-KNOWN = {
-    "NVIDIA A100-SXM4-80GB": (2039.0, 312.0, 80),
-    "NVIDIA A100 80GB PCIe": (1935.0, 312.0, 80),
-    "NVIDIA A100-SXM4-40GB": (1555.0, 312.0, 40),
-    "NVIDIA A100-PCIE-40GB": (1555.0, 312.0, 40),
-    "NVIDIA H100 80GB HBM3": (3350.0, 989.0, 80),
-    "NVIDIA H200": (4800.0, 989.0, 141),
-    "NVIDIA A10": (600.0, 125.0, 24),
-    "NVIDIA L4": (300.0, 121.0, 24),
-    "NVIDIA L40S": (864.0, 362.0, 48),
-    "NVIDIA GeForce RTX 3090": (936.0, 71.0, 24),
-    "NVIDIA GeForce RTX 4090": (1008.0, 165.0, 24),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """`bandwidth` bytes/s and `flops` 1/s measured in `dtype` with `num_threads`; `known_*` by the data sheet."""
-
-    kind: str  # cpu | cuda
-    name: str
-    dtype: str
-    num_threads: int | None
-    total_bytes: int
-    free_bytes: int
-    bandwidth: float | None = None
-    flops: float | None = None
-    known_bandwidth: float | None = None
-    known_flops: float | None = None
-
-    @property
-    def best_bandwidth(self) -> float | None:
-        """The measured bandwidth where there is one, else that of the data sheet."""
-        return self.bandwidth or self.known_bandwidth
-
-    @property
-    def best_flops(self) -> float | None:
-        return self.flops or self.known_flops
-
-    def to_json(self) -> dict[str, JSON]:
-        return asdict(self)
 
 
 def probe(device: torch.device, dtype: str, *, measure: bool = True) -> Device:
@@ -87,47 +38,12 @@ def probe(device: torch.device, dtype: str, *, measure: bool = True) -> Device:
     )
 
 
-def known(wanted: str, dtype: str) -> Device:
-    """A device of the table, for a plan, by its name or a unique part of it; else ConfigError."""
-    found = [name for name in KNOWN if wanted == name] or [name for name in KNOWN if _plain(wanted) in _plain(name)]
-    if len(found) != 1:
-        raise ConfigError(f"on={wanted}: {len(found) or 'none'} of the known devices; one of {', '.join(KNOWN)}")
-    bandwidth, tflops, gib = KNOWN[found[0]]
-    return Device(
-        kind="cuda",
-        name=found[0],
-        dtype=dtype,
-        num_threads=None,
-        total_bytes=gib * 2**30,
-        free_bytes=gib * 2**30,
-        known_bandwidth=bandwidth * 1e9,
-        known_flops=None if dtype == "fp32" else tflops * 1e12,
-    )
-
-
-def _plain(name: str) -> str:
-    """`"RTX-4090"` and `"rtx 4090"` are the same device."""
-    return " ".join(re.split(r"[\s_-]+", name.lower()))
-
-
 def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, total). On a CPU, free memory is what is available without swapping, within a container's limit."""
+    """(free, total)."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(free), int(total)
-    memory = psutil.virtual_memory()
-    free, total = int(memory.available), int(memory.total)
-    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    if limit is not None and limit < total:
-        free, total = min(free, limit - (used or 0)), limit
-    return free, total
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such file; "max"
-        return None
+    return host_memory_bytes()
 
 
 @functools.cache

@@ -10,9 +10,10 @@ from qwen_eval.models import checkpoint
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.hub import checkpoint_dir
-from qwen_eval.models.load import placement_of, read_config
+from qwen_eval.models.load import placement_of
 from qwen_eval.models.lora import base_of
 from qwen_eval.models.merged import open_tensors
+from qwen_eval.models.overrides import read_config
 
 
 def read_head(spec: ModelSpec, *, fingerprint: str) -> Tensor:

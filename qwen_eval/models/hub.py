@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qwen_eval.activity import stage
 from qwen_eval.config import HUBS, ModelSpec
 from qwen_eval.core import ConfigError, ModelError
 
@@ -112,10 +113,11 @@ def _from_huggingface(spec: ModelSpec) -> Path:
         raise ModelError(f"model {spec.name}: neither model.path, model.asset nor model.hub_id is given")
     wanted = f"model.hub_id={spec.hub_id}" + (f" model.revision={spec.revision}" if spec.revision else "")
     try:
-        info = HfApi().model_info(spec.hub_id, revision=spec.revision, timeout=TIMEOUT_S)
-        names = [sibling.rfilename for sibling in info.siblings or ()]
-        # by its name, not by the commit behind it: only so the copy is found under that name without a network
-        return Path(snapshot_download(spec.hub_id, revision=spec.revision, allow_patterns=wanted_files(names)))
+        with stage(f"fetching {spec.hub_id}"):
+            info = HfApi().model_info(spec.hub_id, revision=spec.revision, timeout=TIMEOUT_S)
+            names = [sibling.rfilename for sibling in info.siblings or ()]
+            # by its name, not by the commit behind it: only so the copy is found under that name without a network
+            return Path(snapshot_download(spec.hub_id, revision=spec.revision, allow_patterns=wanted_files(names)))
     except errors.GatedRepoError as error:
         raise ModelError(f"{wanted}: gated; accept its licence on the hub and log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
@@ -138,7 +140,8 @@ def _from_modelscope(spec: ModelSpec) -> Path:
     wanted = f"model.modelscope_id={model_id}" + (f" model.revision={spec.revision}" if spec.revision else "")
     try:
         _probe(MODELSCOPE_HOST)
-        return Path(snapshot_download(model_id, revision=spec.revision, allow_patterns=list(FILES)))
+        with stage(f"fetching {model_id}"):
+            return Path(snapshot_download(model_id, revision=spec.revision, allow_patterns=list(FILES)))
     except Exception as error:
         cached = _cached(lambda: snapshot_download(model_id, revision=spec.revision, local_files_only=True))
         return cached or _unreachable(wanted, "ModelScope", error)

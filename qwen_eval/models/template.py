@@ -61,6 +61,14 @@ class ChatTemplate:
         self.segments = lru_cache(maxsize=256)(self._segments)
         self._check_thinking()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without what is remembered, and without processes."""
+        return {**self.__dict__, "segments": None, "_children": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.segments = lru_cache(maxsize=256)(self._segments)
+
     @property
     def digest(self) -> str:
         """Of everything here that decides how a chat is rendered."""

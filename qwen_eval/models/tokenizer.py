@@ -51,6 +51,10 @@ class ChatTokenizer:
     system: str | None = None  # put before a chat that has no system message of its own
     template: ChatTemplate | None = None  # None: ChatML
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without what is remembered."""
+        return {key: value for key, value in self.__dict__.items() if key != "_encode_paragraph"}
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         raise NotImplementedError
 
@@ -163,7 +167,14 @@ class QwenTokenizer(ChatTokenizer):
             "qwen", pat_str=PRETOKEN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
         self._bytes = [*sorted(ranks, key=ranks.__getitem__), *(token.encode() for token in specials)]
+        self._remember()
+
+    def _remember(self) -> None:
         self._encode_paragraph = lru_cache(maxsize=4096)(self._encoding.encode_ordinary)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """NFC first. Paragraphs are remembered: few-shot examples are tokenised once, not once a question."""
@@ -206,7 +217,6 @@ class JsonTokenizer(ChatTokenizer):
         self._tokenizer = Tokenizer.from_str(content)
         if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
             raise ModelError("tokenizer.json is not a byte-level one as Qwen's are; use engine=hf for this model")
-        self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
         added = self._tokenizer.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special or is_control(token.content)}
         self._tokenizer.add_special_tokens(
@@ -218,8 +228,16 @@ class JsonTokenizer(ChatTokenizer):
         self._named = dict(tokens or {})
         self._ends = frozenset(end_ids) | self._ids_of("eos_token")
         can_cut = json.dumps(PRETOKEN)[1:-1] in content
-        self._cut = _SAFE_CUT.split if can_cut else lambda text: [text]
+        self._cut = _SAFE_CUT.split if can_cut else _whole
+        self._remember()
+
+    def _remember(self) -> None:
+        self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
         self._encode_paragraph = lru_cache(maxsize=4096)(self._encode_text)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     @property
     def endoftext_id(self) -> int:
@@ -279,6 +297,10 @@ class JsonTokenizer(ChatTokenizer):
 
     def encode_block(self, role: str, content: str) -> list[int]:
         return self.encode(f"{role}\n{content}")
+
+
+def _whole(text: str) -> list[str]:
+    return [text]
 
 
 def is_control(token: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.profile.config import ProfileSpec, check
 from qwen_eval.profile.finetune import FinetuneSpec
 
@@ -21,6 +22,8 @@ The tables of the int8 cache:  python -m qwen_eval.profile profile=kv_batch mode
 Fine-tuning:                   python -m qwen_eval.profile mode=finetune method=lora,lora_emb,qlora,full seq=256,512
 Several models:                python -m qwen_eval.profile -m model=qwen-1.8b,qwen-7b seq=2048,8192
 Every key with its value:      python -m qwen_eval.profile --cfg job
+
+Exit code: 0 done, 2 a mistake, 130 Ctrl-C (the same command measures what is missing).
 """
 
 
@@ -37,15 +40,19 @@ def profile(spec: ProfileSpec) -> None:
     spec.tag = cli.cell_tag(spec.tag)
     check(spec)
     if spec.plan:
-        sys.stdout.write(plan(spec))
+        with stage(f"planning for {spec.on or 'this device'}"):
+            text = plan(spec)
+        sys.stdout.write(text)
         return
-    from qwen_eval.profile.grid import run_grid
-    from qwen_eval.report.profile import run_tables, write_plots, write_tables
-    from qwen_eval.tables import print_tables
+    with stage(f"preparing to measure {spec.model.name}"):
+        from qwen_eval.profile.grid import run_grid
+        from qwen_eval.report.profile import run_tables, write_plots, write_tables
+        from qwen_eval.tables import print_tables
 
     path = run_grid(spec, shown=partial(write_tables, published=spec.published))
     print_tables(run_tables(path, published=spec.published))
-    plots = [plot.name for plot in write_plots(path)]
+    with stage("drawing the figures"):
+        plots = [plot.name for plot in write_plots(path)]
     print(f"{path}: {', '.join(['result.json', 'profile.md', 'profile.csv', 'profile.tex', *plots])}")
 
 
@@ -65,8 +72,9 @@ def plan(spec: ProfileSpec) -> str:
     """The tables of the plan, for this device or the one that `on` names."""
     import torch
 
-    from qwen_eval.models.device import DTYPES, known, probe
+    from qwen_eval.models.device import DTYPES, probe
     from qwen_eval.models.load import choose_device, choose_dtype
+    from qwen_eval.models.machine import known
     from qwen_eval.models.quant.formats import quant_format
     from qwen_eval.models.quant.kernels import has_packed
     from qwen_eval.profile.cells import quant_of, shape_fields

@@ -25,9 +25,10 @@ from qwen_eval.core import JSON, QwenEvalError, Sampling
 from qwen_eval.engines.native.generation import Generator, Row
 from qwen_eval.engines.native.scheduler import Counters, is_out_of_memory
 from qwen_eval.models.config import read_fields
-from qwen_eval.models.device import DTYPES, Device, EnergyMeter, probe, synchroniser
+from qwen_eval.models.device import DTYPES, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.load import Opened, choose_device, open_forward
+from qwen_eval.models.machine import Device
 from qwen_eval.models.quant.kernels import has_packed
 from qwen_eval.profile.cells import GridCell, cost_of, spec_from_json
 from qwen_eval.profile.config import ProfileSpec

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_eval.activity import stage
 from qwen_eval.config import ModelSpec, RopeSpec, check_values, not_one_of
 from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models.config import ModelConfig
@@ -160,7 +161,8 @@ def run_grid(spec: FinetuneSpec, measure: MeasureStep | None = None) -> Path:
         for tuning in tunings(spec):
             if known.get(tuning.key, {}).get("status") in DONE:
                 continue
-            row = (measure or _measured)(spec, tuning)
+            with stage(f"{spec.model.name}: measuring {tuning.key}"):
+                row = (measure or _measured)(spec, tuning)
             if row.get("error") in (ModelError.__name__, ConfigError.__name__):
                 raise (ModelError if row["error"] == ModelError.__name__ else ConfigError)(str(row["reason"]))
             known[tuning.key] = {**cell_fields(spec, tuning), **row}

@@ -20,9 +20,10 @@ from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.device import DTYPES, probe, synchroniser
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.hub import checkpoint_dir
-from qwen_eval.models.load import choose_device, placement_of, read_config
+from qwen_eval.models.load import choose_device, placement_of
 from qwen_eval.models.lora import base_of
 from qwen_eval.models.merged import open_tensors
+from qwen_eval.models.overrides import read_config
 from qwen_eval.models.training import Lora, Tuner, make_trainable
 from qwen_eval.models.transformer import Transformer
 from qwen_eval.profile.child import _die_with_parent

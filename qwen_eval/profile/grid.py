@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_eval import core
+from qwen_eval.activity import stage
 from qwen_eval.core import ConfigError, ModelError, QwenEvalError, StoreError
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.hub import checkpoint_dir
@@ -25,7 +26,6 @@ from qwen_eval.profile.config import ProfileSpec
 from qwen_eval.runs import fields
 from qwen_eval.runs.provenance import deciding_versions, provenance
 from qwen_eval.runs.store import FORMAT, RunDirectory
-from qwen_eval.terminal import plain_text
 
 TASK = "speed"
 CHILD = ("-m", "qwen_eval.profile.child")
@@ -50,15 +50,16 @@ def run_grid(spec: ProfileSpec, measure: MeasureCell | None = None, *, shown: Sh
     """
     measure = measure or in_child
     with RunDirectory.open(run_directory(spec)) as run:
-        run.check_spec(run_spec(spec), overwrite=spec.overwrite)
+        with stage(f"looking at {spec.model.name}"):
+            run.check_spec(run_spec(spec), overwrite=spec.overwrite)
         stored = [] if spec.overwrite else fields.rows((run.result() or {}).get("cells"))
         known: dict[str, Mapping[str, Any]] = {str(row["key"]): row for row in stored}
         _keep(run, spec, known, shown)
         for cell in cells(spec):
             if known.get(cell.key, {}).get("status") in DONE:
                 continue
-            _say(spec, f"{spec.model.name}: {cell.key} ...")
-            row = measure(spec, cell)
+            with stage(f"{spec.model.name}: measuring {cell.key}"):
+                row = measure(spec, cell)
             if row.get("error") == ModelError.__name__:
                 raise ModelError(str(row["reason"]))
             _refuse_other_device(run, known.values(), row)
@@ -113,11 +114,6 @@ def _raise_when_none(spec: ProfileSpec, known: Mapping[str, Mapping[str, Any]]) 
         kind = getattr(core, str(errors[0]["error"]), ConfigError)
         assert issubclass(kind, QwenEvalError), kind
         raise kind(str(errors[0]["reason"]))
-
-
-def _say(spec: ProfileSpec, line: str) -> None:
-    if not spec.quiet:
-        print(plain_text(line), file=sys.stderr, flush=True)
 
 
 # --- a cell's own process --------------------------------------------------------------------------------------------

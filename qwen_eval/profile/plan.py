@@ -14,7 +14,7 @@ from qwen_eval.models.cost import (
     published_peak_bytes,
     weight_bytes,
 )
-from qwen_eval.models.device import Device
+from qwen_eval.models.machine import Device
 from qwen_eval.models.quant.formats import FORMATS, quant_format
 from qwen_eval.profile.cells import GridCell, cells, cost_of, quant_of, shape_of
 from qwen_eval.profile.config import ProfileSpec

@@ -32,6 +32,8 @@ Your own text:                 python -m qwen_eval.tokens text=DIR out=tokens.cs
 
 A tokenizer is qwen-nano, qwen-tiny or a directory with qwen.tiktoken, tokenizer.json or what transformers reads.
 text= is a directory of .txt files named by their languages.
+
+Exit code: 0 done, 2 a mistake.
 """
 UDHR = Path(__file__).parents[1] / "assets" / "samples" / "udhr"
 FORMS = ("md", "csv", "tex", "json", "svg", "png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 
+from qwen_eval.activity import stage
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import ConfigError, ModelError
-from qwen_eval.models.config import read_fields
+from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.lora import is_adapter
 from qwen_eval.models.quant.gptq import read_config
@@ -34,7 +34,8 @@ def quantize(spec: QuantizeSpec) -> None:
     if out.resolve() == source.resolve():
         raise ConfigError(f"out={out}: is the checkpoint itself")
     fields = _plain_config(source)
-    sequences = calibration_sequences(spec, load_tokenizer(source))
+    with stage("reading the calibration text"):
+        sequences = calibration_sequences(spec, load_tokenizer(source))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -65,18 +66,15 @@ def _quantize(
     device, dtype = _compute(spec.model)
     start = time.perf_counter()
 
-    def progress(layer: int, num_layers: int, errors: Sequence[ModuleError]) -> None:
-        if not spec.quiet:
-            worst = max(errors, key=lambda error: error.error)
-            passed_s = time.perf_counter() - start
-            line = (
-                f"layer {layer + 1}/{num_layers}: worst output error {worst.error:.2%} ({worst.name}), {passed_s:.0f} s"
-            )
-            print(line, file=sys.stderr, flush=True)
+    with stage("quantizing", total=ModelConfig.from_hf(fields).num_layers, unit="layers") as quantizing:
 
-    written, errors = quantize_checkpoint(
-        source, partial, fields, sequences, recipe, dtype=dtype, device=device, progress=progress
-    )
+        def progress(layer: int, num_layers: int, errors: Sequence[ModuleError]) -> None:
+            worst = max(errors, key=lambda error: error.error)
+            quantizing.advance(note=f"worst output error of layer {layer + 1}: {worst.error:.2%} ({worst.name})")
+
+        written, errors = quantize_checkpoint(
+            source, partial, fields, sequences, recipe, dtype=dtype, device=device, progress=progress
+        )
     result = {
         "calibration": str(spec.calibration or "bundled"),
         "num_sequences": len(sequences),

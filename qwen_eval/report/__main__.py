@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_eval import cli
+from qwen_eval.activity import stage
 from qwen_eval.config import not_one_of
 from qwen_eval.core import ConfigError, StoreError
 from qwen_eval.report.config import FORMATS, LAYOUTS, ReportSpec
@@ -17,6 +18,20 @@ from qwen_eval.tables import Table, print_tables, render
 if TYPE_CHECKING:
     from qwen_eval.report.comparison import Margins
     from qwen_eval.report.verdict import Judgement
+
+USAGE = """
+python -m qwen_eval.report [key=value ...]
+
+Tables of what was run:        python -m qwen_eval.report runs=runs out=report.html
+Two runs, sample by sample:    python -m qwen_eval.report compare=A,B
+Ours beside published:         python -m qwen_eval.report published=true
+The published numbers alone:   python -m qwen_eval.report ledger=contradictions
+Make runs the baseline:        python -m qwen_eval.report accept=runs gate=reports/baselines
+Has anything got worse?        python -m qwen_eval.report gate=reports/baselines out=gate.md,gate.xml
+Every key with its value:      python -m qwen_eval.report --cfg job
+
+Exit code: 0 done, 1 the gate found something worse, 2 a mistake, 3 not comparable or missing, 130 Ctrl-C.
+"""
 
 ENDINGS = {
     ".md": "md",
@@ -49,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the gate found something worse, 2 the user's mistake, 3 not comparable or missing."""
     argv = sys.argv[1:] if argv is None else list(argv)
     codes: list[int] = []
-    failed = cli.run(argv, config_name="report", schema=ReportSpec, job=lambda spec: codes.append(run_report(spec)))
+    failed = cli.run(
+        argv, config_name="report", schema=ReportSpec, job=lambda spec: codes.append(run_report(spec)), usage=USAGE
+    )
     return failed or max(codes, default=0)
 
 
@@ -58,7 +75,8 @@ def run_report(spec: ReportSpec) -> int:
     forms = _forms(check(spec))
     if spec.accept:
         return _accept(spec)
-    report = build(spec)
+    with stage("reading the runs"):
+        report = build(spec)
     for path, form in forms:
         if path is None and form == "terminal":
             print_tables(report.tables)
@@ -67,7 +85,8 @@ def run_report(spec: ReportSpec) -> int:
         elif form in FIGURES:
             _write(path, _figure(spec, form))
         else:
-            _write(path, _text(spec, report, form).encode("utf-8", "replace"))
+            with stage(f"writing {path}"):
+                _write(path, _text(spec, report, form).encode("utf-8", "replace"))
     if spec.gate and all(path is not None for path, _ in forms):
         print_tables(report.tables)
     return report.exit_code

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_eval.core import JSON
+from qwen_eval.models.machine import known
 from qwen_eval.profile.cells import shape_fields
 from qwen_eval.profile.finetune import METHOD_NAMES, FinetuneSpec, config_of, cost_of, tunings
 from qwen_eval.profile.measure import median
@@ -113,7 +114,7 @@ def plan_text(spec: FinetuneSpec) -> str:
 def plan_table(spec: FinetuneSpec) -> Table:
     import torch
 
-    from qwen_eval.models.device import DTYPES, known, probe
+    from qwen_eval.models.device import DTYPES, probe
     from qwen_eval.models.load import choose_device, choose_dtype
 
     config = config_of(spec)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_eval import cli
-from qwen_eval.core import QwenEvalError
 from qwen_eval.engines.kinds import ENGINES
 from qwen_eval.report.config import ListSpec, list_spec
-from qwen_eval.terminal import plain_text
 
 USAGE = """
 python -m qwen_eval.list tasks|models|engines [word] [--config-dir=DIR]
@@ -18,24 +16,20 @@ python -m qwen_eval.list tasks|models|engines [word] [--config-dir=DIR]
 All benchmarks:                   python -m qwen_eval.list tasks
 Models with a word in the name:   python -m qwen_eval.list models int4
 With those of your own folder:    python -m qwen_eval.list models --config-dir=DIR
+
+Exit code: 0 done, 2 a mistake.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code (0 done, 2 the user's mistake, 141 where the reader of a pipe has left)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return cli.quiet_pipe(lambda: _run(argv))
+    return cli.guarded(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE.strip())
-        return 0
-    try:
+    if not cli.asked_of_itself(argv or ["--help"], USAGE):
         _show(list_spec(argv))
-    except QwenEvalError as error:
-        print(plain_text(" ".join(str(error).split())), file=sys.stderr)
-        return 2
     return 0
 
 

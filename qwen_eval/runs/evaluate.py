@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_eval.activity import stage
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import (
     JSON,
@@ -38,10 +39,9 @@ from qwen_eval.data.sources import draw
 from qwen_eval.engines.kinds import deciding_keys, identity
 from qwen_eval.engines.options import check_options
 from qwen_eval.metrics import rates
-from qwen_eval.runs.fields import as_object, is_number, section
+from qwen_eval.runs.fields import as_count, as_object, is_number, section
 from qwen_eval.runs.grading import Finished, Graders
 from qwen_eval.runs.integrity import damage_of, doubled
-from qwen_eval.runs.progress import Progress
 from qwen_eval.runs.prompt_lengths import CUT_PROMPT, is_cut, length_warnings, read_by_model
 from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256
 from qwen_eval.runs.run import Run, load_run
@@ -55,7 +55,7 @@ from qwen_eval.runs.store import (
     write_bytes,
     write_json,
 )
-from qwen_eval.tasks.registry import FROM_FILES, TaskContext, build
+from qwen_eval.tasks.registry import FROM_FILES, OWN, NeedsTokenizer, TaskContext, build
 
 # The place of a checkpoint or a benchmark cannot change a number: the digests of the files are compared instead.
 PLACES = {"task": ("path", "file"), "model": ("path", "hub", "digest")}
@@ -84,24 +84,28 @@ def elsewhere(spec: EvalSpec) -> str:
     return "tag=NAME" if spec.run_dir is None else "run_dir=DIR"
 
 
-def evaluate(spec: EvalSpec, open_engine: OpenEngine, *, progress: Progress | None = None) -> Run:
+def evaluate(spec: EvalSpec, open_engine: OpenEngine) -> Run:
     """Run, resume or recall one cell. `open_engine` is called only when something is left to ask.
 
     Raises QwenEvalError; whatever was graded before stays in the run directory and is not asked again.
     """
     warnings = check_options(spec.engine, spec.model, keep_hidden=spec.keep_hidden)
-    progress = progress or Progress(is_quiet=True)
     with RunDirectory.open(run_directory(spec), elsewhere=elsewhere(spec)) as run:
-        known = None if spec.overwrite else _finished(spec, run)
-        if known is not None:
-            return known
-        engine = open_engine(spec)
-        task = build(spec.task, task_context(spec, engine))
-        samples = selected(task, spec)
-        run.check_spec(run_spec(spec, task, samples, engine.info), overwrite=spec.overwrite)
+        with stage(f"reading the rows of {spec.task.name}"):
+            known = None if spec.overwrite else _finished(spec, run)
+            if known is not None:
+                return known
+            refuse_mistakes(spec)
+        with stage(f"loading {spec.model.name}"):
+            engine = open_engine(spec)
+        with stage(f"reading the rows of {spec.task.name}"):
+            task = build(spec.task, task_context(spec, engine))
+            samples = selected(task, spec)
+            run.check_spec(run_spec(spec, task, samples, engine.info), overwrite=spec.overwrite)
         start = time.perf_counter()
         done = _answered(run, samples)
-        meter = ask(engine, task, [s for s in samples if s.id not in done], run.append, progress, num_done=len(done))
+        left = [sample for sample in samples if sample.id not in done]
+        meter = ask(engine, task, left, run.append, num_done=len(done), model=spec.model.name)
         session = _session(meter, time.perf_counter() - start, num_resumed=len(done))
         records = in_order(samples, run.records())
         result = summary(task, samples, records, spec)
@@ -181,8 +185,8 @@ def ask(
     task: Task,
     samples: Sequence[Sample],
     keep: Callable[[Record], None],
-    progress: Progress,
     *,
+    model: str = "",
     num_done: int = 0,
     keep_failed: Callable[[Sample, Request], None] | None = None,
 ) -> Meter:
@@ -192,17 +196,17 @@ def ask(
     and the run is not finished. EngineError at the end, too, for those that the engine gave no answer.
     """
     meter = Meter()
+    what = " · ".join(filter(None, (task.name, model)))
+    total = num_done + len(samples)
+    with stage(what, total=total, unit="samples", num_before=num_done, tokens=_tokens_of(engine)) as asking:
 
-    def store(record: Record) -> None:
-        keep(record)
-        progress.advance(meter.add(record))
+        def store(record: Record) -> None:
+            keep(record)
+            read, written = meter.add(record)
+            asking.advance(read=read, written=written)
 
-    progress.start(task.name, total=num_done + len(samples), num_done=num_done)
-    try:
         with Graders(task, store) as graders:
             failed, unanswered = _converse(engine, task, samples, graders)
-    finally:
-        progress.stop()
     if failed and keep_failed is None:
         raise EngineError(failure(engine, failed, len(samples)))
     if keep_failed is not None:
@@ -279,14 +283,41 @@ class Meter:
     def __init__(self) -> None:
         self.num_samples = self.num_prompt_tokens = self.num_answer_tokens = 0
 
-    def add(self, record: Record) -> int:
-        """Count a record; returns its tokens, prompt and answer."""
+    def add(self, record: Record) -> tuple[int, int]:
+        """Count a record; returns the tokens of its prompts and of its answers."""
         prompt_tokens = sum(record.num_prompt_tokens)
         answer_tokens = sum(_num_answer_tokens(answer) for answer in record.answers)
         self.num_samples += 1
         self.num_prompt_tokens += prompt_tokens
         self.num_answer_tokens += answer_tokens
-        return prompt_tokens + answer_tokens
+        return prompt_tokens, answer_tokens
+
+
+def _tokens_of(engine: Engine) -> Callable[[], tuple[int, int]] | None:
+    """Tokens read and written since now, of an engine that counts while it works: long replies show life, too."""
+
+    def counted() -> tuple[int, int]:
+        info = engine.info
+        written = as_count(info["generated_tokens"])
+        return as_count(info["computed_tokens"]) - written, written
+
+    if not {"computed_tokens", "generated_tokens"} <= set(engine.info):
+        return None
+    read_before, written_before = counted()
+    return lambda: (counted()[0] - read_before, counted()[1] - written_before)
+
+
+def refuse_mistakes(spec: EvalSpec) -> None:
+    """What a task refuses (ConfigError, DataError), before its engine is loaded. Only tasks of ours are known to be
+    built without one; those that count in tokens are looked at later."""
+    if spec.task.name not in OWN:
+        return
+    try:
+        task = build(spec.task, task_context(spec, None))
+    except NeedsTokenizer:
+        return
+    if spec.task.subjects:
+        task.samples()
 
 
 def draft_of(engine: Engine, sample: Sample, turns: Sequence[Turn]) -> Record:

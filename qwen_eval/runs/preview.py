@@ -33,8 +33,8 @@ from qwen_eval.engines.kinds import kind, open_engine
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.generation_config import read_json, sampling_of
 from qwen_eval.models.hub import local_checkpoint_dir
-from qwen_eval.models.load import read_config, with_overrides
 from qwen_eval.models.lora import base_of, tokenizer_dir
+from qwen_eval.models.overrides import read_config, with_overrides
 from qwen_eval.models.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_eval.runs.evaluate import selected
 from qwen_eval.runs.grading import grades

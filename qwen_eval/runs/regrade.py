@@ -1,4 +1,4 @@
-"""`python -m qwen_eval.regrade run=DIR [protocol=upstream]`: grade stored answers again, without the model.
+"""Grade stored answers again, without the model.
 
 The run is not changed; the new grades are written to `regrade-<protocol>.json` in its directory.
 """
@@ -6,20 +6,18 @@ The run is not changed; the new grades are written to `regrade-<protocol>.json` 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_eval.config import MISSING, PROTOCOLS, not_one_of
+from qwen_eval.config import PROTOCOLS, not_one_of
 from qwen_eval.core import (
     JSON,
     ConfigError,
     DataError,
     Grade,
     Metric,
-    QwenEvalError,
     Record,
     Sample,
     StoreError,
@@ -33,15 +31,22 @@ from qwen_eval.runs.run import Run, load_run
 from qwen_eval.runs.store import differences, metrics_from_json, write_json
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.runs.summary import metric_cells
-from qwen_eval.tables import Table, print_tables, text_cell
+from qwen_eval.tables import Table, text_cell
 from qwen_eval.tasks.registry import build
-from qwen_eval.terminal import plain_text
 
 
 @dataclass(kw_only=True)
 class RegradeSpec:
-    run: str = MISSING
-    protocol: str | None = None  # None: the run's own, for another version of the task's grader
+    run: str = ""  # the directory of a finished run
+    protocol: str | None = None  # null: the run's own, for another version of the task's grader
+
+
+def check(spec: RegradeSpec) -> RegradeSpec:
+    if not spec.run:
+        raise ConfigError("pass run=DIR, the directory of a finished run")
+    if spec.protocol is not None and spec.protocol not in PROTOCOLS:
+        raise not_one_of("protocol", spec.protocol, PROTOCOLS)
+    return spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,35 +103,6 @@ def _read_again(run: Run, task: Task, samples: Sequence[Sample]) -> tuple[Record
     return tuple(dataclasses.replace(record, grade=grade) for record, grade in found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line."""
-    try:
-        outcome = regrade(_parse(sys.argv[1:] if argv is None else argv))
-    except QwenEvalError as error:
-        print(plain_text(" ".join(str(error).split())), file=sys.stderr)
-        return 2
-    _show(outcome)
-    return 0
-
-
-def _parse(argv: Sequence[str]) -> RegradeSpec:
-    given: dict[str, str] = {}
-    known = [field.name for field in dataclasses.fields(RegradeSpec)]
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            raise not_one_of("key", key, known)
-        if key in given:
-            raise ConfigError(f"{key}= is given twice: {given[key]} and {value}; give it once")
-        given[key] = value
-    spec = RegradeSpec(**given)
-    if spec.run == MISSING:
-        raise ConfigError("pass run=DIR, the directory of a finished run")
-    if spec.protocol is not None and spec.protocol not in PROTOCOLS:
-        raise not_one_of("protocol", spec.protocol, PROTOCOLS)
-    return spec
-
-
 def _check_same_questions(run: Run, task: Task, samples: Sequence[Sample]) -> list[str]:
     changes = differences(run.benchmark, dict(task.describe()))
     hashes = [change for change in changes if "sha256" in change.split(":")[0]]
@@ -151,11 +127,6 @@ def _turns(task: Task, sample: Sample, record: Record) -> tuple[Turn, ...]:
 
 def _reading(grade: Grade) -> tuple[Any, Any]:
     return grade.score, grade.extracted
-
-
-def _show(outcome: Regraded) -> None:
-    print_tables([regraded_table(outcome)])
-    print(plain_text(f"{outcome.num_changed} of {outcome.n} grades changed; {outcome.path}"))
 
 
 def regraded_table(outcome: Regraded) -> Table:

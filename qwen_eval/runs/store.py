@@ -20,7 +20,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
@@ -99,26 +99,23 @@ class RunDirectory:
     `elsewhere` is how the user names another directory, for advice: "tag=NAME", or "run_dir=DIR" where that was given.
     """
 
-    def __init__(self, path: Path, lock: int, elsewhere: str = "tag=NAME") -> None:
+    def __init__(self, path: Path, lock: int, elsewhere: str = "tag=NAME", made: Sequence[Path] = ()) -> None:
         self.path = path
         self.elsewhere = elsewhere
         self._lock = lock
+        self._made = made  # directories that were not there before, the innermost first
         self._records: int | None = None
         self._end = 0  # records.jsonl is whole up to here
 
     @classmethod
     def open(cls, path: Path, *, elsewhere: str = "tag=NAME") -> RunDirectory:
-        """Create the directory and lock it; StoreError when it cannot be written or another process holds it."""
-        with _one_line(path):
-            path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # its target would be emptied
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 20).decode(errors="replace").strip() or "unknown"
-            os.close(lock)
-            raise StoreError(f"{path}: process {holder} is writing this run; wait for it or pass {elsewhere}") from None
-        run = cls(path, lock, elsewhere)
+        """Create the directory and lock it; StoreError when it cannot be written or another process holds it.
+
+        It is taken away again, with the folders made for it, if nothing is written into it.
+        """
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        lock = _locked(path, elsewhere)
+        run = cls(path, lock, elsewhere, made)
         try:
             with _one_line(path):
                 os.ftruncate(lock, 0)
@@ -200,10 +197,21 @@ class RunDirectory:
         return read_json(path) if path.exists() else None
 
     def close(self) -> None:
+        if self._made:
+            self._leave_nothing_empty()
         for file in (self._records, self._lock):
             if file is not None:
                 os.close(file)
         self._records = None
+
+    def _leave_nothing_empty(self) -> None:
+        made, self._made = self._made, ()
+        with contextlib.suppress(OSError):  # a folder that holds something stays, and those above it
+            if os.listdir(self.path) != [LOCK]:
+                return
+            (self.path / LOCK).unlink()
+            for folder in made:
+                folder.rmdir()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -227,6 +235,23 @@ class RunDirectory:
         with _one_line(self.path):
             for name in (RESULT, RECORDS, SPEC):
                 (self.path / name).unlink(missing_ok=True)
+
+
+def _locked(path: Path, elsewhere: str) -> int:
+    """The open lock file of the directory, which is made where it is not there."""
+    while True:
+        with _one_line(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # its target would be emptied
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 20).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise StoreError(f"{path}: process {holder} is writing this run; wait for it or pass {elsewhere}") from None
+        if os.fstat(lock).st_nlink:
+            return lock
+        os.close(lock)  # another process has just taken its empty directory away
 
 
 def differences(old: JSON, new: JSON, prefix: str = "") -> list[str]:

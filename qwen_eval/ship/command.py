@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from qwen_eval import cli
-from qwen_eval.core import QwenEvalError
 from qwen_eval.ship.config import ShipSpec, arguments, check
 from qwen_eval.terminal import plain_text
 
@@ -27,13 +26,13 @@ CODES = {"ship": 0, "do not ship": 1, "not decided": 3}
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    return cli.guarded(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     codes: list[int] = []
-    try:
-        argv = arguments(argv)
-    except QwenEvalError as error:
-        print(plain_text(str(error)), file=sys.stderr)
-        return 2
-    failed = cli.run(argv, config_name="ship", schema=ShipSpec, job=lambda s: codes.append(ship(s)), usage=USAGE)
+    words = arguments(argv)
+    failed = cli.run(words, config_name="ship", schema=ShipSpec, job=lambda s: codes.append(ship(s)), usage=USAGE)
     return failed or max(codes, default=0)
 
 

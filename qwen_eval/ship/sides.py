@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_eval.activity import stage
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import (
     DataError,
@@ -28,7 +29,6 @@ from qwen_eval.models.fingerprint import WEIGHTS
 from qwen_eval.models.hub import local_checkpoint_dir
 from qwen_eval.report.runs import CERTIFICATE
 from qwen_eval.runs.evaluate import ask, run_spec, selected, task_context
-from qwen_eval.runs.progress import Progress
 from qwen_eval.runs.prompt_lengths import read_by_model
 from qwen_eval.runs.store import RunDirectory, record_from_json, record_to_json
 from qwen_eval.ship.config import SIDES, ShipSpec
@@ -90,10 +90,11 @@ class TaskSide:
     """One task with one of the models: its items, and the records of those that were asked."""
 
     def __init__(self, spec: ShipSpec, side: str, name: str, directory: Path, engines: Engines) -> None:
-        self.side, self._engines, self._progress = side, engines, Progress(is_quiet=spec.quiet)
+        self.side, self._engines = side, engines
         self.cell = spec.cell(side, name, run_dir=str(directory))
         self.warnings = check_options(self.cell.engine, self.cell.model)
-        engine = engines.open(side, self.cell)
+        with stage(f"loading {self.cell.model.name}"):
+            engine = engines.open(side, self.cell)
         self.info: Mapping[str, Any] = dict(engine.info)
         self.task: Task = build(self.cell.task, task_context(self.cell, engine))
         self.notes = list(self.task.notes) if isinstance(self.task, HasNotes) else []
@@ -127,7 +128,8 @@ class TaskSide:
             self._keep(failed_record(engine, sample, request))
 
         done = len(self.records)
-        ask(engine, self.task, missing, self._keep, self._progress, num_done=done, keep_failed=keep_failed)
+        model = self.cell.model.name
+        ask(engine, self.task, missing, self._keep, model=model, num_done=done, keep_failed=keep_failed)
 
     def _keep(self, record: Record) -> None:
         self._run.append(record)

@@ -31,7 +31,6 @@ from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.report.runs import CERTIFICATE as KIND
 from qwen_eval.runs.evaluate import ask, requests_sha256, selected, task_context
 from qwen_eval.runs.grading import graded
-from qwen_eval.runs.progress import Progress
 from qwen_eval.runs.provenance import text_sha256
 from qwen_eval.runs.store import RECORDS, SPEC, differences, read_json, read_records
 from qwen_eval.runs.stored import stored_config
@@ -344,7 +343,7 @@ def _ask_again(
     def keep(record: Record) -> None:
         found[record.sample_id] = record
 
-    ask(engine, task, samples, keep, Progress(is_quiet=spec.quiet), keep_failed=lambda sample, request: None)
+    ask(engine, task, samples, keep, model=cell.model.name, keep_failed=lambda sample, request: None)
     changed = [sample.id for sample in samples if _differs(found.get(sample.id), opened.records[sample.id])]
     allowed = 0 if engine.info.get("dtype") in ("float32", None) else max(1, math.floor(SPOT_TOLERANCE * len(samples)))
     said = f"{name}, {side}: {len(changed)} of {len(samples)} items asked again are answered otherwise"

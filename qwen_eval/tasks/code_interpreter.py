@@ -281,7 +281,7 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
 def _gsm8k(source: Source, number: int, row: Mapping[str, Any]) -> Sample:
     gold = UPSTREAM_GOLD.search(str(row.get("answer")))
     if "question" not in row or not gold:
-        raise DataError(f"{source.origin} row {number}: no question with an answer that ends in '#### number'")
+        raise DataError(f"{source.origin} row {number + 1}: no question with an answer that ends in '#### number'")
     data = {"query": row["question"], "answer": row["answer"]}
     return Sample(id=f"math/{number}", group=MATH, data=data, target=gold[1].replace(",", "").rstrip("."))
 
@@ -291,7 +291,7 @@ def _question(source: Source, number: int, row: Mapping[str, Any]) -> Sample:
     tags = row.get("tags")
     tags = tags.split(",") if isinstance(tags, str) else tags
     if not isinstance(row.get("query"), str) or not isinstance(tags, list):
-        raise DataError(f"{source.origin}/{QUESTIONS} row {number}: needs query and tags")
+        raise DataError(f"{source.origin}/{QUESTIONS} row {number + 1}: needs query and tags")
     if "visualization" in tags:
         group = EASY if "<|im_start|>" in row["query"] else HARD
     else:

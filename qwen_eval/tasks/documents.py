@@ -50,7 +50,8 @@ def _rows(rows: Sequence[dict[str, Any]], name: str, text_key: str) -> list[Docu
     for i, row in enumerate(rows):
         if not isinstance(row.get(text_key), str):
             raise DataError(
-                f"{name} row {i}: no text under {text_key!r}; it has {', '.join(map(str, row))}; pass task.text_key="
+                f"{name} row {i + 1}: no text under {text_key!r}; it has {', '.join(map(str, row))}; "
+                "pass task.text_key="
             )
     return [Document(id=f"{name}#{i}", text=row[text_key]) for i, row in enumerate(rows)]
 

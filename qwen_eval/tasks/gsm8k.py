@@ -57,7 +57,7 @@ class Gsm8k(GenerativeTask[Spec]):
         for i, row in enumerate(rows):
             gold = UPSTREAM_GOLD.search(str(row.get("answer")))
             if "question" not in row or not gold:
-                raise DataError(f"{source.origin} row {i}: no question with an answer that ends in '#### number'")
+                raise DataError(f"{source.origin} row {i + 1}: no question with an answer that ends in '#### number'")
             target = gold[1].replace(",", "").rstrip(".")
             samples.append(Sample(id=f"{split}/{i}", data=row, target=target))
         return samples

@@ -48,7 +48,7 @@ class HumanEval(CodeTask[Spec]):
         rows = source.hub_rows(None, self.spec.split) if source.is_hub else source.jsonl(*names, "test.jsonl")
         for i, row in enumerate(rows):
             if missing := [column for column in COLUMNS if column not in row]:
-                raise DataError(f"{source.origin} row {i}: no {missing[0]}, not a row of HumanEval")
+                raise DataError(f"{source.origin} row {i + 1}: no {missing[0]}, not a row of HumanEval")
         return [Sample(id=row["task_id"], data=row) for row in rows]
 
     def prompt(self, sample: Sample) -> Prompt:

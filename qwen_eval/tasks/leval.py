@@ -90,7 +90,7 @@ class Leval(GenerativeTask[LevalSpec]):
         samples = []
         for exam in EXAMS:
             for i, row in enumerate(_read(source, exam, self.spec.split)):
-                samples += self._document(exam, i, row, f"{source.origin} {exam} row {i}")
+                samples += self._document(exam, i, row, f"{source.origin} {exam} row {i + 1}")
         self._exams = tuple(dict.fromkeys(sample.group for sample in samples))
         if not samples:
             raise DataError(f"{source.origin}: none of {', '.join(EXAMS)} there; {HOW}")

@@ -51,7 +51,9 @@ class Math(GenerativeTask[Spec]):
         for i, row in enumerate(rows):
             gold = row.get("answer") or boxed(str(row.get("solution", "")))
             if "problem" not in row or gold is None:
-                raise DataError(f"{source.origin} row {i}: no problem with a boxed or given answer, not a row of MATH")
+                raise DataError(
+                    f"{source.origin} row {i + 1}: no problem with a boxed or given answer, not a row of MATH"
+                )
             subject = str(row.get("type") or row.get("subject") or "all")
             samples.append(Sample(id=f"{split}/{i}", group=subject, data=row, target=str(gold)))
         return samples

@@ -50,9 +50,9 @@ class Mbpp(CodeTask[Spec]):
         samples = []
         for i, row in enumerate(rows):
             if "task_id" not in row or not ("test_list" in row or "assertion" in row):
-                raise DataError(f"{source.origin} row {i}: no task_id with tests, not a row of MBPP")
+                raise DataError(f"{source.origin} row {i + 1}: no task_id with tests, not a row of MBPP")
             if self.name == "mbpp_plus" and not row.keys() & {"plus_input", "test"}:
-                raise DataError(f"{source.origin} row {i}: only the shown tests, not a row of MBPP+; use task=mbpp")
+                raise DataError(f"{source.origin} row {i + 1}: only the shown tests, not a row of MBPP+; use task=mbpp")
             number = int(str(row["task_id"]).rpartition("/")[2])
             if self.name == "mbpp_plus" or number in SPLITS[self.spec.split]:
                 samples.append(Sample(id=f"mbpp/{number}", data=row))

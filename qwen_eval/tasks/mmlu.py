@@ -75,10 +75,10 @@ class Mmlu(ChoiceTask):
             try:
                 cells.append(_official_cells(row))
             except (KeyError, TypeError, IndexError, ValueError):
-                raise DataError(f"{source.origin} {subject}/{split} row {i}: not a row of MMLU") from None
+                raise DataError(f"{source.origin} {subject}/{split} row {i + 1}: not a row of MMLU") from None
         if self.is_upstream:
             cells = printed_by_pandas(cells, COLUMNS)
-        return [Row(cells=c, where=f"{subject}/{split} row {i}") for i, c in enumerate(cells)]
+        return [Row(cells=c, where=f"{subject}/{split} row {i + 1}") for i, c in enumerate(cells)]
 
     def official_letter(self, reply: str, row: Mapping[str, str]) -> str:
         return official_mmlu_letter(reply, [row[letter] for letter in option_letters(row)])

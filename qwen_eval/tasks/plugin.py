@@ -83,9 +83,9 @@ class Plugin(GenerativeTask[Spec]):
         samples = []
         for name in source.names("*.jsonl*"):
             for i, row in enumerate(source.jsonl(name)):
-                data = _own_row(row, f"{source.origin}/{name} row {i}") if "query" in row else dict(row)
+                data = _own_row(row, f"{source.origin}/{name} row {i + 1}") if "query" in row else dict(row)
                 if "prompt" not in data or "response" not in data:
-                    raise DataError(f"{source.origin}/{name} row {i}: needs both prompt and response")
+                    raise DataError(f"{source.origin}/{name} row {i + 1}: needs both prompt and response")
                 is_negative = bool(data.get("is_negative", not calls_a_tool_upstream("\n" + data["response"])))
                 group = "negative" if is_negative else "positive"
                 samples.append(Sample(id=f"{name}/{i}", group=group, data=data, target=data["response"]))

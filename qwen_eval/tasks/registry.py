@@ -40,6 +40,10 @@ OWN = {
 TASKS = announced("qwen_eval.tasks") | OWN  # no package can take the name of a task of ours
 
 
+class NeedsTokenizer(ConfigError):
+    """A task that counts in tokens, with an engine that has none, or none yet."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileTask:
     """A task of a file outside any package (`task.file=`). `sha256` is that of the file as it was run."""
@@ -94,9 +98,9 @@ class TaskContext:
         return asked if asked is not None or not stated else max(int(stated) - new_tokens, int(stated) // 2, 1)
 
     def required_tokenizer(self, task: str, why: str) -> Tokenizer:
-        """The tokenizer, for tasks that count in tokens. Raises ConfigError where the engine has none."""
+        """The tokenizer, for tasks that count in tokens. Raises NeedsTokenizer where the engine has none."""
         if self.tokenizer is None:
-            raise ConfigError(f"{task}: the engine has no tokenizer{why}")
+            raise NeedsTokenizer(f"{task}: the engine has no tokenizer{why}")
         return self.tokenizer
 
 

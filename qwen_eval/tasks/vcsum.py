@@ -55,7 +55,7 @@ class Vcsum(GenerativeTask[VcsumSpec]):
                 or not isinstance(row.get("answers"), list)
                 or not row["answers"]
             ):
-                raise DataError(f"{source.origin} row {i}: needs context and answers, as LongBench has them")
+                raise DataError(f"{source.origin} row {i + 1}: needs context and answers, as LongBench has them")
             samples.append(Sample(id=f"meeting/{i}", data={"context": row["context"]}, target=row["answers"]))
         return samples
 

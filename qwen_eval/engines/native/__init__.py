@@ -10,7 +10,7 @@ ENGINE = EngineKind(
     honours=MODEL_OPTIONS,
     tuned_by=(
         "prefix_sharing", "max_batch_tokens", "max_batch_size", "prefill_chunk", "kernels",
-        "memory_fraction", "num_threads",
+        "memory_fraction", "num_threads", "workers", "ray",
     ),
     keeps_hidden=True,
 )  # fmt: skip

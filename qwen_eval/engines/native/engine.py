@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen_eval.activity import stage
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import (
     JSON,
@@ -132,7 +133,7 @@ class NativeEngine:
         jobs: list[Job] = []
         owners: list[tuple[int, int]] = []  # (request, choice) of each job; choice -1 for all at once
         parts: dict[int, dict[int, Scores]] = {}
-        for index, request in requests:
+        for index, request in _packed(requests):
             choices = [tuple(self._tokenizer.encode(choice)) for choice in request.choices]
             prompt = request.kept(self._render_ids(request.prompt))
             refuse_empty(prompt)
@@ -178,7 +179,8 @@ class NativeEngine:
             )
 
     def _generate(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Completions]]:
-        rows = [row for index, request in requests for row in self._rows(index, request)]
+        with stage("packing the prompts", is_brief=True):
+            rows = [row for index, request in requests for row in self._rows(index, request)]
         wanted = {index: request.n for index, request in requests}
         done: dict[int, dict[int, Completion]] = {index: {} for index in wanted}
         for row in self.generator.run(rows):
@@ -200,6 +202,12 @@ class NativeEngine:
                 sampling=request.sampling,
                 k=k,
             )
+
+
+def _packed(requests: Sequence[tuple[int, Choose]]) -> Iterator[tuple[int, Choose]]:
+    """The requests, while their prompts are tokenised: of a whole benchmark that takes a while."""
+    with stage("packing the prompts", is_brief=True):
+        yield from requests
 
 
 def _keeper(requests: Sequence[Score], jobs: Sequence[Job]) -> Callable[[int, Tensor], None] | None:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qwen_eval.activity import stage
 from qwen_eval.core import Sampling
 from qwen_eval.engines.native.sampling import TokenChoice
 from qwen_eval.models.decode import Decoding, StepResult, buckets_for
@@ -54,13 +55,14 @@ def make_workspace(
     slots = runner.slots(num_slots, need.capacity)
     choice = TokenChoice(samplings, num_slots, runner.config.vocab_size, runner.device)
     graphs = make_graphs(runner.device)
-    decoding = runner.decoding(
-        slots,
-        prefill_lengths=lengths,
-        num_positions=need.num_positions,
-        finish=partial(_chosen, runner.model, choice),
-        graphs=graphs,
-    )
+    with stage("warming up", is_brief=True):
+        decoding = runner.decoding(
+            slots,
+            prefill_lengths=lengths,
+            num_positions=need.num_positions,
+            finish=partial(_chosen, runner.model, choice),
+            graphs=graphs,
+        )
     return Workspace(need=need, slots=slots, choice=choice, decoding=decoding, graphs=graphs)
 
 

@@ -16,5 +16,7 @@ ENGINE = EngineKind(
         "tensor_parallel",
         "pipeline_parallel",
         "executor",
+        "workers",
+        "ray",
     ),
 )

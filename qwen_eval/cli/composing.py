@@ -1,0 +1,126 @@
+"""From arguments to the settings of a command: what Hydra composes, as an object of the command's schema."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from qwen_eval.cli.arguments import MULTIRUN, bracket_lists, key_of, model_first, refuse_doubled, refuse_unknown_flags
+from qwen_eval.cli.mistakes import explain, refuse_unknown_keys
+from qwen_eval.cli.schemas import conf_dir, given_folders, is_open, list_keys, register, tasks_named
+from qwen_eval.config import EngineSpec, ModelSpec, check_values, not_one_of
+from qwen_eval.core import ConfigError
+from qwen_eval.engines.kinds import kind as engine_kind
+from qwen_eval.models.naming import anonymous, settle
+from qwen_eval.models.quant.formats import quant_format
+
+DEFAULT_MODEL = "qwen-nano"  # of every command that has a model
+
+
+def compose(overrides: Sequence[str], *, config_name: str, schema: type) -> Any:
+    """The settings of the command with these overrides, a `schema` object, for calls from Python.
+
+    Raises a QwenEvalError for every mistake that the command reports; prints nothing.
+    """
+    import hydra
+    from omegaconf import OmegaConf, open_dict
+
+    arguments = ready(overrides, config_name, schema)
+    refuse_doubled(arguments)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            config = hydra.compose(config_name, overrides=arguments, return_hydra_config=True)
+    except Exception as error:
+        raise ConfigError(explain(error, schema)) from error
+    known = config.hydra
+    OmegaConf.set_readonly(config, False)
+    with open_dict(config):
+        del config["hydra"]
+    return settings(config, schema, known)
+
+
+def each_cell(argv: Sequence[str], config_name: str, schema: type, job: Callable[[Any], None]) -> None:
+    """Let Hydra call `job` with the composed configuration, of each cell in a grid; what goes wrong is raised."""
+    refuse_unknown_flags(argv)
+    arguments = model_first(ready(argv, config_name, schema))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines and leaving with 1
+    import hydra
+
+    old = sys.argv
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.argv = [old[0], *arguments, *_sweep_folder(arguments, scratch)]
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+        finally:
+            sys.argv = old
+
+
+def _sweep_folder(arguments: Sequence[str], scratch: str) -> list[str]:
+    """Hydra keeps a file of each grid, which nobody needs; only another launcher (`hydra/launcher=`) keeps its logs
+    beside it."""
+    is_grid = bool(set(MULTIRUN) & set(arguments))
+    return [] if not is_grid or is_open(arguments) else [f"hydra.sweep.dir='{scratch}'"]
+
+
+def ready(argv: Sequence[str], config_name: str, schema: type) -> list[str]:
+    """The arguments in Hydra's grammar, once it knows the schemas that they need."""
+    argv = with_task_file(argv)
+    tasks = tasks_named(argv)
+    register(config_name, schema, [conf_dir(), *given_folders(argv)], tasks)
+    return bracket_lists(argv, list_keys(schema, tasks=tasks))
+
+
+def with_task_file(argv: Sequence[str]) -> list[str]:
+    """Load the classes of `task.file=`, and name the one there is as the task."""
+    files = [value for key, _, value in (argument.partition("=") for argument in argv) if key == "task.file"]
+    if not files:
+        return list(argv)
+    from qwen_eval.tasks.outside import load_tasks
+
+    names = load_tasks(files[0])
+    asked = [argument.partition("=")[2] for argument in argv if argument.startswith("task=")]
+    if not asked and len(names) > 1:
+        raise ConfigError(f"task.file={files[0]}: holds {', '.join(names)}; name one of them, as task={names[0]}")
+    unknown = [name for value in asked for name in value.split(",") if name not in names]
+    if unknown:
+        raise not_one_of("task", unknown[0], names)
+    return list(argv) if asked else [*argv, f"task={names[0]}"]
+
+
+def settings(config: Any, schema: type, hydra_config: Any) -> Any:
+    """A composed configuration as a `schema` object; ConfigError for an unknown key or an invalid value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    refuse_unknown_keys(config)
+    try:
+        spec: Any = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, schema)) from error
+    _settle_model(spec, hydra_config.overrides.task, hydra_config.runtime.choices.get("model"))
+    return spec
+
+
+def _settle_model(spec: Any, overrides: Iterable[str], chosen: str | None) -> None:
+    """A checkpoint given by its path alone gets its name and chat form from its files; a named one must match them."""
+    model, engine = getattr(spec, "model", None), getattr(spec, "engine", None)
+    model_at = engine_kind(engine.name).model_at if isinstance(engine, EngineSpec) else "checkpoint"
+    if not isinstance(model, ModelSpec) or model_at == "nowhere":
+        return
+    check_values(spec)  # before anything is looked for, let alone fetched
+    quant_format(model.quant)
+    given = {key_of(override) for override in overrides}
+    if chosen != DEFAULT_MODEL:
+        given.add("model")  # by an experiment
+    if model_at == "checkpoint":
+        spec.model = settle(model, frozenset(given))
+    elif engine is not None and not {"model", "model.hub_id"} & given:
+        if engine.api_model is None:
+            from qwen_eval.engines.api.servers import base_url, required_key
+            from qwen_eval.engines.endpoint import only_model
+
+            engine.api_model = only_model(base_url(engine), required_key(engine))
+        spec.model = anonymous(model, engine.api_model, frozenset(given))
