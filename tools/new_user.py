@@ -24,7 +24,7 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first_hour.md"
-BLOCK = re.compile(r"^(?P<before>[^\n]+)\n+```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"`([\w./-]+\.\w+)`:$")
 COMMAND_S = 180
 INTERRUPTED = 130
@@ -41,8 +41,10 @@ class Step:
 
 def steps(page: str) -> Iterator[Step]:
     """The blocks of the page in their order; a block after `<!-- Ctrl-C -->` is interrupted while it runs."""
+    end = 0
     for found in BLOCK.finditer(page):
-        before, language, body = found["before"].strip(), found["language"], found["body"]
+        before, language, body = page[end : found.start()].strip().rpartition("\n")[2], found[1], found[2]
+        end = found.end()
         name = FILE_NAME.search(before)
         if language == "text":
             yield Step(kind="printed", text=body)
