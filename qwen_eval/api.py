@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from qwen_eval.core import StoreError
+from qwen_eval.core import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from qwen_eval.engines.cache import EngineCache
@@ -54,6 +54,8 @@ def evaluate(
     given = {key: value for key, value in {**named, "run_dir": run_dir}.items() if value is not None}
     overrides = [override(key, value) for part in (given, settings or {}) for key, value in part.items()]
     spec = check(cli.compose(overrides, config_name="config", schema=EvalSpec))
+    if spec.plan:
+        raise ConfigError("plan=true: only the command plans, python -m qwen_eval … plan=true; this call runs")
     with shown(is_quiet=quiet), contextlib.nullcontext(cache) if cache is not None else EngineCache() as engines:
         return runs.evaluate(spec, engines.open)
 

@@ -11,11 +11,16 @@ import functools
 import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qwen_eval.core import ConfigError
 
 MISSING = "???"
+
+if TYPE_CHECKING:
+    Limit: TypeAlias = float | None  # int: samples; float: a share of them, also written 10%
+else:
+    Limit = Any  # OmegaConf merges no unions
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 KV_CACHES = ("auto", "int8")
@@ -65,7 +70,7 @@ class ModelSpec:
     logn: str = "auto"  # auto | true | false
     window: str = "none"  # none | layerwise | comma list of tokens per layer group, "2048,4096,8192"
     attention: str = "auto"
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | layers over several: cuda:0+cuda:1
     seed: int = 0  # of random weights
     digest: str = "sample"  # how a checkpoint is known again: small files and a part of every tensor | full: every byte
     arch: dict[str, Any] = field(default_factory=dict)  # config.json of the shape, for plans and random weights
@@ -81,7 +86,7 @@ class EngineSpec:
     prefix_sharing: bool = True
     max_batch_tokens: int | None = None  # tokens of one scoring forward; None: from the cost model
     max_batch_size: int | None = None  # sequences of one batch or generation slots; None: from the cost model
-    prefill_chunk: int = 1024  # tokens of one chunk of a long prefill
+    prefill_chunk: int | None = None  # tokens of one chunk of a long prefill; None: 1024, or what fits on a GPU
     kernels: str = "auto"  # of CUDA: auto compiles and captures where it can | plain | triton
     memory_fraction: float = 0.85  # of the free memory that weights, cache and activations may take
     num_threads: int | None = None
@@ -116,7 +121,7 @@ class TaskSpec:
     split: str = ""
     shots: int = 0
     mode: str = "auto"  # auto: chat for chat models, base otherwise | base | chat
-    limit: Any = None  # int: samples; float: a share of them, also written 10% (OmegaConf merges no unions)
+    limit: Limit = None
     seed: int = 1234
     subjects: list[str] = field(default_factory=list)  # only these groups
     max_new_tokens: int = 512
@@ -132,7 +137,7 @@ class EvalSpec:
     model: ModelSpec = field(default_factory=ModelSpec)
     engine: EngineSpec = field(default_factory=EngineSpec)
     protocol: str = "robust"
-    limit: Any = None  # short for task.limit
+    limit: Limit = None  # short for task.limit
     seed: int | None = None  # short for task.seed
     sandbox: str = "auto"  # auto | bubblewrap | namespaces | unsafe
     runs_dir: str = "runs"
@@ -185,7 +190,8 @@ AT_LEAST: dict[str, int] = {
 
 def announced(group: str) -> dict[str, str]:
     """What installed packages announce under an entry point group ("qwen_eval.tasks"): name -> "module:attribute"."""
-    return {point.name: point.value for point in _entry_points().select(group=group)}
+    found: importlib.metadata.EntryPoints = _entry_points().select(group=group)
+    return {point.name: point.value for point in found}
 
 
 @functools.cache  # every package is looked into: some milliseconds
@@ -212,9 +218,9 @@ def not_one_of(key: str, value: str, words: Iterable[str]) -> ConfigError:
 def check(spec: EvalSpec) -> EvalSpec:
     """The spec with its shortcuts (`limit=`, `seed=`) moved to the task; ConfigError for a value out of range."""
     for key in ("limit", "seed"):
-        short = getattr(spec, key)
+        short: float | None = getattr(spec, key)
         if short is not None:
-            long = getattr(spec.task, key)
+            long: float | None = getattr(spec.task, key)
             if long not in (short, getattr(type(spec.task)(), key)):
                 raise ConfigError(f"{key}={short} and task.{key}={long}: two values for one setting; give one of them")
             setattr(spec.task, key, short)
@@ -232,7 +238,7 @@ def check(spec: EvalSpec) -> EvalSpec:
     return spec
 
 
-def check_limit(limit: Any) -> None:
+def check_limit(limit: object) -> None:
     """ConfigError for what is neither a number of samples nor a share of them."""
     is_number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
     is_share = isinstance(limit, float) and 0 < limit < 1
@@ -240,7 +246,7 @@ def check_limit(limit: Any) -> None:
         raise ConfigError(f"task.limit={limit}: a number of samples, at least 1, or a share such as 10% or 0.1")
 
 
-def check_values(spec: Any) -> None:
+def check_values(spec: object) -> None:
     """ConfigError for a value outside its set or below its minimum; keys that `spec` does not have are skipped."""
     for key, words in CHOICES.items():
         value = _select(spec, key)
@@ -248,11 +254,11 @@ def check_values(spec: Any) -> None:
             raise not_one_of(key, str(value), words)
     for key, low in AT_LEAST.items():
         value = _select(spec, key)
-        if value is not None and value < low:
+        if isinstance(value, (int, float)) and value < low:
             raise ConfigError(f"{key}={value}: must be at least {low}")
 
 
-def _select(spec: Any, key: str) -> Any:
+def _select(spec: object, key: str) -> object:
     for part in key.split("."):
         spec = getattr(spec, part, None)
     return spec

@@ -182,7 +182,8 @@ class ChoiceLogprobs:
 
     `logits`: for single-token choices the raw fp32 logits, else (). `logsumexp` is that of the whole row (single-token
     choices), so `logprobs[i] == logits[i] - logsumexp`. `bounded` are the indexes of choices that are at most this
-    likely: an API names only the likeliest tokens.
+    likely: an API names only the likeliest tokens. `dtype` is that of the model's own logits where `logits` are
+    rounded to it, as the official scripts see them.
     """
 
     logprobs: tuple[float, ...]
@@ -190,6 +191,7 @@ class ChoiceLogprobs:
     logits: tuple[float, ...] = ()
     logsumexp: float | None = None
     bounded: tuple[int, ...] = ()
+    dtype: str = "float32"
 
     @property
     def best(self) -> int:

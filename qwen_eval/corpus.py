@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_eval.core import Metric
 from qwen_eval.metrics import cluster_variance, t_interval
@@ -19,6 +19,8 @@ from qwen_eval.metrics import cluster_variance, t_interval
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from sacrebleu.metrics import BLEU as Bleu
+    from sacrebleu.metrics import CHRF as Chrf
 
 BLEU_QWEN, BLEU_SACREBLEU, CHRF = "bleu_qwen", "bleu_sacrebleu", "chrf2"
 NUM_DRAWS = 1_000
@@ -55,35 +57,35 @@ def chrf_counts(reply: str, reference: str) -> tuple[int, ...]:
 
 def cut_words(text: str) -> str:
     """Words of a Chinese text with spaces between them, as jieba cuts it."""
-    return " ".join(_jieba().cut(text))
+    return " ".join(_jieba()(text))
 
 
-def _counts(score: Any, reply: str, reference: str) -> tuple[int, ...]:
+def _counts(score: Bleu | Chrf, reply: str, reference: str) -> tuple[int, ...]:
     return tuple(int(x) for x in score._extract_corpus_statistics([reply], [[reference]])[0])
 
 
 @cache
-def _bleu(tokenize: str) -> Any:
+def _bleu(tokenize: str) -> Bleu:
     from sacrebleu.metrics import BLEU
 
     return BLEU(tokenize=tokenize)
 
 
 @cache
-def _chrf() -> Any:
+def _chrf() -> Chrf:
     from sacrebleu.metrics import CHRF
 
     return CHRF()
 
 
 @cache
-def _jieba() -> Any:
+def _jieba() -> Callable[[str], Iterator[str]]:
     import logging
 
     import jieba
 
     jieba.setLogLevel(logging.WARNING)  # it tells on stderr that it loads its dictionary
-    return jieba
+    return jieba.cut
 
 
 # --- scores --------------------------------------------------------------------------------------------------------

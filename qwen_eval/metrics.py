@@ -209,19 +209,20 @@ def cluster_variance(
     uneven ones give fewer, down to 1 where one cluster holds nearly everything. With w = size / total and S = sum(w²)
     the residual of cluster g has variance 1 - 2 w_g + S in units of a cluster's own, by which its square is divided.
     """
-    total_1 = sizes.sum(-1, keepdims=True)
+    total_1: NDArray[np.float64] = sizes.sum(-1, keepdims=True)
     weights_G = sizes / total_1
-    squares_1 = (weights_G**2).sum(-1, keepdims=True)
+    squares_1: NDArray[np.float64] = (weights_G**2).sum(-1, keepdims=True)
     spread_G = 1 - 2 * weights_G + squares_1
-    residuals_G = (sums - weights_G * sums.sum(-1, keepdims=True)) / total_1
-    variance = (residuals_G**2 / spread_G).sum(-1)
+    sum_1: NDArray[np.float64] = sums.sum(-1, keepdims=True)
+    residuals_G = (sums - weights_G * sum_1) / total_1
+    variance: NDArray[np.float64] = (residuals_G**2 / spread_G).sum(-1)
     # Satterthwaite: (trace P)² / trace P², P_gh = w_g w_h (g==h - w_g - w_h + S) / sqrt(spread_g spread_h), no G x G
     factor_G = weights_G**2 / spread_G
-    moments = [(factor_G * weights_G**k).sum(-1) for k in range(3)]
-    squares = squares_1[..., 0]
+    moments: list[NDArray[np.float64]] = [(factor_G * weights_G**k).sum(-1) for k in range(3)]
+    squares: NDArray[np.float64] = squares_1[..., 0]
     every = squares**2 * moments[0] ** 2 + 2 * moments[0] * moments[2] + 2 * moments[1] ** 2
     every = every - 4 * squares * moments[0] * moments[1]
-    diagonal = (weights_G**4 - (factor_G * (squares_1 - 2 * weights_G)) ** 2).sum(-1)
+    diagonal: NDArray[np.float64] = (weights_G**4 - (factor_G * (squares_1 - 2 * weights_G)) ** 2).sum(-1)
     dof = squares**2 / (every + diagonal)
     return variance, dof.clip(1.0, sizes.shape[-1] - 1.0)
 

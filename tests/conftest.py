@@ -7,6 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from qwen_eval.runs import progress
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine lines about slow stages would stand between those that a test looks at. They are there in
+    commands that have a process of their own, and in tests/test_signs_of_life.py."""
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 3600.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 3600.0)
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:

@@ -11,7 +11,8 @@ from typing import Any
 
 from qwen_eval.core import Answer, ChoiceLogprobs, Completion, Completions, Grade, Metric, Record, TokenLogprobs
 from qwen_eval.metrics import perplexity, rates, share
-from qwen_eval.runs.store import FORMAT, metric_to_json, record_to_json
+from qwen_eval.runs.record_json import metric_to_json, record_to_json
+from qwen_eval.runs.store import FORMAT
 from qwen_eval.tasks.registry import TASKS, task_class
 
 

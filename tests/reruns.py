@@ -22,8 +22,8 @@ from qwen_eval.report.compare import compare_runs
 from qwen_eval.report.comparison import Margins, Side
 from qwen_eval.report.items import Item
 from qwen_eval.report.verdict import Judgement, judge
+from qwen_eval.runs.record_json import metric_to_json
 from qwen_eval.runs.run import Run
-from qwen_eval.runs.store import metric_to_json
 
 Array = NDArray[np.float64]
 DAY = 0.02  # standard deviation of the log speed of one machine from day to day

@@ -27,8 +27,8 @@ class Scripted(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, script: Script) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, script: Script, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.script, self.seen = script, list[tuple[str, dict[str, Any]]]()
         self.models: list[dict[str, Any]] = [{"id": "m"}]
 
@@ -70,8 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[Scripted]:
-    server = Scripted(script)
+def serving(script: Script, *, port: int = 0) -> Iterator[Scripted]:
+    server = Scripted(script, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -6,7 +6,8 @@ import pytest
 
 from qwen_eval.core import Completion, Completions, Generate, Grade, Record, Sample, Turn
 from qwen_eval.extraction.short_answers import canonical, concluded_choice
-from qwen_eval.tasks.bbh import Bbh, Spec, upstream_answer, upstream_target
+from qwen_eval.tasks.bbh import Bbh, upstream_answer, upstream_target
+from qwen_eval.tasks.bbh import BbhSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 TASK = Bbh(Spec(data="bundled"), TaskContext())

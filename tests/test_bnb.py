@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_checkpoint import write_tiny_qwen2
 from torch import Tensor
 
-from qwen_eval.core import EngineError
+from qwen_eval.config import EngineSpec, ModelSpec
+from qwen_eval.core import ChoiceLogprobs, Choose, EngineError, Prompt
+from qwen_eval.engines.hf.engine import open_engine as open_hf
 from qwen_eval.models.quant import bnb, kernels
+from qwen_eval.models.quant.formats import quant_format
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,6 +71,26 @@ def test_nf4_in_fp32_computes_in_fp32(outputs: int, device: str) -> None:
     stored = linear.inner.weight
     exact = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(stored.data, stored.quant_state)
     assert relative(linear(x.to(device)), F.linear(x, exact.float().cpu())) < 1e-5
+
+
+def test_nf4_in_fp32_computes_in_fp32_in_models_of_transformers_too(tmp_path: Path) -> None:
+    """The same kernel would be taken there at the first forward."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    folder = write_tiny_qwen2(tmp_path / "checkpoint")
+    spec = ModelSpec(name="m", path=str(folder), dtype="fp32", device="cpu", quant="nf4")
+    engine = open_hf(EngineSpec(), spec)
+    asked = Choose(prompt=Prompt.raw("Question: 1 + 1\nAnswer:"), choices=("A", "B", "C", "D"))
+    [(_, answer)] = engine.run([asked])
+    assert isinstance(answer, ChoiceLogprobs)
+    settings = transformers.BitsAndBytesConfig(**quant_format("nf4").transformers)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=torch.float32, device_map="cpu"
+    ).dequantize()
+    ids, letters = engine.render(asked.prompt).ids, [engine.tokenizer.encode(letter)[0] for letter in asked.choices]
+    with torch.inference_mode():
+        logits = plain.float()(torch.tensor([ids])).logits[0, -1, letters]
+    assert answer.logits == pytest.approx(logits.tolist(), abs=1e-4)  # in bf16: 0.02 and more
 
 
 def test_int8_keeps_outlying_input_columns_in_full(device: str) -> None:

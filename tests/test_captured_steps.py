@@ -51,17 +51,32 @@ def test_captured_steps_give_the_same_texts(trick: str, sampling: str, monkeypat
     assert kept.graphs.num_captured <= before + 2
 
 
-def test_rows_of_one_prefix_are_captured_with_it_and_those_of_several_run_plainly() -> None:
+def test_rows_of_one_prefix_and_of_several_are_captured() -> None:
     several = generations(8)
     one = [replace(g, prompt=Prompt.raw("a head that all share, of more than sixty tokens. " * 3 + "xyz" * i))
            for i, g in enumerate(several)]  # fmt: skip
-    for requests, is_captured in ((one, True), (several, False)):
+    for requests in (one, several):
         engine = captured(engine_of())
         engine.forward.decoding = partial(engine.forward.decoding, buckets=SMALL)  # type: ignore[method-assign]
         assert answers(engine, requests) == answers(engine_of(), requests)
         assert engine.generator._kept is not None
         assert engine.generator._kept.graphs is not None
-        assert (engine.generator._kept.graphs.num_replays > 10) == is_captured
+        assert engine.generator._kept.graphs.num_replays > 10
+
+
+def test_a_step_captured_with_one_prefix_serves_the_next() -> None:
+    """Heads of about one length, asked one after another: what the first captured is replayed for all."""
+    engine = captured(engine_of(max_batch_size=2))
+    engine.forward.decoding = partial(engine.forward.decoding, buckets=SMALL)  # type: ignore[method-assign]
+    requests = [
+        replace(g, prompt=Prompt.raw(f"{'abcdefg'[i // 2] * 40}, a head of its own{i % 2}"), max_new_tokens=12)
+        for i, g in enumerate(generations(12))
+    ]
+    assert answers(engine, requests) == answers(engine_of(max_batch_size=2), requests)
+    assert engine.generator._kept is not None
+    graphs = engine.generator._kept.graphs
+    assert graphs is not None
+    assert graphs.num_replays > 6 * graphs.num_captured
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

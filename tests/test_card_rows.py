@@ -19,7 +19,7 @@ from qwen_eval.profile import finetune
 from qwen_eval.report import __main__ as report
 from qwen_eval.report.commands import EVAL, PROFILE, command
 from qwen_eval.report.gate import gate
-from qwen_eval.report.published import Published, ledger
+from qwen_eval.report.ledger import Published, ledger
 from qwen_eval.runs.run import load_run
 
 CELL = "model=qwen-nano-chat model.dtype=fp32 task.data=bundled task.max_new_tokens=6 quiet=true"

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import write_tiny_qwen2
 from torch import Tensor
 
-from qwen_eval.config import ModelSpec
+from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import ModelError
+from qwen_eval.engines.hf.engine import open_engine as open_hf
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.head import read_head
 from qwen_eval.models.load import open_forward
@@ -458,3 +459,23 @@ def test_a_config_that_asks_for_the_impossible_takes_neither_time_nor_memory(
     took_s, grown_gib = map(float, done.stdout.split())
     assert took_s < 2
     assert grown_gib < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", []),
+        ("tokenizer_config.json", []),
+        ("tokenizer_config.json", {"eos_token": 7}),
+        ("generation_config.json", None),
+        ("generation_config.json", {"eos_token_id": [[1]]}),
+    ],
+)
+def test_whatever_a_file_of_wrong_types_makes_transformers_raise_is_one_line(
+    folder: Path, name: str, content: Any
+) -> None:
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ModelError) as caught:
+        open_hf(EngineSpec(), spec_of(folder))
+    assert str(caught.value).startswith(f"{folder}: transformers cannot load it: ")
+    assert str(caught.value).isprintable()

@@ -10,7 +10,7 @@ from readers import replied
 from test_choice_tasks import exam, letters, mmlu_folder, record
 
 from qwen_eval.core import Choose, Record, Turn
-from qwen_eval.data.sources import Row
+from qwen_eval.data.rows import TableRow
 from qwen_eval.tasks.choice import ChoiceTask
 from qwen_eval.tasks.mmlu import Mmlu, MmluSpec
 from qwen_eval.tasks.registry import TaskContext
@@ -22,8 +22,8 @@ TWO = {"question": "Is it?", "A": "yes", "B": "no", "answer": "B"}
 class Mixed(Mmlu):
     """An exam whose rows have five and two options."""
 
-    def read(self, subject: str, split: str) -> list[Row]:
-        return [Row(cells=dict(FIVE), where="row 0"), Row(cells=dict(TWO), where="row 1")]
+    def read(self, subject: str, split: str) -> list[TableRow]:
+        return [TableRow(cells=dict(FIVE), where="row 0"), TableRow(cells=dict(TWO), where="row 1")]
 
 
 def mixed(*, is_chat: bool = False, shots: int = 1) -> ChoiceTask:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from exams import EXAMS
 
 from qwen_eval.config import EvalSpec, ModelSpec
@@ -27,11 +28,13 @@ from qwen_eval.core import (
     Record,
     Turn,
 )
-from qwen_eval.data.sources import SAMPLES, HubSource
+from qwen_eval.data.hub import DatasetSource
+from qwen_eval.data.sources import SAMPLES
 from qwen_eval.engines.fake import FakeEngine
 from qwen_eval.runs.evaluate import evaluate
+from qwen_eval.runs.record_json import answers_from_json, answers_to_json
 from qwen_eval.tasks.ceval import Ceval
-from qwen_eval.tasks.choice import ChoiceTask
+from qwen_eval.tasks.choice import ChoiceTask, official_letter, official_probs
 from qwen_eval.tasks.cmmlu import Cmmlu
 from qwen_eval.tasks.mmlu import Mmlu
 from qwen_eval.tasks.registry import TaskContext, task_class
@@ -193,7 +196,7 @@ def test_subjects_may_be_named_by_category() -> None:
     assert task.subjects == ("formal_logic", *(s for s in Mmlu.categories["humanities"] if s != "formal_logic"))
 
 
-class RecordedHub(HubSource):
+class RecordedHub(DatasetSource):
     """Rows as `datasets` returns them, without a network."""
 
     def __init__(self) -> None:
@@ -440,3 +443,24 @@ def test_describe_names_form_shots_and_coverage() -> None:
     assert (facts["format"], facts["shots"], facts["average"], facts["split"]) == ("base", 5, "micro", "test")
     assert facts["num_subjects"] < facts["num_subjects_official"] == 57
     assert exam("ceval", is_chat=True).describe()["shots"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_official_letter_is_that_of_two_softmaxes_in_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_ties = 0
+    for spread in (0.5, 2.0, 6.0) * 30:
+        logits_V = (12 + spread * torch.randn(4_000)).to(dtype)
+        logits_V[:4] += 6  # the letters hold some of the mass
+        twice = logits_V.softmax(-1)[:4].softmax(-1)
+        lse = float(logits_V.float().logsumexp(-1))
+        answer = dataclasses.replace(letters(*logits_V[:4].tolist(), lse=lse), dtype=str(dtype).removeprefix("torch."))
+        assert official_probs(answer) == pytest.approx(twice.tolist(), abs=1e-6 if dtype == torch.float32 else 0)
+        assert official_letter(answer) == "ABCD"[int(twice.argmax())]
+        num_ties += int((twice == twice.max()).sum() > 1)
+    assert (num_ties > 10) == (dtype != torch.float32)  # where the first of equals is the official answer
+
+
+def test_a_stored_choice_keeps_the_dtype_of_its_logits_and_which_letters_are_bounds() -> None:
+    answer = dataclasses.replace(letters(1.0, 2.0), dtype="bfloat16", bounded=(0,))
+    assert answers_from_json(answers_to_json((answer,))) == (answer,)

@@ -191,6 +191,23 @@ def test_a_cell_that_fails_does_not_take_the_grid_with_it(tmp_path: Path, comman
     assert len(list((tmp_path / "runs" / "eval").glob("*/*/*/result.json"))) == 1
 
 
+def test_cells_in_other_processes_keep_their_directories_and_their_mistakes(tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("cloudpickle")
+    grid = [
+        "-m",
+        "hydra.launcher._target_=hydra_plugins.sent_cells.SendingLauncher",
+        "task=toy",
+        "model=toy",
+        "engine=fake",
+    ]
+    assert command(*grid, "protocol=robust,upstream").returncode == 0
+    names = {path.name for path in (tmp_path / "runs" / "eval" / "toy" / "toy").iterdir()}
+    assert names == {"protocol=robust", "protocol=upstream"}
+    done = command(*grid, "model.dtype=fp16,fp17")
+    assert done.returncode == 2
+    assert "model.dtype=fp17: model.dtype=fp17: unknown" in done.stderr
+
+
 def test_an_error_names_its_cell_of_a_grid_and_the_tag_stays(tmp_path: Path, command: Command) -> None:
     grid = ["-m", "task=toy", "model=toy", "engine=fake", "task.seed=1,2", "engine.fake_delay_s=0,0.001", "tag=mine"]
     done = command(*grid, "task.mode=auto,foo")

@@ -46,7 +46,7 @@ def test_no_schema_is_offered() -> None:
 def test_bash_takes_the_words(wordbreaks: str) -> None:
     line = f"{sys.executable} -m qwen_eval task=mm"
     script = (
-        f'eval "$({sys.executable} -m qwen_eval --shell-completion install=bash)"; complete -p qwen-eval;'
+        f'eval "$({sys.executable} -m qwen_eval --shell-completion install=bash)";'
         f'COMP_WORDBREAKS="{wordbreaks}"; COMP_LINE="{line}"; COMP_POINT=${{#COMP_LINE}}; _qwen_eval;'
         'echo "${COMPREPLY[@]}"'
     )
@@ -55,7 +55,4 @@ def test_bash_takes_the_words(wordbreaks: str) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.stderr == ""
-    assert done.stdout.splitlines() == [
-        "complete -o nospace -o default -F _qwen_eval qwen-eval",
-        "mmlu" if "=" in wordbreaks else "task=mmlu",
-    ]
+    assert done.stdout == ("mmlu\n" if "=" in wordbreaks else "task=mmlu\n")

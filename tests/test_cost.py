@@ -31,7 +31,7 @@ from qwen_eval.models.load import open_forward
 from qwen_eval.models.quant.bnb import BnbLinear
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.transformer import Transformer
-from qwen_eval.report.published import Published, ledger
+from qwen_eval.report.ledger import Published, ledger
 
 GIB = 2**30
 V1 = {

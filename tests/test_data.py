@@ -17,7 +17,8 @@ from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Sample
 from qwen_eval.data import sources as data
 from qwen_eval.data.files import files_at
-from qwen_eval.data.sources import Source, draw, open_source
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import draw, open_source
 
 COLUMNS = ("question", "A", "B", "answer")
 

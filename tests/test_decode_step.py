@@ -17,6 +17,7 @@ from qwen_eval.engines.native.sampling import greedy_tokens
 from qwen_eval.models.decode import COARSE, EXACT, Buckets, Decoding, RunningRow
 from qwen_eval.models.hidden import HiddenStates
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec
+from qwen_eval.models.prefix_pool import PrefixPools
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.transformer import Transformer
 
@@ -48,7 +49,7 @@ def test_the_guard_sees_reads_and_masks(read: Any) -> None:
         read(torch.ones(3))
 
 
-def running(runner: ModelRunner, buckets: Buckets) -> Decoding:
+def running(runner: ModelRunner, buckets: Buckets, *, is_pooled: bool = False) -> Decoding:
     """Five rows under way: two after one prefix, one after another, two alone, one of them of another alpha."""
     prefixes = [runner.grown(None, list(range(1, n + 1)), 60) for n in (30, 11)]
     prompts = [[7, 8, 9], [5] * 6, [3, 1, 2], [2] * 40, [9] * 70]
@@ -61,7 +62,9 @@ def running(runner: ModelRunner, buckets: Buckets) -> Decoding:
         logits = runner.model.logits(hidden)
         return logits, greedy_tokens(logits)
 
-    decoding = runner.decoding(slots, prefill_lengths=totals, num_positions=200, finish=finish, buckets=buckets)
+    decoding = runner.decoding(
+        slots, prefill_lengths=totals, num_positions=200, finish=finish, buckets=buckets, is_pooled=is_pooled
+    )
     rows = [RunningRow(prefill_tokens=t, own_tokens=len(p), prefix=o) for t, p, o in zip(totals, prompts, owners)]
     decoding.arrange(rows, [1, 2, 3, 4, 5])
     return decoding
@@ -74,20 +77,25 @@ def steps(decoding: Decoding, count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("trick", TRICKS)
 @pytest.mark.parametrize("buckets", [EXACT, SMALL], ids=["exact", "padded"])
-def test_a_step_reads_nothing_back(trick: str, codec: str, buckets: Buckets) -> None:
-    decoding = running(ModelRunner(model_of(replace(CONFIG, **TRICKS[trick])), codec=CODECS[codec]), buckets)
+@pytest.mark.parametrize("is_pooled", [False, True], ids=["in place", "pooled"])
+def test_a_step_reads_nothing_back(trick: str, codec: str, buckets: Buckets, is_pooled: bool) -> None:
+    runner = ModelRunner(model_of(replace(CONFIG, **TRICKS[trick])), codec=CODECS[codec])
+    decoding = running(runner, buckets, is_pooled=is_pooled)
     with NoHostReads():
         steps(decoding, 3)
+        decoding.arrange(decoding.rows[:2], [1, 2])  # rows of one prefix are left
+        steps(decoding, 1)
 
 
 @pytest.mark.parametrize("trick", ["all", "windows"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_step_runs_without_values_at_all(trick: str, codec: str) -> None:
+@pytest.mark.parametrize("is_pooled", [False, True], ids=["in place", "pooled"])
+def test_a_step_runs_without_values_at_all(trick: str, codec: str, is_pooled: bool) -> None:
     """On the meta device there is nothing to read: every way to read a value raises."""
     config = replace(CONFIG, **TRICKS[trick])
     with torch.device("meta"):
         model = Transformer(config)
-    decoding = running(ModelRunner(model, codec=CODECS[codec], attention="eager"), SMALL)
+    decoding = running(ModelRunner(model, codec=CODECS[codec], attention="eager"), SMALL, is_pooled=is_pooled)
     logits, *_ = steps(decoding, 3)
     assert logits.shape == (5, config.vocab_size)
 
@@ -99,6 +107,41 @@ def test_padded_rows_and_keys_change_no_logit(trick: str, codec: str) -> None:
     exact, padded = (running(ModelRunner(model, codec=CODECS[codec]), b) for b in (EXACT, SMALL))
     for a, b in zip(steps(exact, 12), steps(padded, 12)):
         assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_prefixes_as_data_change_no_logit(trick: str, codec: str) -> None:
+    """Rows of two prefixes and of none; then other rows, among them those of one prefix alone."""
+    model = model_of(replace(CONFIG, **TRICKS[trick]))
+    in_place, pooled = (running(ModelRunner(model, codec=CODECS[codec]), SMALL, is_pooled=p) for p in (False, True))
+    rows = [decoding.rows for decoding in (in_place, pooled)]
+    for members in (slice(0, 5), slice(0, 2), slice(2, 3), slice(3, 5), slice(0, 4)):
+        for decoding, all_rows in zip((in_place, pooled), rows):
+            decoding.arrange(all_rows[members], [1, 2, 3, 4, 5][members])
+        assert pooled.shape().key is not None
+        assert (in_place.shape().key is None) == (members != slice(3, 5))
+        for a, b in zip(steps(in_place, 3), steps(pooled, 3)):
+            assert torch.allclose(a, b, atol=1e-5 * float(a.abs().max()))
+
+
+def test_a_pool_is_made_for_each_size_and_no_larger_than_is_granted() -> None:
+    runner = ModelRunner(model_of(CONFIG))
+    prefixes = [runner.grown(None, list(range(1, n)), 60) for n in (5, 9, 30)]
+    pools = PrefixPools(runner.slots, SMALL.rows, SMALL.keys, max_tokens=100)
+    first = pools.pool(2, 8, 5)
+    assert first is not None
+    assert first.take(prefixes[:2]) == [0, 1]
+    assert first.take(prefixes[1:2]) == [0]  # the only one comes first
+    assert first.take([prefixes[1], prefixes[0]]) == [0, 1]
+    assert pools.pool(1, 6, 0) is first
+    second = pools.pool(1, 29, 0)
+    assert second is not None
+    assert (second.slots.num_slots, second.slots.capacity) == (1, 32)
+    assert pools.pool(2, 29, 5) is None  # 16 + 32 + 64 tokens
+    few = PrefixPools(runner.slots, SMALL.rows, SMALL.keys, max_tokens=1000, max_gathered=100)
+    assert few.pool(2, 29, 3) is not None
+    assert few.pool(2, 29, 4) is None  # 4 x 32 tokens would be gathered
 
 
 @pytest.mark.parametrize("trick", ["all", "windows"])

@@ -17,6 +17,7 @@ import pytest
 
 from qwen_eval import __main__ as evaluation
 from qwen_eval import cli, config
+from qwen_eval.data import __main__ as data
 from qwen_eval.profile import __main__ as profile
 from qwen_eval.profile import config as profile_config
 from qwen_eval.profile import finetune, tokens
@@ -40,6 +41,7 @@ NEEDS = {"git": "a repository", "test": "a step summary"}
 Main = Callable[[Sequence[str]], int]
 MAINS: dict[str, tuple[Main, str, type, Callable[[Any], object]]] = {
     "qwen_eval": (evaluation.main, "config", config.EvalSpec, config.check),
+    "qwen_eval.data": (data.main, "", data.DataSpec, data.data_spec),
     "qwen_eval.preview": (preview_command.main, "preview", preview_command.PreviewSpec, config.check),
     "qwen_eval.profile": (profile.main, "profile", profile_config.ProfileSpec, profile_config.check),
     "qwen_eval.profile mode=finetune": (profile.main, "finetune", finetune.FinetuneSpec, finetune.check),
@@ -71,8 +73,10 @@ def is_runnable(command: str) -> bool:
     """Needs nothing but the package: no model but ours, or none at all (a report of other runs, a plan)."""
     if not command.startswith("python -m ") or PLACEHOLDER.search(command):
         return False
-    if "engine.base_url=" in command:
+    if "engine.base_url=" in command or "qwen_eval.data get" in command:  # a server, a hub
         return False
+    if command.startswith("python -m qwen_eval.data list"):
+        return True
     if "model.device=cuda" in command:
         return False
     if "plan=true" in command:
@@ -121,6 +125,9 @@ def test_the_commands_that_need_only_the_package_run_as_written_one_after_the_ot
 def test_a_command_for_a_real_checkpoint_or_file_is_composed(command: str) -> None:
     text = re.sub(r"\$\w+", "7", re.sub(r"^for .*?; do |; done$", "", command))
     module, *arguments = shlex.split(text)[2:]
+    if module == "qwen_eval.data":
+        assert data.data_spec(arguments).what == "get"
+        return
     arguments = [word for word in arguments if not word.endswith(".path=DIR")]  # no checkpoint of that shape is here
     _, name, schema, check = MAINS[f"{module} mode=finetune" if "mode=finetune" in arguments else module]
     if module == "qwen_eval.ship":

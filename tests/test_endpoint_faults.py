@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,21 @@ MALFORMED = {
     "no choice": (b'{"choices": []}', "0 of 1 completions"),
     "a choice of another type": (b'{"choices": ["A"]}', "a choice of type str"),
     "a text of another type": (b'{"choices": [{"text": 3, "finish_reason": "stop"}]}', "a completion without text"),
+    "content of another type": (b'{"choices": [{"message": {"content": {"text": "A"}}}]}', "content of type dict"),
+    "content that is no text": (
+        b'{"choices": [{"message": {"content": [{"type": "image_url"}]}}]}',
+        "a message whose content is no text",
+    ),
+    "a part of another type": (b'{"choices": [{"message": {"content": ["A"]}}]}', "a part of type str"),
+    "a number of many digits": (b'{"choices": [{"text": ' + b"9" * 5_000 + b"}]}", "bytes that are no JSON"),
+    "a call of another type": (
+        b'{"choices": [{"message": {"content": null, "tool_calls": [{"function": {"name": 3}}]}}]}',
+        "are no text",
+    ),
+    "an end that is none": (
+        b'{"choices": [{"text": "", "finish_reason": "insufficient_system_resource"}]}',
+        "a completion that ended with",
+    ),
     "no end": (b'{"choices": [{"text": "A", "finish_reason": null}]}', "a completion that ended with None"),
     "an error with status 200": (
         b'{"error": "out of\\u001b[31m memory"}',
@@ -209,6 +228,38 @@ def test_nothing_is_asked_while_nobody_takes_the_answers() -> None:
         assert len(server.seen) <= 10
 
 
+def test_a_server_that_is_restarted_is_waited_for() -> None:
+    """Each request in flight meets it, and none of them costs a retry."""
+    with serving(lambda path, asked: completion()) as server:
+        engine = engine_at(server.url, concurrency=100, retries=1)
+        answers = engine.run([GENERATE] * 300)
+        found = {next(answers)[0] for _ in range(20)}
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        rest = pool.submit(lambda: [index for index, _ in answers])
+        time.sleep(1.0)
+        assert not rest.done()
+        stack.enter_context(serving(lambda path, asked: completion(), port=server.server_address[1]))
+        found.update(rest.result(timeout=30))
+    assert len(found) + len(engine.failures) == 300
+    assert not [reason for reason in engine.failures.values() if "no server" in reason]
+
+
+def test_a_server_that_is_gone_ends_the_run_in_one_line_and_leaves_no_task_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qwen_eval.engines.api.client.DOWN_S", 0.5)
+    with serving(lambda path, asked: completion()) as server:
+        engine = engine_at(server.url, concurrency=200, retries=1)
+        answers = engine.run([GENERATE] * 600)
+        next(answers)
+    with pytest.raises(EngineError, match=r"^http\S+ no server answers \(.*\), waited for 0 s"):
+        list(answers)
+    engine.close()
+    del answers, engine
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
 def test_filtered_and_refused_completions_are_no_normal_end() -> None:
     refused = chat(
         None, message={"role": "assistant", "content": None, "refusal": "no"}, finish_reason="content_filter"
@@ -259,27 +310,39 @@ def test_a_server_that_contradicts_itself_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_500_requests_in_flight_with_faults_are_each_answered_once() -> None:
+def test_500_requests_in_flight_with_faults_are_each_answered_once_in_bounded_memory() -> None:
     """10 % faults: storms of 429, slow bodies, resets, malformed bodies, impossible log-probabilities."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from fault_server import letters_of
+    tool = [sys.executable, "tools/bench_endpoint.py", "--requests", "1500", "--in-flight", "500", "--faults", "0.1"]
+    done = subprocess.run(
+        tool, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["answered"], found["right"], found["twice"], found["failed"]) == (1500, 1500, 0, 0)
+    assert found["most_in_flight"] == 500
+    assert found["memory_peak_mib"] - found["memory_before_mib"] < 100
 
-    command = [sys.executable, str(ROOT / "tools" / "fault_server.py"), "--port", "0", "--faults", "0.1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
-        engine = engine_at(url, concurrency=500, timeout_s=3.0, retries=8)
-        asked = [Choose(prompt=Prompt.raw(f"q{i}"), choices=(" A", " B", " C", " D")) for i in range(1500)]
-        found: dict[int, ChoiceLogprobs] = {}
-        for index, answer in engine.run(asked):
-            assert index not in found
-            assert isinstance(answer, ChoiceLogprobs)
-            found[index] = answer
-        assert engine.failures == {}
-        assert engine._client.pace.most_in_flight == 500
-        engine.close()
-        server.communicate("")
-    assert sorted(found) == list(range(1500))
-    for index, answer in found.items():
-        tops = letters_of(f"q{index}")
-        assert answer.logprobs == pytest.approx([tops[choice] for choice in asked[index].choices])
+
+@pytest.mark.parametrize(
+    ("message", "end", "text"),
+    [
+        ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "A"}]}, "stop", "A"),
+        ({"content": None, "reasoning_content": "B?"}, "length", ""),
+        (
+            {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "你"}}}]},
+            "tool_calls",
+            '<tool_call>\n{"name": "f", "arguments": {"x": "你"}}\n</tool_call>',
+        ),
+        (
+            {"content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            "function_call",
+            '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        ),
+        ({"content": "A"}, "eos_token", "A"),
+    ],
+)
+def test_messages_are_read_in_the_forms_in_use(message: dict[str, Any], end: str, text: str) -> None:
+    with serving(lambda path, asked: chat(message=message, finish_reason=end)) as server:
+        ((_, answer),) = engine_at(server.url).run([Generate(prompt=Prompt.user("Q"), max_new_tokens=4)])
+    assert isinstance(answer, Completions)
+    assert (answer.text, answer.completions[0].finish_reason) == (text, "length" if end == "length" else "eos")

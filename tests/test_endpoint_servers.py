@@ -111,6 +111,12 @@ def test_an_echo_that_is_not_real_is_not_used() -> None:
     assert answer.bounded == (1,)
 
 
+def test_a_text_is_not_scored_without_a_tokenizer() -> None:
+    """Nothing at all would be asked: an empty list of token ids."""
+    with serving(echoing()) as server, pytest.raises(EngineError, match=r"pass engine\.tokenizer=DIR"):
+        list(engine_at(server.url, server="vllm").run([Score(prompt=Prompt.raw("text"))]))
+
+
 def test_given_ids_are_scored_and_sent_as_ids(tokenizer: str) -> None:
     bytes_of = load_tokenizer(Path(tokenizer))
     ids = tuple(bytes_of.encode("perplexity"))
@@ -128,12 +134,25 @@ def test_given_ids_are_scored_and_sent_as_ids(tokenizer: str) -> None:
 def test_thinking_and_prefill_are_said_in_the_words_of_the_server(server: str, field: str) -> None:
     with serving(lambda path, asked: chat()) as api:
         list(engine_at(api.url, ModelSpec(name="m", thinking="off"), server=server).run([CHAT]))
-        ((_, body),) = api.seen
+        _, (_, body) = api.seen  # the first is the check at the start
     assert body[field] in (False, {"enable_thinking": False})
     last = body["messages"][-1]
     assert (last["role"], last["content"]) == ("assistant", "So")
     assert last.get("partial") is (True if server == "dashscope" else None)
     assert body.get("continue_final_message") is (True if server == "vllm" else None)
+
+
+def test_a_message_that_the_server_repeats_before_its_continuation_is_no_part_of_the_text() -> None:
+    """llama.cpp's does, others do not: one request tells."""
+
+    def script(path: str, asked: dict[str, Any]) -> Any:
+        return chat(asked["messages"][-1]["content"] + " it is B.")
+
+    with serving(script) as api:
+        engine = engine_at(api.url, server="llama-server")
+        found = dict(engine.run([CHAT, Generate(prompt=Prompt.user("Q"), max_new_tokens=4)]))
+        assert len(api.seen) == 3
+    assert [found[i].text for i in range(2)] == [" it is B.", "Q it is B."]  # type: ignore[union-attr]
 
 
 def test_a_server_without_raw_completions_says_so() -> None:

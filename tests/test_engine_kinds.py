@@ -19,7 +19,7 @@ from qwen_eval.engines.options import check_options
 from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.runs.run import load_run
 from qwen_eval.runs.stored import stored_config
-from qwen_eval.tasks.gsm8k import Spec
+from qwen_eval.tasks.gsm8k import Gsm8kSpec as Spec
 
 LOADED = "import sys, qwen_eval.engines.kinds as k; k.kinds(); print(*(set(sys.modules) & {'torch', 'transformers'}))"
 

@@ -9,7 +9,10 @@ import pytest
 
 from qwen_eval.extraction import official_letters as extract
 from qwen_eval.extraction.letters import concluded_letter
+from qwen_eval.extraction.math import concluded_answer
+from qwen_eval.extraction.numbers import concluded_number
 from qwen_eval.extraction.official_letters import official_ceval_letter, official_mmlu_letter
+from qwen_eval.extraction.short_answers import concluded_choice
 
 CITIES = ("Paris", "London", "Berlin", "Madrid")
 ACIDS = ("Ascorbic acid", "Acid", "A and B only", "None of the above")
@@ -234,3 +237,26 @@ def _rows(golden: Path, name: str) -> list[dict[str, object]]:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows
     return rows
+
+
+@pytest.mark.parametrize(
+    ("reply", "options", "letter"),
+    [
+        ("答案是乙。", "甲乙丙丁", "B"),
+        ("乙", "甲乙丙丁", "B"),
+        ("甲不对，故答案为丙", "甲乙丙丁", "C"),
+        ("答案是B。", "是否有无", "B"),  # a letter is a letter, though 是 is an option
+        ("The answer is y.", "xyzw", "B"),
+        ("The answer is A.", "BADC", "A"),  # the letter, not the words of option B
+    ],
+)
+def test_an_option_of_one_character_is_named_by_it_behind_a_cue(reply: str, options: str, letter: str) -> None:
+    assert concluded_letter(reply, tuple(options)) == letter
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\ufeff", "\u202e", "\u2060"])
+def test_what_nobody_sees_changes_no_reading(mark: str) -> None:
+    assert concluded_letter(f"B{mark}") == concluded_letter(f"The answer is {mark}B") == "B"
+    assert concluded_number(f"#### {mark}18{mark}") == 18
+    assert concluded_answer(f"The answer is {mark}5.") == "5"
+    assert concluded_choice(f"So the answer is {mark}yes{mark}.", "No") == "yes"

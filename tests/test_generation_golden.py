@@ -12,7 +12,8 @@ from exams import build_checkpoint
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import Completions
 from qwen_eval.engines import open_engine
-from qwen_eval.tasks.gsm8k import Gsm8k, Spec
+from qwen_eval.tasks.gsm8k import Gsm8k
+from qwen_eval.tasks.gsm8k import Gsm8kSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 DATA = Path(__file__).parent / "data"

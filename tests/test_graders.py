@@ -101,7 +101,7 @@ def solutions(monkeypatch: pytest.MonkeyPatch) -> dict[str | None, str]:
     """The canonical continuation of each prompt; a HumanEval that counts its batches is the task."""
     monkeypatch.setitem(TASKS, "humaneval", "test_graders:Counted")
     monkeypatch.setattr(Counted, "batches", [])
-    task = humaneval.HumanEval(humaneval.Spec(), TaskContext())
+    task = humaneval.HumanEval(humaneval.HumanEvalSpec(), TaskContext())
     return {task.prompt(sample).text: sample.data["canonical_solution"] for sample in task.samples()}
 
 
@@ -119,11 +119,11 @@ def test_programs_are_run_in_batches_with_the_verdicts_of_each_alone(
         text = solutions[request.prompt.text]
         return written("    return None" if len(text) % 5 == 0 else text)
 
-    outcome = run(tmp_path, FakeEngine(reply), humaneval.Spec(limit=100, timeout_s=20.0))
+    outcome = run(tmp_path, FakeEngine(reply), humaneval.HumanEvalSpec(limit=100, timeout_s=20.0))
     assert outcome.num_samples == 100
     assert 7 <= len(Counted.batches) <= 20
     records = load_run(tmp_path).records
-    task = humaneval.HumanEval(humaneval.Spec(timeout_s=20.0), TaskContext())
+    task = humaneval.HumanEval(humaneval.HumanEvalSpec(timeout_s=20.0), TaskContext())
     samples = {sample.id: sample for sample in task.samples()}
     assert {record.grade.score for record in records} == {0.0, 1.0}
     for record in records[:10]:
@@ -138,7 +138,7 @@ def test_the_engine_does_not_wait_for_a_slow_program(solutions: dict[str | None,
         return written("    while True: pass\n" if is_first else solutions[request.prompt.text])
 
     clocked = Clocked(reply)
-    run(tmp_path, FakeEngine(clocked), humaneval.Spec(limit=100, timeout_s=4.0))
+    run(tmp_path, FakeEngine(clocked), humaneval.HumanEvalSpec(limit=100, timeout_s=4.0))
     assert clocked.span_s < 4.0  # the slow program alone takes as long
     grades = [record.grade for record in load_run(tmp_path).records]
     assert [grade.extracted for grade in grades].count(["timed out"]) == 1

@@ -24,7 +24,8 @@ from qwen_eval.extraction.numbers import (
 )
 from qwen_eval.extraction.symptoms import cut, flags, is_looping
 from qwen_eval.models.tokenizer import load_tokenizer
-from qwen_eval.tasks.gsm8k import STOPS, UPSTREAM_CUTS, Gsm8k, Spec
+from qwen_eval.tasks.gsm8k import STOPS, UPSTREAM_CUTS, Gsm8k
+from qwen_eval.tasks.gsm8k import Gsm8kSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 DATA = Path(__file__).parent / "data"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from qwen_eval.core import Completion, Completions, Generate, Record, Sample, Turn
-from qwen_eval.tasks.hf_agent import HfAgent, Spec, read_chat, read_run, steps_of, tool_names
+from qwen_eval.tasks.hf_agent import HfAgent, read_chat, read_run, steps_of, tool_names
+from qwen_eval.tasks.hf_agent import HfAgentSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 AGENTS = ("hf_agent", "hf_agent_chat")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_gsm8k import golden_rows, ids_sha256
 
-from qwen_eval.core import Completion, Completions, ConfigError, Generate, Record, Sample, Turn
+from qwen_eval.core import Completion, Completions, ConfigError, DataError, Generate, Record, Sample, Turn
 from qwen_eval.extraction.programs import (
     continued_program,
     longest_program,
@@ -26,7 +26,8 @@ from qwen_eval.extraction.programs import (
 from qwen_eval.extraction.symptoms import cut
 from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.tasks.evalplus import plus_test
-from qwen_eval.tasks.humaneval import UPSTREAM_CUTS, HumanEval, Spec, chat_question
+from qwen_eval.tasks.humaneval import UPSTREAM_CUTS, HumanEval, chat_question
+from qwen_eval.tasks.humaneval import HumanEvalSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 DATA = Path(__file__).parent / "data"
@@ -285,6 +286,24 @@ def test_settings_that_cannot_work_are_refused(keys: dict[str, Any]) -> None:
 
 
 # --- HumanEval+ -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_humaneval_is_no_humaneval_plus(tmp_path: Path) -> None:
+    rows = [sample.data for sample in HumanEval(Spec(), TaskContext()).samples()]
+    (tmp_path / "HumanEval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"row 1: no plus_input, a row of HumanEval and not of HumanEval\+"):
+        HumanEval(Spec(name="humaneval_plus", path=str(tmp_path)), TaskContext()).samples()
+    plus = [sample.data for sample in HumanEval(Spec(name="humaneval_plus", data="bundled"), TaskContext()).samples()]
+    (tmp_path / "HumanEvalPlus.jsonl").write_text("\n".join(map(json.dumps, plus)))
+    task = HumanEval(Spec(name="humaneval_plus", path=str(tmp_path)), TaskContext())
+    assert [sample.data for sample in task.samples()] == plus
+
+
+def test_humaneval_is_graded_on_its_own_tests_though_the_file_has_more(tmp_path: Path) -> None:
+    row = HumanEval(Spec(name="humaneval_plus", data="bundled"), TaskContext()).samples()[0].data
+    (tmp_path / "HumanEvalPlus.jsonl").write_text(json.dumps(row))
+    task = HumanEval(Spec(path=str(tmp_path)), TaskContext())
+    assert task.program(task.samples()[0], "").test == row["test"]
 
 
 def test_plus_rows_pass_with_their_reference_and_fail_without() -> None:

@@ -33,7 +33,8 @@ def test_a_row_says_where_from_and_how_much_was_published(
     name, place, form, quant, published = row.split()
     assert (name, place, form, quant) == ("qwen-7b-chat-int4", "Qwen/Qwen-7B-Chat-Int4", "chat", "gptq-int4")
     assert int(published) > 0
-    assert "hub: openai/gsm8k, sample" in listed(capsys, "tasks", "gsm8k")
+    assert "hub: openai/gsm8k, sample  MIT  " in listed(capsys, "tasks", "gsm8k")
+    assert "sample  CC BY-NC-SA 4.0  " in listed(capsys, "tasks", "cmmlu")
 
 
 @pytest.mark.parametrize("name", ["qwen-7b-chat-int4", "qwen2.5-7b-instruct", "qwen-nano-chat", "qwen3-8b"])

@@ -26,7 +26,8 @@ from qwen_eval.extraction.math import (
     upstream_answer,
 )
 from qwen_eval.runs.grading import GradingTimeout, time_limit
-from qwen_eval.tasks.math import STOPS, Math, Spec
+from qwen_eval.tasks.math import STOPS, Math
+from qwen_eval.tasks.math import MathSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 GOLDS = [

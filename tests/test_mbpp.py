@@ -10,7 +10,8 @@ import pytest
 from qwen_eval.core import Completion, Completions, DataError, Generate, Sample, Turn
 from qwen_eval.extraction.programs import program_between_marks
 from qwen_eval.tasks.evalplus import plus_test
-from qwen_eval.tasks.mbpp import Mbpp, Spec, entry_point, test_source, upstream_program
+from qwen_eval.tasks.mbpp import Mbpp, entry_point, test_source, upstream_program
+from qwen_eval.tasks.mbpp import MbppSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
 test_source.__test__ = False  # type: ignore[attr-defined]

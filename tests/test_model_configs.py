@@ -276,6 +276,6 @@ def test_a_silent_hub_is_given_up_in_seconds(tmp_path: Path) -> None:
 
 
 def test_modelscope_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "modelscope", None)
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     with pytest.raises(ModelError, match=r"pip install qwen_eval\[modelscope\]"):
         checkpoint_dir(ModelSpec(name="x", hub_id="Qwen/Qwen-7B", hub="modelscope"))

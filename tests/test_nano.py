@@ -40,7 +40,7 @@ def stream(side: generator.Source, n: int) -> list[ex.Exercise]:
 
 
 def task(mode: str = "base", **fields: object) -> nano.Nano:
-    spec = nano.Spec(mode=mode, data="bundled", **fields)  # type: ignore[arg-type]
+    spec = nano.NanoSpec(mode=mode, data="bundled", **fields)  # type: ignore[arg-type]
     return nano.Nano(spec, TaskContext())
 
 

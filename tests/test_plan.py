@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from qwen_eval.__main__ import main
+from qwen_eval.api import evaluate
+from qwen_eval.core import ConfigError
 from qwen_eval.models.cpu import cpu_flags
 from qwen_eval.models.quant.kernels import dense_dtype
 from qwen_eval.runs import preview_command
@@ -122,6 +124,12 @@ def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.C
 def test_a_preview_plans_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert preview_command.main(["task=nano", "plan=true"]) == 2
     assert "plan=true: a key of python -m qwen_eval" in capsys.readouterr().err
+
+
+def test_a_call_from_python_runs_and_so_refuses_to_plan(place: Path) -> None:
+    with pytest.raises(ConfigError, match="plan=true: only the command plans"):
+        evaluate(task="nano", settings={"plan": True})
+    assert list(place.iterdir()) == []
 
 
 def number(cell: tuple[str, str]) -> int:

@@ -14,7 +14,8 @@ from qwen_eval.metrics import rates
 from qwen_eval.models.template import ChatTemplate
 from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.tasks.function_calls import parse_react, read_call
-from qwen_eval.tasks.plugin import Plugin, Spec, input_rouge_l, is_right_tool
+from qwen_eval.tasks.plugin import Plugin, input_rouge_l, is_right_tool
+from qwen_eval.tasks.plugin import PluginSpec as Spec
 from qwen_eval.tasks.react import Tool, react_prompt, read_step_upstream
 from qwen_eval.tasks.registry import TaskContext
 

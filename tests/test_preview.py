@@ -65,11 +65,14 @@ def test_an_engine_without_tokens_shows_its_text(capsys: pytest.CaptureFixture[s
     ("arguments", "said"),
     [
         (["samples=0"], "samples=0: must be at least 1"),
-        (["model=qwen-7b"], "no copy of it is cached on this machine"),
+        (["model=qwen-7b"], "model.hub_id=Qwen/Qwen-7B: HF_HUB_OFFLINE is set and no copy is cached"),
         (["sample=3"], 'did you mean "samples"?'),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert preview_command.main(["task=nano", *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err

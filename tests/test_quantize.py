@@ -63,7 +63,7 @@ def correlated_layer() -> tuple[Tensor, Tensor]:
     return torch.randn(48, 512) * 0.02, torch.randn(1500, 512) @ mix + 0.3 * torch.randn(1500, 1)
 
 
-def round_to_nearest(weight: torch.Tensor, recipe: Recipe) -> gptq_quantize.Result:
+def round_to_nearest(weight: torch.Tensor, recipe: Recipe) -> gptq_quantize.GptqResult:
     """Without calibration: what GPTQ is when all inputs are independent and alike."""
     return gptq_quantize.quantize(weight, torch.eye(weight.shape[1]), recipe)
 

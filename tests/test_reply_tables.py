@@ -72,3 +72,14 @@ def test_reasoning_in_front_changes_no_reading(table: str) -> None:
         if "think>" not in row["reply"]:
             thought = {**row, "reply": f"<think>\nThe answer is (D)? No, 12. So yes, A.\n</think>\n\n{row['reply']}"}
             assert readings(table, thought)[0] == row["ours"], row["reply"]
+
+
+@pytest.mark.parametrize("table", ROWS)
+def test_the_readme_says_both_shares(table: str) -> None:
+    rows = ROWS[table]
+    shares = [
+        sum(row[who] == right(table, row)[at] for row in rows) / len(rows)
+        for at, who in enumerate(("ours", "official"))
+    ]
+    line = f"| {table} | {len(rows)} | {shares[0]:.1%} | {shares[1]:.1%} |".replace("%", " %")
+    assert line in (Path(__file__).parent / "data" / "replies" / "README.md").read_text().splitlines()

@@ -12,7 +12,8 @@ from report_runs import answered, documents, record, said, write_profile, write_
 from qwen_eval.core import Metric
 from qwen_eval.metrics import share
 from qwen_eval.report.__main__ import main
-from qwen_eval.report.published import contradictions, ledger, published_tables
+from qwen_eval.report.ledger import contradictions, ledger
+from qwen_eval.report.published import published_tables
 from qwen_eval.report.runs import find_runs
 from qwen_eval.report.settings import differing_settings
 from qwen_eval.report.tables import layouts

@@ -238,7 +238,7 @@ def test_prompts_that_the_task_no_longer_asks_are_named(
 
 
 def test_a_forger_of_record_and_evidence_meets_the_grader(certified: Path, ship: Ship) -> None:
-    from qwen_eval.runs.store import record_from_json
+    from qwen_eval.runs.record_json import record_from_json
     from qwen_eval.ship.certificate import record_sha256
 
     records = certified / "toy" / "candidate" / "records.jsonl"

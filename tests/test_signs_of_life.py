@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from terminal_run import OURS, PAGE, frames, in_log, in_terminal, kept, kind
 from tiny_checkpoint import write_tiny_qwen2
 
 from qwen_eval import activity
@@ -20,9 +19,6 @@ from qwen_eval.activity import Stage, stage, watched_by
 from qwen_eval.runs import progress
 from qwen_eval.runs.progress import LogDisplay, log_line, shown, terminal_line
 from qwen_eval.terminal import text_width
-
-ROOT = Path(__file__).parent.parent
-OURS = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def asking(*, done: int, read: int = 0, written: int = 0, before: int = 0) -> tuple[Stage, float]:
@@ -109,49 +105,49 @@ def test_nobody_watches_unless_a_command_asks_for_it(capsys: pytest.CaptureFixtu
 # --- whole commands --------------------------------------------------------------------------------------------------
 
 
-def in_terminal(*arguments: str, cwd: Path) -> Iterator[tuple[float, str]]:
-    """(seconds since the start, what was drawn) of a command in a terminal of 80 columns."""
-    start = time.monotonic()
-    pid, file = pty.fork()
-    if pid == 0:
-        os.chdir(cwd)
-        environment = {**OURS, "COLUMNS": "80", "TERM": "xterm"}
-        os.execve(sys.executable, [sys.executable, *arguments], environment)
-    while True:
-        try:
-            drawn = os.read(file, 1 << 16)
-        except OSError:  # Linux: the other end is closed
-            break
-        if not drawn:
-            break
-        yield time.monotonic() - start, drawn.decode("utf-8", "replace")
-    os.waitpid(pid, 0)
-    os.close(file)
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return in_terminal(tmp_path_factory.mktemp("terminal"))
 
 
-def test_a_terminal_shows_every_stage_and_keeps_the_result_alone(tmp_path: Path) -> None:
-    command = ("-m", "qwen_eval", "task=nano", "limit=12", "task.max_new_tokens=4")
-    text = "".join(drawn for _, drawn in in_terminal(*command, cwd=tmp_path))
-    said = ["checking the configuration", "reading the rows of nano", "loading qwen-nano", "reading the weights",
-            "nano · qwen-nano  ", "0/12"]  # fmt: skip
-    at = [text.index(words) for words in said]
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    return in_log(tmp_path_factory.mktemp("log"))
+
+
+def test_a_terminal_shows_every_stage_and_keeps_the_result_alone(drawn: str) -> None:
+    lines = frames(drawn)
+    stages = ["checking the configuration", "reading the rows of nano", "loading qwen-nano", "reading the weights",
+              "nano · qwen-nano", "packing the prompts"]  # fmt: skip
+    at = [[kind(line) for line in lines].index(stage) for stage in stages]
     assert at == sorted(at)
-    frames = re.split(r"[\r\n]|\x1b\[[?\d;]*[A-Za-z]", text)
-    assert max(text_width(frame) for frame in frames) <= 80
-    kept = text[text.rindex("\x1b[") :]  # after the last line that was taken away again
-    assert "accuracy" in kept
-    assert "0/12" not in kept
+    assert max(map(text_width, lines)) <= 80
+    assert kept(drawn).startswith("nano · qwen-nano · n=60")
+    assert not any(stage in kept(drawn) for stage in stages[:4])
 
 
-def test_a_log_has_whole_lines_and_standard_output_the_result_alone(tmp_path: Path) -> None:
-    call = [sys.executable, "-m", "qwen_eval", "task=nano", "limit=4", "task.max_new_tokens=4"]
-    done = subprocess.run(
-        call, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\r" not in done.stderr + done.stdout
-    assert "loading qwen-nano" in done.stderr  # torch alone takes longer than a stage may without a line
-    assert done.stdout.startswith("nano · qwen-nano")
+def test_a_log_has_whole_lines_and_standard_output_the_result_alone(log: subprocess.CompletedProcess[str]) -> None:
+    assert log.returncode == 0, log.stderr
+    assert "\r" not in log.stderr + log.stdout
+    assert "loading qwen-nano" in log.stderr  # torch alone takes longer than a stage may without a line
+    assert log.stdout.startswith("nano · qwen-nano · n=60")
+
+
+def test_the_page_shows_what_a_run_shows(drawn: str, log: subprocess.CompletedProcess[str]) -> None:
+    """Numbers differ by machine, and lines that come by the clock may be others; the stages and the table are these."""
+    terminal, table, logged = re.findall(r"```text\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
+    assert {kind(line) for line in terminal.splitlines()} == {kind(line) for line in frames(drawn)}
+    assert without_numbers(table) == without_numbers(kept(drawn))
+    assert without_numbers(table) == without_numbers(log.stdout.strip())
+    asking = r"nano · qwen-nano: \d+/60 samples(, .* samples/s, \d+:\d\d left)?(, read .*)?"
+    known = re.compile(rf"(reading|loading|checking) .*|{asking}")
+    assert all(known.fullmatch(line) for line in (*logged.splitlines(), *log.stderr.splitlines()))
+
+
+def without_numbers(text: str) -> list[str]:
+    """The words of a table: what stands before the first number of each line, without its warnings."""
+    lines = text.partition("\n  ")[0].splitlines()
+    return [re.split(r"\s{2,}|\d", line)[0] for line in lines]
 
 
 def test_quiet_is_quiet_whatever_libraries_have_to_say(tmp_path: Path) -> None:
@@ -159,8 +155,6 @@ def test_quiet_is_quiet_whatever_libraries_have_to_say(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path / "m")
     call = [sys.executable, "-m", "qwen_eval", "engine=hf", "model.path=m", "model.name=m", "task=nano", "limit=2",
             "task.max_new_tokens=2", "quiet=true"]  # fmt: skip
-    done = subprocess.run(
-        call, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, env=OURS)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"runs/eval/nano/m/default: .*\n", done.stdout)

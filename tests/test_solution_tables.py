@@ -111,3 +111,12 @@ def test_reasoning_in_front_changes_no_reading(table: str) -> None:
     rows = [row for row in ROWS[table] if "think>" not in row["reply"] and row.get("form") != "base"]
     for row, grade in zip(rows, graded(table, rows, THOUGHT)):
         assert ours(table, grade) == row["ours"], row["reply"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_readme_says_both_shares(table: str) -> None:
+    rows = ROWS[table]
+    ours_right = sum(row["ours"] == row["right"] for row in rows) / len(rows)
+    official_right = sum(is_official_right(table, row) for row in rows) / len(rows)
+    line = f"| {table} | {len(rows)} | {ours_right:.1%} | {official_right:.1%} |".replace("%", " %")
+    assert line in (Path(__file__).parent / "data" / "replies" / "README.md").read_text().splitlines()

@@ -23,18 +23,9 @@ from qwen_eval.core import (
     StoreError,
     TokenLogprobs,
 )
+from qwen_eval.runs.record_json import metric_from_json, metric_to_json, record_from_json, record_to_json
 from qwen_eval.runs.run import load_run
-from qwen_eval.runs.store import (
-    FORMAT,
-    RunDirectory,
-    differences,
-    metric_from_json,
-    metric_to_json,
-    read_records,
-    record_from_json,
-    record_to_json,
-    write_json,
-)
+from qwen_eval.runs.store import FORMAT, RunDirectory, differences, read_records, write_json
 
 F32 = struct.unpack("<f", struct.pack("<f", -0.1))[0]
 ANSWERS: tuple[Answer, ...] = (

@@ -6,6 +6,7 @@ Templates: `data/templates/`. Their tokens are those of a small tokenizer traine
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,6 +139,14 @@ def test_ids_of_ordinary_chats_are_those_of_transformers(
         assert TransformersTokenizer(theirs).render(Prompt(messages=chat)) == ids, name
         begun = theirs.encode(text + "\nThe answer", add_special_tokens=False)
         assert ours.render(Prompt(messages=chat, prefill="\nThe answer")) == begun, name
+
+
+def test_a_tokenizer_renders_the_same_in_another_process(tmp_path: Path, tokenizer_json: dict[str, Any]) -> None:
+    folder = checkpoint(tmp_path, tokenizer_json, published(FAMILIES[0]))
+    for tokenizer in (load_tokenizer(folder), TransformersTokenizer(transformers_tokenizer(folder))):
+        rendered = [tokenizer.render(Prompt(messages=chat)) for chat in CHATS.values()]
+        sent = pickle.loads(pickle.dumps(tokenizer))
+        assert [sent.render(Prompt(messages=chat)) for chat in CHATS.values()] == rendered
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "qwq", "qwen3"])
@@ -393,6 +402,9 @@ def test_the_sampling_of_a_generation_config_is_read() -> None:
     greedy = sampling_of({"temperature": 0.6, "repetition_penalty": 1.05})
     assert greedy == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.05}
     assert sampling_of({}) is None
+    everything = sampling_of({"do_sample": True, "top_k": -1})  # as vLLM writes it
+    assert everything is not None
+    assert everything["top_k"] == 0
     with pytest.raises(ModelError, match="top_p=often is no number"):
         sampling_of({"top_p": "often"})
 

@@ -30,9 +30,9 @@ from qwen_eval.report.published import published_tables
 from qwen_eval.report.runs import find_runs
 from qwen_eval.report.tables import layouts
 from qwen_eval.report.tradeoffs import tradeoffs
+from qwen_eval.runs.record_json import metric_to_json
 from qwen_eval.runs.regrade import Regraded, regraded_table
 from qwen_eval.runs.run import Run
-from qwen_eval.runs.store import metric_to_json
 from qwen_eval.runs.summary import metrics_table
 from qwen_eval.tables import Cell, Table, csv_text, metric_cell, number_cell, render, text_cell, to_terminal
 from qwen_eval.terminal import plain_text, text_width, wrapped

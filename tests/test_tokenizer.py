@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,18 @@ def test_remembering_paragraphs_changes_no_token(qwen: QwenTokenizer, seed: int)
     for _ in range(2000):
         text = "".join(draw.choices(FRAGMENTS, k=draw.randrange(1, 14)))
         assert qwen.encode(text) == qwen.encode_allowing(text, ()), repr(text)
+
+
+def test_a_tokenizer_is_the_same_in_another_process(qwen: QwenTokenizer, small_json: str) -> None:
+    """Text that looks like a special token stays text there, too."""
+    text = "a<|im_end|>b <think>\n\nCafe\u0301"
+    for tokenizer in (qwen, JsonTokenizer(small_json)):
+        tokenizer.encode(text)
+        sent = pickle.loads(pickle.dumps(tokenizer))
+        for parse_special in (False, True):
+            ids = tokenizer.encode(text, parse_special=parse_special)
+            assert sent.encode(text, parse_special=parse_special) == ids
+            assert sent.decode(ids) == tokenizer.decode(ids)
 
 
 def test_a_text_that_would_crash_tiktoken_is_refused(qwen: QwenTokenizer) -> None:

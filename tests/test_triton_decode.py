@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.models.attention import partial
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec, PlainCodec
 from qwen_eval.models.runner import ModelRunner
-from qwen_eval.models.triton_decode import attend_own, why_not
+from qwen_eval.models.triton_decode import attend_own, attend_rows, why_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -48,16 +49,34 @@ def test_the_kernel_equals_its_twin(
     assert (lse - wanted_lse[:, :, 0]).abs().max() <= (1e-5 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["plain", "int8"])
+def test_rows_read_the_place_that_they_name(is_int8: bool) -> None:
+    """Several rows of one place, a place that no row reads, and a row that sees no key at all."""
+    draw, keys, heads, dim = torch.Generator().manual_seed(3), 600, 4, 16
+    codec: KvCodec = Int8Codec(upstream=False) if is_int8 else PlainCodec(torch.float32)
+    place, first, end = (torch.tensor(x, device=DEVICE) for x in ([2, 0, 2, 1], [0, 5, 550, 0], [600, 70, 600, 0]))
+    q = torch.randn(4, heads, dim, generator=draw).to(DEVICE)
+    k, v = (codec.encode(part.to(DEVICE)) for part in torch.randn(2, 3, 2, keys, dim, generator=draw))
+    steps = torch.arange(keys, device=DEVICE)
+    mask = (steps >= first[:, None]) & (steps < end[:, None])
+    plain = (codec.decode(tuple(t[place] for t in part), torch.float32) for part in (k, v))
+    wanted, wanted_lse = partial(q.unsqueeze(2), *plain, mask=mask[:, None, None, :], kernel="eager")
+    found, lse = attend_rows(q, k, v, place, first, end, keys)
+    assert (found - wanted[:, :, 0]).abs().max() <= 1e-5
+    assert torch.allclose(lse, wanted_lse[:, :, 0], atol=1e-5)
+    assert found[3].abs().max() == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this model is on the CPU: for the interpreter")
 @pytest.mark.parametrize("trick", ["all", "windows"])
 def test_texts_decoded_by_the_kernel_are_those_of_its_twin(trick: str) -> None:
     model = model_of(replace(CONFIG, **TRICKS[trick]))
     requests = [replace(g, max_new_tokens=5) for g in generations(5)]
-    found = [
-        answers(NativeEngine(ModelRunner(model, decode_kernel=kernel), TOKENIZER), requests)
-        for kernel in ("triton", "plain")
-    ]
-    assert found[0] == found[1]
+    plain = answers(NativeEngine(ModelRunner(model), TOKENIZER), requests)
+    for is_pooled in (False, True):
+        runner = ModelRunner(model, decode_kernel="triton")
+        runner.decoding = functools.partial(runner.decoding, is_pooled=is_pooled)  # type: ignore[method-assign]
+        assert answers(NativeEngine(runner, TOKENIZER), requests) == plain
 
 
 def test_the_kernel_is_tried_before_it_is_used() -> None:

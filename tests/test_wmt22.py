@@ -22,7 +22,8 @@ from qwen_eval.report.paired import paired_corpus
 from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.runs.run import Run
 from qwen_eval.tasks.registry import TaskContext
-from qwen_eval.tasks.wmt22 import TOKENIZERS, Spec, Wmt22, harness_shots, translation_in
+from qwen_eval.tasks.wmt22 import TOKENIZERS, Wmt22, harness_shots, translation_in
+from qwen_eval.tasks.wmt22 import Wmt22Spec as Spec
 
 
 def wmt22(*, is_chat: bool = False, name: str = "wmt22", **keys: Any) -> Wmt22:

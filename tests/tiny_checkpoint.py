@@ -10,7 +10,7 @@ CHATML = (
 )
 
 
-def write_tiny_qwen2(directory: Path, *, seed: int = 0) -> Path:
+def write_tiny_qwen2(directory: Path, *, seed: int = 0, tied: bool = False, layers: int = 2) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -28,11 +28,11 @@ def write_tiny_qwen2(directory: Path, *, seed: int = 0) -> Path:
         vocab_size=264,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         initializer_range=0.3,
         bos_token_id=256,
         eos_token_id=258,

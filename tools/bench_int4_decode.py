@@ -4,6 +4,8 @@
     python tools/bench_int4_decode.py --shape 0.5b --rows 1 4 16 64 65 256
 
 Formats take turns within each round, so that a busy machine slows all of them; the ratio is the median over rounds.
+bf16 and fp32 are multiplied by the kernel that measures fastest here, as in a model. With one thread on a CPU, seconds
+are those of the thread's own clock: other processes slow it less.
 Every layer has weights of its own: none stays in a cache, as in decoding. No attention, no head: linears only.
 """
 
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qwen_eval.models import dense
 from qwen_eval.models.quant import kernels
 
 GROUP = 128
@@ -47,7 +50,12 @@ Layer = list[nn.Module]
 
 def dense_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> Layer:
     weights = (torch.randn(n, k, device=device).mul_(0.02).to(dtype) for k, n in shape.linears)
-    return [kernels.DequantizedLinear(weight, None) for weight in weights]
+    layer: Layer = []
+    for weight in weights:
+        linear = dense.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        layer.append(linear)
+    return layer
 
 
 def packed_layer(shape: Shape, bits: int, device: torch.device) -> Layer:
@@ -62,13 +70,27 @@ def packed_layer(shape: Shape, bits: int, device: torch.device) -> Layer:
 
 def run(layers: list[Layer], inputs: dict[int, Tensor]) -> float:
     """Seconds of one pass."""
-    start = time.perf_counter()
+    is_cuda = next(iter(inputs.values())).is_cuda
+    clock = time.thread_time if torch.get_num_threads() == 1 and not is_cuda else time.perf_counter
+    start = clock()
     for layer in layers:
         for linear in layer:
             linear(inputs[int(linear.in_features)])  # type: ignore[arg-type]
-    if next(iter(inputs.values())).is_cuda:
+    if is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def size(linear: nn.Module) -> int:
+    return int(linear.in_features) * int(linear.out_features)  # type: ignore[arg-type]
+
+
+def weight_bytes(linear: nn.Module) -> int:
+    """Of a quantized Linear as it says; a plain one may hold its weight packed only."""
+    if isinstance(linear, kernels.QuantizedLinear):
+        return linear.weight_bytes
+    assert isinstance(linear, dense.Linear)
+    return size(linear) * (linear.weight.element_size() if linear.packed is None else 2)
 
 
 def main() -> None:
@@ -92,6 +114,7 @@ def main() -> None:
     for name in options.formats:
         first = make[name]()
         models[name] = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+        dense.prepare(linear for layer in models[name] for linear in layer)
     name = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     print(f"{options.shape}: {count} layers, {device} ({name}), {threads} threads, torch {torch.__version__}")
@@ -110,14 +133,15 @@ def measure(models: dict[str, list[Layer]], shape: Shape, rows: int, rounds: int
                 times[name].append(took)
     base = next(iter(models))
     for name, layers in models.items():
-        report = kernels.report(linear for layer in layers for linear in layer)
+        linears = [linear for layer in layers for linear in layer]
+        held, as_bf16 = sum(map(weight_bytes, linears)), sum(2 * size(linear) for linear in linears)
         ratios = sorted(b / t for b, t in zip(times[base], times[name]))
         median = statistics.median(times[name])
         print(
             f"rows {rows:4d}  {name}: {median * 1e3:8.2f} ms (n={rounds}, {min(times[name]) * 1e3:.2f} to "
-            f"{max(times[name]) * 1e3:.2f}), {report.weight_bytes / median / 1e9:5.1f} GB/s, bytes "
-            f"{report.weight_bytes / report.bf16_bytes:.3f} of bf16, speed {statistics.median(ratios):.2f} x {base} "
-            f"({ratios[0]:.2f} to {ratios[-1]:.2f})  [{next(iter(report.kernels))}]"
+            f"{max(times[name]) * 1e3:.2f}), {held / median / 1e9:5.1f} GB/s, bytes "
+            f"{held / as_bf16:.3f} of bf16, speed {statistics.median(ratios):.2f} x {base} "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f})  [{', '.join(sorted({str(linear.kernel) for linear in linears}))}]"
         )
 
 

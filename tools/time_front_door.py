@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOORS = ("", ".profile", ".report", ".ship", ".regrade", ".quantize", ".preview", ".list", ".tokens")
+DOORS = ("", ".profile", ".report", ".ship", ".regrade", ".quantize", ".preview", ".list", ".tokens", ".data")
 TYPOS = (["task=mmlu", "task.subjects=anatomyy"], ["task=mmluu"], ["tsak=mmlu"])
 SIGNS = {
     "evaluate": ["-m", "qwen_eval", "task=nano", "limit=1"],

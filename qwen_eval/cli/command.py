@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_eval.activity import stage
@@ -82,7 +83,8 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
     with kept_still(is_quiet=is_quiet), shown(is_quiet=is_quiet), ExitStack() as checking:
         checking.enter_context(stage("checking the configuration", is_brief=True))
         try:
-            each_cell(argv, config_name, schema, lambda config: _cell(config, job, schema, failures, checking))
+            cells = _Cells(job=job, schema=schema, failures=failures, checking=checking)
+            each_cell(argv, config_name, schema, lambda config: cells.run(config))
         except (QwenEvalError, BrokenPipeError):
             raise
         except Exception as error:
@@ -91,14 +93,32 @@ def _run(argv: Sequence[str], config_name: str, schema: type, job: Job, usage: s
     return MISTAKE if failures else DONE
 
 
-def _cell(config: Any, job: Job, schema: type, failures: list[str], checking: ExitStack) -> None:
-    from hydra.core.hydra_config import HydraConfig
+@dataclass(kw_only=True, eq=False)
+class _Cells:
+    """Runs each cell. A launcher of Hydra may send it to another process: the arguments of the command go with it."""
 
-    try:
-        refuse_doubled(sys.argv[1:])
-        spec = settings(config, schema, HydraConfig.get())
-        checking.close()
-        job(spec)
-    except QwenEvalError as error:
-        checking.close()
-        failures.append(tell(f"{cell_name()}{error}"))
+    job: Job
+    schema: type
+    failures: list[str]
+    checking: ExitStack
+    arguments: Sequence[str] | None = None  # in another process only
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "checking": ExitStack(), "arguments": sys.argv[1:]}
+
+    def run(self, config: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        if self.arguments is not None:
+            sys.argv[1:] = self.arguments
+        try:
+            refuse_doubled(sys.argv[1:])
+            spec = settings(config, self.schema, HydraConfig.get())
+            self.checking.close()
+            self.job(spec)
+        except QwenEvalError as error:
+            self.checking.close()
+            line = f"{cell_name()}{error}"
+            if self.arguments is not None:
+                raise type(error)(line) from None  # the command has it from Hydra
+            self.failures.append(tell(line))

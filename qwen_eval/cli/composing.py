@@ -10,12 +10,13 @@ from typing import Any
 
 from qwen_eval.cli.arguments import MULTIRUN, bracket_lists, key_of, model_first, refuse_doubled, refuse_unknown_flags
 from qwen_eval.cli.mistakes import explain, refuse_unknown_keys
-from qwen_eval.cli.schemas import conf_dir, given_folders, is_open, list_keys, register, tasks_named
+from qwen_eval.cli.schemas import conf_dir, given_folders, is_open, list_keys, named, register
 from qwen_eval.config import EngineSpec, ModelSpec, check_values, not_one_of
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.kinds import kind as engine_kind
 from qwen_eval.models.naming import anonymous, settle
 from qwen_eval.models.quant.formats import quant_format
+from qwen_eval.tasks.registry import TASKS
 
 DEFAULT_MODEL = "qwen-nano"  # of every command that has a model
 
@@ -68,9 +69,8 @@ def _sweep_folder(arguments: Sequence[str], scratch: str) -> list[str]:
 def ready(argv: Sequence[str], config_name: str, schema: type) -> list[str]:
     """The arguments in Hydra's grammar, once it knows the schemas that they need."""
     argv = with_task_file(argv)
-    tasks = tasks_named(argv)
-    register(config_name, schema, [conf_dir(), *given_folders(argv)], tasks)
-    return bracket_lists(argv, list_keys(schema, tasks=tasks))
+    register(config_name, schema, [conf_dir(), *given_folders(argv)], argv)
+    return bracket_lists(argv, list_keys(schema, tasks=named(argv, "task", TASKS)))
 
 
 def with_task_file(argv: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from qwen_eval.cli.schemas import conf_dir
 from qwen_eval.config import nearest, not_one_of
 from qwen_eval.core import ConfigError
+from qwen_eval.engines.kinds import ENGINES
 from qwen_eval.tasks.registry import TASKS
 
 AMBIGUOUS = re.compile(r"Ambiguous value for argument '([^=]+=.*?)'\s")
@@ -77,9 +78,8 @@ def _several(argument: str) -> str:
 
 def _unknown_option(missing: str, options: Iterable[str]) -> str:
     group, _, name = missing.rpartition("/")
-    known = {option for option in options if not option.endswith("_schema")} | (
-        set(TASKS) if group == "task" else set()
-    )
+    known = {option for option in options if not option.endswith("_schema")}
+    known |= set({"task": TASKS, "engine": ENGINES}.get(group, ()))  # Hydra knows only those that were named
     return str(not_one_of(group or "config", name, sorted(known)))
 
 

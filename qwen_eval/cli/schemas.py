@@ -12,11 +12,11 @@ from typing import Any
 
 from qwen_eval.config import MISSING, EngineSpec, ModelSpec
 from qwen_eval.engines.kinds import ENGINES
-from qwen_eval.engines.kinds import kinds as engine_kinds
+from qwen_eval.engines.kinds import kind as engine_kind
 from qwen_eval.tasks.registry import TASKS, task_class
 
 PACKAGE = Path(__file__).parents[1]
-DEFAULT_TASK = "mmlu"  # of the commands that have one
+DEFAULTS = ("mmlu", "native")  # of the commands that have a task and an engine
 SCHEMA = re.compile(r"\b(\w+)_schema\b")
 OPEN = ("hydra", "experiment=", "config-dir", "-cd", "searchpath", "config-name", "-cn", "config-path", "-cp")
 
@@ -37,7 +37,7 @@ def groups_text() -> str:
     return "\n".join(f"{name}: {listed}" for name, listed in options.items() if listed)
 
 
-def register(config_name: str, schema: type, folders: Sequence[Path], tasks: Iterable[str]) -> None:
+def register(config_name: str, schema: type, folders: Sequence[Path], words: Sequence[str]) -> None:
     """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `engine/<engine>_schema`,
     `task/<task>_schema`."""
     from hydra.core.config_store import ConfigStore
@@ -46,21 +46,22 @@ def register(config_name: str, schema: type, folders: Sequence[Path], tasks: Ite
     store.store(name=f"{'eval' if config_name == 'config' else config_name}_schema", node=schema)
     store.store(group="model", name="model_schema", node=ModelSpec)
     store.store(group="engine", name="engine_schema", node=EngineSpec)
-    for each in engine_kinds():
-        _store_option(store, "engine", each.name, each.spec, folders)
-    for name in tasks:
+    for name in named(words, "engine", ENGINES):
+        _store_option(store, "engine", name, engine_kind(name).spec, folders)
+    for name in named(words, "task", TASKS):
         spec = _task_spec(name)
         if spec is not None:
             _store_option(store, "task", name, spec, folders)
 
 
-def tasks_named(argv: Sequence[str]) -> list[str]:
-    """The tasks that these arguments may need, so that no other task's module is imported: those whose name stands in
-    them, the default, and the tasks whose schema their yaml builds on. All of them where a file may name any."""
+def named(argv: Sequence[str], group: str, known: Iterable[str]) -> list[str]:
+    """Which tasks, or engines, these arguments may need, so that no other one is imported: those whose name stands in
+    them, the default, and those whose schema their yaml builds on. All of them where a file may name any."""
     if is_open(argv):
-        return list(TASKS)
-    words = {word for argument in argv for word in re.split(r"\W+", argument)}
-    return [name for name in TASKS if name in _with_parents({DEFAULT_TASK, *words})]
+        return list(known)
+    words = {word for argument in argv for word in re.split(r"[^\w-]+", argument)}
+    wanted = _with_parents(group, {*DEFAULTS, *words})
+    return [name for name in known if name in wanted]
 
 
 def is_open(argv: Sequence[str]) -> bool:
@@ -68,14 +69,14 @@ def is_open(argv: Sequence[str]) -> bool:
     return any(word in argument for argument in argv for word in OPEN)
 
 
-def _with_parents(names: Iterable[str]) -> set[str]:
+def _with_parents(group: str, names: Iterable[str]) -> set[str]:
     found, pending = set(), list(names)
     while pending:
         name = pending.pop()
         if name in found:
             continue
         found.add(name)
-        file = conf_dir() / "task" / f"{name}.yaml"
+        file = conf_dir() / group / f"{name}.yaml"
         if name and file.is_file():
             pending += SCHEMA.findall(file.read_text(encoding="utf-8"))
     return found

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qwen_eval.core import JSON, ConfigError, EngineError, Prompt
 from qwen_eval.models.segments import pattern_of, texts_of
 from qwen_eval.models.template import ChatTemplate, named_tokens, templates_of
 from qwen_eval.models.tokenizer import is_control
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class HfTokenizer:
     """Chats are rendered as in the native engine, so that both ask the same; see `ChatTemplate`."""
 
-    def __init__(self, tokenizer: Any, *, system: str | None = None, thinking: str = "auto") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, thinking: str = "auto"
+    ) -> None:
         self.inner = tokenizer
         added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
         special = {str(t): i for i, t in added.items() if getattr(t, "special", False) or is_control(str(t))}

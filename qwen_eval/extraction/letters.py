@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from qwen_eval.extraction.symptoms import answer_part, before_next_question
+from qwen_eval.extraction.symptoms import before_next_question, visible_answer
 
 LETTERS = "ABCD"
 
@@ -55,7 +55,7 @@ _CHOOSE_EN = (
     r"|settle\s+on)\b"
 )
 _ANSWER_ZH = (
-    r"(?:答案|选项|结论|结果)[^。！？；;\n]{0,30}?(?:应该是|应当是|应为|应是|就是|是|为|选择|选|即|：|:|=)"
+    r"(?:答案|(?<![A-Z])选项|结论|结果)[^。！？；;\n]{0,30}?(?:应该是|应当是|应为|应是|就是|是|为|选择|选|即|：|:|=)"
     r"|答案\s*[】\]）)]?"
 )
 _CHOOSE_ZH = r"(?<![可备挑筛待误])(?<!易错)(?:选择|选定|选出|选)(?!项)(?:的?(?:应该?)?(?:是|为))?"
@@ -103,13 +103,13 @@ _CORRECT = re.compile(
 _SAID_OF_IT = r"(?:(?:this\s+)?(?:option|statement|one)?\s*(?:is|was)\s+|选?项|说法|是|为)?(?:the\s+)?"
 _LEAD = rf"[\s:：\-–—|.．、,，)）\]】(（\"'“”]*{_SAID_OF_IT}\s*"
 _NO_PAIR = r"\b(?!, ?(?:true|false|right|wrong)\b)"  # "True, False" is an option, no verdict
-_ALONE = r"(?=[\s.,;)]*$)"  # "Yes, because ..." is an option too
+_ALONE = r"(?=[\s.,;!)。，；]*$)"  # "Yes, because ..." is an option too
 _RIGHT = re.compile(
-    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|yes{_ALONE}|正确|符合|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
+    rf"{_LEAD}(?:(?:correct|right|true){_NO_PAIR}|(?:yes|是){_ALONE}|正确|符合|对(?=$|[\s。，,.；;)）])|[✓✔✅☑]|√(?!\w))",
     re.IGNORECASE,
 )
 _WRONG = re.compile(
-    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|no{_ALONE}|不正确|不符合|不对|错|有误|[✗✘❌✖×])",
+    rf"{_LEAD}(?:(?:not\s+(?:correct|right|true)|incorrect|wrong|false){_NO_PAIR}|(?:no|否){_ALONE}|不正确|不符合|不对|错|有误|[✗✘❌✖×])",
     re.IGNORECASE,
 )
 _AT_END = re.compile(r"(?:[-–—:：(（\[|]|->|→|=)\s*([^-–—:：(（\[|\n]{1,20})\s*$", re.MULTILINE)
@@ -222,7 +222,7 @@ def concluded_letter(reply: str, choices: Sequence[str] = (), *, letters: str = 
     `choices` are the words of the options, in the letters' order: a reply may name its option by them alone.
     """
     options = {letter: _bare(_unmarked(words)) for letter, words in zip(letters, choices)}
-    text = _plain(before_next_question(answer_part(reply)))
+    text = _plain(before_next_question(visible_answer(reply)))
     return _concluded_anew(text, options, letters) or _concluded(text, options, letters)
 
 
@@ -238,7 +238,8 @@ def _concluded_anew(text: str, options: Mapping[str, str], letters: str) -> str 
 
 def _concluded(text: str, options: Mapping[str, str], letters: str) -> str | None:
     if len(bare := _bare(text).strip(_BRACKETS)) == 1:
-        return bare.upper() if bare.upper() in letters else _named_option(text, options)
+        same = [letter for letter, words in options.items() if words == bare]
+        return bare.upper() if bare.upper() in letters else same[0] if len(same) == 1 else _named_option(text, options)
     found = _Reply.of(text, options, letters)
     standing = [m for m in found.mentions if not found.is_denied(m)]
     for stage in (_answer, _only_right_one, _opening, _therefore, _correct):
@@ -343,15 +344,15 @@ def _named_option(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _concluded_words(reply: _Reply, words: str) -> Iterator[int]:
-    """Where the text concludes an option by its words: "The answer is Paris"."""
-    pattern = _words_pattern(words)
+    """Where the text concludes an option by its words: "The answer is Paris", "答案是乙"."""
+    pattern = _words_pattern(words, least=1)
     if pattern is None:
         return
-    for match in pattern.finditer(reply.text.casefold()):
-        mention = _Mention(match.start(), match.end(), ())
-        ends = _ENDS.match(reply.text, match.end())
-        if ends and _concludes(reply.before(mention)) and not _DENIES.search(reply.before(mention)):
-            yield match.start()
+    for mention in _outer([_Mention(*match.span(), ()) for match in pattern.finditer(reply.text.casefold())]):
+        ends = _ENDS.match(reply.text, mention.end)
+        cue = (ends and _concludes(reply.before(mention))) or _CONCLUDED.match(reply.text, mention.end)
+        if cue and not _DENIES.search(reply.before(mention)):
+            yield mention.start
 
 
 def _mentions(text: str, options: Mapping[str, str], letters: str) -> Iterator[_Mention]:
@@ -388,9 +389,9 @@ def _letter_pattern(letters: str) -> re.Pattern[str]:
     return re.compile(rf"(?P<at>{joined}|{run}|(?<=[(（])[{letters.lower()}](?=[)）]))")
 
 
-def _words_pattern(words: str) -> re.Pattern[str] | None:
-    """Where an option is written out, as a whole word; None for an option that is itself just a letter or nothing."""
-    if len(words) < 2 and not words.isdigit():
+def _words_pattern(words: str, *, least: int = 2) -> re.Pattern[str] | None:
+    """Where an option is written out, as a whole word; None for one of fewer than `least` characters or nothing."""
+    if (len(words) < least and not words.isdigit()) or not words:
         return None
     folded = re.escape(words.casefold())
     return re.compile(rf"(?<![a-z0-9.]){folded}(?![a-z0-9]|\.\d)" if words[:1].isascii() else folded)

@@ -19,7 +19,7 @@ from qwen_eval.extraction.conclusions import (
     single_spaced,
 )
 from qwen_eval.extraction.math_verifier import verifier
-from qwen_eval.extraction.symptoms import answer_part
+from qwen_eval.extraction.symptoms import visible_answer
 
 MAX_CHARACTERS = 400  # no answer of the benchmark is a tenth of that; parsing time grows with nesting
 STATEMENT_CHARACTERS = 600  # of what stands behind "the answer is"; bounds the reading of a text full of such cues
@@ -28,7 +28,7 @@ FULL_WIDTH = str.maketrans({code: chr(code - 0xFEE0) for code in range(0xFF01, 0
 CUE = re.compile(
     r"\banswers?\b(?:(?!\bnot\b)[^.:=\n$\\]){0,40}?"
     r"(?:\b(?:is|are|would be|should be)\b(?! ?(?:correct|right|given|obtained|verified|not)\b)|[:：→])"
-    r"|<answer>|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$|答案\s?(?:应该|应)?(?:是|为|[:：])",
+    r"|<answer>|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$|答案[\s*】]{0,4}(?:应该|应)?(?:是|为|[:：])",
     re.IGNORECASE | re.MULTILINE,
 )
 HOPE = re.compile(r"\.?\s?I hope it is correct|</answer>")
@@ -37,7 +37,8 @@ CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 
 ORNAMENT = " \t\n*_:：\"'“✅>"
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+NUMBER = re.compile(r"(?<![\^\d])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+OR_PER_CENT = re.compile(r"(?<=\d),? (?:or|i\.e\.|which is) \d+(?:\.\d+)? ?%")  # 0.5 or 50%
 LEADING_NUMBER = re.compile(
     r"((?:\\?\$)?-?(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: \d+/\d+|/\d+)?(?: ?\\?%)?)"
     r"(?=[.。*\"'”)]*$|[.。] |[,，;] ?(?![-\d$\\])| \(| ?[\u4e00-\u9fff°]"
@@ -63,7 +64,7 @@ def concluded_answer(reply: str) -> str | None:
     Reasoning before `</think>` and a next problem are not looked at. What a reply takes back ("that is wrong: ...")
     does not count once it states another answer.
     """
-    text = before_next_item(single_spaced(answer_part(reply).translate(FULL_WIDTH)))
+    text = before_next_item(single_spaced(visible_answer(reply).translate(FULL_WIDTH)))
     if (correction := behind_retraction(text)) and (answer := _boxed_or_named(correction)):
         return answer
     if answer := _boxed_or_named(text):
@@ -128,7 +129,7 @@ def _at_the_end(text: str) -> str | None:
     if spans and (predicate := PREDICATE.match(text, spans[-1][1])):
         return _stated(text[predicate.end() : predicate.end() + STATEMENT_CHARACTERS])
     _, _, behind = re.sub(r"[.。](?=\s|$)", "\n", text[spans[-1][1] :] if spans else "\n" + text).partition("\n")
-    if numbers := NUMBER.findall(behind):
+    if numbers := NUMBER.findall(OR_PER_CENT.sub("", behind)):
         return str(numbers[-1])
     return _last_formulas(text, spans) if spans else None
 
@@ -193,7 +194,7 @@ SYMBOLS = str.maketrans(
     }
 )
 CLOCK = re.compile(r"(\d+(?::\d+)+)(?:([ap])\.?m\.?)?", re.IGNORECASE)  # 10:30, 10:30 a.m.
-LETTER = re.compile(r"\(([A-F])\)")  # (C) stands for its option, "(C) 5"
+LETTER = re.compile(r"\(?([A-F])\)?")  # (C) stands for its option, "(C) 5"
 DRESS = re.compile(
     r"\\(?:text)?color\s?\{\w{1,20}\}|\\text\{\\?\$\}|^[\u4e00-\u9fff]{1,20}(?=[(\d\\-])|^(?:an?|the)\s(?=[A-Za-z]{3})"
 )
@@ -219,7 +220,7 @@ def is_same(answer: str | None, gold: str) -> bool:
     one, other = normalised(answer), normalised(gold)
     if one == other:
         return True
-    if (letter := LETTER.fullmatch(other)) and re.match(rf"\(?{letter[1]}\)?(?![A-Za-z0-9])", one):
+    if (letter := LETTER.fullmatch(other)) and re.match(rf"\(?{letter[1]}\)", one):
         return True
     if (left := BASE.fullmatch(one)) and (right := BASE.fullmatch(other)):
         return left[1].lower() == right[1].lower() and _base(left[2]) == _base(right[2])
@@ -239,6 +240,8 @@ def undressed(answer: str) -> str:
     answer = DRESS.sub("", answer)
     answer = SCIENTIFIC.sub(r"\\times 10^{\1}", answer.replace("{.}", "."))
     answer = re.sub(r"\\mathrm\s?\{([ie])\}", r"\1", answer)
+    answer = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", answer)
+    answer = re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", answer)
     answer = NAMED.sub("", answer.strip().strip("$").rstrip(".。").strip())
     answer = re.sub(r"\s*(?:\\?%|\bper ?cent\b)", "", answer)
     answer = UNIT_WORD.sub("", UNIT.sub("", answer))

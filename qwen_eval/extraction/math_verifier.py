@@ -136,7 +136,8 @@ def main() -> None:
 
     print(READY, flush=True)
     for line in sys.stdin:
-        gold, answer = json.loads(line)
+        question: tuple[str, str] = json.loads(line)
+        gold, answer = question
         print(json.dumps(is_same(gold, answer)), flush=True)
 
 

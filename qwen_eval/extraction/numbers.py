@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from qwen_eval.extraction.conclusions import before_next_item, behind_retraction, boxes, single_spaced
-from qwen_eval.extraction.symptoms import answer_part
+from qwen_eval.extraction.symptoms import visible_answer
 
 MAX_DIGITS = 300  # a model stuck on one digit must not build a number of a million digits
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "万": 10**4, "亿": 10**8}
@@ -31,7 +31,7 @@ MAX_STATEMENTS = 50  # of one kind, the last ones: a text that loops over its cu
 CUE = re.compile(
     r"\banswer\b(?:(?!\bnot\b)[^.:=\n]){0,60}?(?:\b(?:is|are|would be|should be|becomes|equals)\b|[:：=→])"
     r"|<answer>|^[#* ]{0,8}(?:final )?answer[* ]{0,8}$"
-    r"|答案\s?(?:应该|应)?(?:是|为|[:：=])[:：]?|^\s?A\s?:|^\s?答\s?[:：]",
+    r"|答案[\s*】]{0,4}(?:应该|应)?(?:是|为|[:：=])[:：]?|^\s?A\s?:|^\s?答\s?[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
 CONCLUDING = re.compile(  # a correction that states a result
@@ -69,20 +69,24 @@ ADVERBIAL = re.compile(  # "in 2 weeks", "for the 16 glasses": said of the answe
     r"\b(?:in|after|for|from|across|over|within|on|at|during|every|each|per|among|between|out of"
     r"|(?<!left )(?<!up )with)"
     r"(?:\s(?:the|all|of|these|those|his|her|their|its|each|only|original|first|next|last|about|day|page))*\s$"
+    r"|\bin (?:an?|the|his|her|their) (?:\w+ )?of $"  # in a class of 27
     r"|\d (?:\w+ ){0,2}of (?:(?:the|these|those|his|her|their|its|all) )*$"  # 18 of the 20 students, 18 boxes of 12
     r"|\d[^.]*(?<!need)(?<!needs)(?<!have)(?<!has)(?<!had)(?<!able)(?<!going)(?<!comes)(?<!adds up)(?<!equal)"
     r"(?<!up) to (?!be\b)[a-z]+ (?:the )?[$€£¥]?$",  # 18 days to finish 36 tasks
     re.IGNORECASE,
 )
 TO_A_NOUN = re.compile(r"-[A-Za-z]")  # 5-year-old
-LATER = re.compile(r"\s?[\u4e00-\u9fff]{1,3}?(?:以?后|之?内|之后|以前)")  # 3小时后
+LATER = re.compile(  # 3小时后, "5 years from now"
+    r"\s?[\u4e00-\u9fff]{1,3}?(?:以?后|之?内|之后|以前)"
+    r"|\s(?:years?|months?|weeks?|days?|hours?|minutes?) (?:from now|later|ago)\b"
+)
 ASIDE = re.compile(r"\s?[(（][^()（）\n]*[)）]")
 COMPARISON = re.compile(
     r",\s(?:which (?:is|was) )?[$€£¥]?\d[\d,.]* (?:\w+ )?(?:more|less|fewer|times|older|younger)\b.*$"
-    r"|,\s(?:twice|half|double|triple)\b.*$|[，,]比.*$",
+    r"|,\s(?:twice|half|double|triple|including)\b.*$|\sby \w+ing\b.*$|[，,]比.*$",
     re.IGNORECASE,
 )
-BREAKDOWN = re.compile(r":(?=(?:\D*\d[\d,.]*(?![\d,.])){2}).*$")  # 18 in total: 9 from Ann, 9 from Bob
+BREAKDOWN = re.compile(r":(?=\s(?:\D*\d[\d,.]*(?![\d,.])){2}).*$")  # 18 in total: 9 from Ann, 9 from Bob
 DATE = re.compile(
     r"\b(?:January|February|March|April|May|June|July|August|September|October|November|December) \d{1,2}"
     r"(?:st|nd|rd|th)?(?:, \d{4})?(?!\d)"
@@ -156,7 +160,7 @@ def concluded_number(reply: str) -> Fraction | None:
     whatever comes after the beginning of a next question are not looked at; what a reply takes back ("that is wrong:
     ...") counts only when nothing follows.
     """
-    text = before_next_item(plain_text(answer_part(reply)))
+    text = before_next_item(plain_text(visible_answer(reply)))
     correction = behind_retraction(text)
     value = _concluded(correction) if CONCLUDING.search(correction) else None
     return _concluded(text) if value is None else value

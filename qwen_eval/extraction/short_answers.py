@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.numbers import concluded_number
-from qwen_eval.extraction.symptoms import answer_part, before_next_question
+from qwen_eval.extraction.symptoms import before_next_question, visible_answer
 
 OPTIONS = "ABCDEFGHIJKLMNOPQR"
 CLOSED = (("yes", "no"), ("true", "false"), ("valid", "invalid"))
@@ -36,7 +36,7 @@ def canonical(target: str) -> str:
 
 def concluded_choice(text: str, target: str, question: str = "") -> str | None:
     """The answer a reply ends on, of the kind that `target` is: never looks at which one `target` is."""
-    reply = before_next_question(answer_part(text))
+    reply = before_next_question(visible_answer(text))
     wanted = canonical(target)
     if re.fullmatch(r"[A-R]", wanted):
         return _option(reply, question)

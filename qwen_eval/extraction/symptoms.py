@@ -20,6 +20,14 @@ _OPTION_A = re.compile(r"\s*[(（]?A\s?[.．、:：)）]")
 REASONING_START, REASONING_END = "<think>", "</think>"
 
 
+INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+
+
+def visible_answer(reply: str) -> str:
+    """`answer_part` without what nobody sees: zero-width characters, marks of direction."""
+    return INVISIBLE.sub("", answer_part(reply))
+
+
 def answer_part(reply: str) -> str:
     """What a reader looks at: the reply behind its reasoning, and of that the last 20,000 characters.
 

@@ -7,7 +7,7 @@ Lengths are known to Python and lie on the device too, so nothing here reads a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from qwen_eval.models.attention import merge, partial
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.kv_cache import KvCodec, Prefix, Slots, Stored
+from qwen_eval.models.prefix_pool import Pooled
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
@@ -156,6 +157,25 @@ class PackedAttend:
         return out.squeeze(2), lse.squeeze(2)
 
 
+class LayerAttend:
+    """The `Attend` of a model on several devices: for each layer that of its device."""
+
+    def __init__(self, by_layer: Sequence[PackedAttend | DecodeAttend]) -> None:
+        self.by_layer = by_layer
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        return self.by_layer[layer](layer, q_NHD, k_NKD, v_NKD)
+
+
+def by_layer(
+    attends: Mapping[torch.device, PackedAttend] | Mapping[torch.device, DecodeAttend],
+    layer_devices: Sequence[torch.device],
+) -> LayerAttend | PackedAttend | DecodeAttend:
+    """One `Attend` out of one for each device."""
+    by_device = [attends[device] for device in layer_devices]
+    return by_device[0] if len(attends) == 1 else LayerAttend(by_device)
+
+
 def token_slices(lengths: Sequence[int]) -> Iterator[slice]:
     start = 0
     for length in lengths:
@@ -198,7 +218,7 @@ class DecodeAttend:
     """Attention of one new token in each of the first B rows of `slots`.
 
     `own_B`: tokens already in each slot; `num_keys`: how many are looked at, more than the longest has. `is_full`: all
-    rows see all of them, so that no mask is needed.
+    rows see all of them, so that no mask is needed. Prefixes: `groups`, each read where it lies, or `pooled`.
     """
 
     def __init__(
@@ -210,19 +230,25 @@ class DecodeAttend:
         *,
         is_full: bool = False,
         groups: Sequence[PrefixGroup] = (),
+        pooled: Pooled | None = None,
         kernel: str,
         is_triton: bool = False,
     ) -> None:
         self.slots, self.kernel, self.groups, self.is_triton = slots, kernel, groups, is_triton
+        self.pooled = pooled
         self.own_B, self.positions_B, self.num_keys, self.is_full = own_B, positions_B, num_keys, is_full
         self.rows_B = torch.arange(len(own_B), device=own_B.device)
         self._masks: dict[int | None, Tensor | None] = {}
+        self._spans: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._prefix_masks: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: int, q_BHD: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
         encode, window = self.slots.codec.encode, self.slots.config.window(layer)
         k, v = (encode(x.transpose(0, 1).unsqueeze(0)) for x in (k_BKD, v_BKD))
         self.slots.write(layer, self.rows_B, self.own_B, k, v)
         out, lse = self._own(layer, q_BHD, window)
+        if self.pooled is not None:
+            out = merge(self._pooled(layer, q_BHD, window, self.pooled), (out, lse))
         for group in self.groups:
             past = group.prefix.read(layer)
             if past is None:
@@ -237,12 +263,39 @@ class DecodeAttend:
 
     def _own(self, layer: int, q_BHD: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         if self.is_triton:
-            from qwen_eval.models.triton_decode import attend_own
+            from qwen_eval.models.triton_decode import attend_rows
 
             k, v = self.slots.stored(layer, len(q_BHD), self.num_keys)
-            return attend_own(q_BHD, k, v, self.own_B, self.num_keys, window)
+            return attend_rows(q_BHD, k, v, self.rows_B, *self._own_span(window), self.num_keys)
         keys, values = self.slots.read(layer, len(q_BHD), self.num_keys)
         out, lse = partial(q_BHD.unsqueeze(2), keys, values, mask=self._mask(window), kernel=self.kernel)
+        return out.squeeze(2), lse.squeeze(2)
+
+    def _own_span(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """[B] first and end of the keys that each row sees in its slot; the same for every layer of one window."""
+        if window not in self._spans:
+            end_B = self.own_B + 1
+            first_B = torch.zeros_like(end_B) if window is None else (end_B - window).clamp(min=0)
+            self._spans[window] = first_B, end_B
+        return self._spans[window]
+
+    def _pooled(self, layer: int, q_BHD: Tensor, window: int | None, pooled: Pooled) -> tuple[Tensor, Tensor]:
+        """Outputs [B,H,D] and log-sum-exp [B,H] over the row's prefix: 0 and -inf where it has none."""
+        slots, size = pooled.slots, pooled.slots.capacity
+        if window not in self._prefix_masks:
+            self._prefix_masks[window] = pooled.mask(window)
+        mask_BS = self._prefix_masks[window]
+        if pooled.is_single:  # one dense product of all rows
+            k, v = slots.read(layer, 1, size)
+            out, lse = partial(q_BHD.transpose(0, 1).unsqueeze(0), k, v, mask=mask_BS[None, None], kernel=self.kernel)
+            return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        stored = slots.stored(layer, slots.num_slots, size)
+        if self.is_triton:
+            from qwen_eval.models.triton_decode import attend_rows
+
+            return attend_rows(q_BHD, *stored, pooled.place_B, *pooled.span(window), size)
+        k, v = (slots.codec.decode(tuple(t[pooled.place_B] for t in part), slots.dtype) for part in stored)
+        out, lse = partial(q_BHD.unsqueeze(2), k, v, mask=mask_BS[:, None, None, :], kernel=self.kernel)
         return out.squeeze(2), lse.squeeze(2)
 
     def _mask(self, window: int | None) -> Tensor | None:

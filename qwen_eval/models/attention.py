@@ -9,6 +9,8 @@ share is attended to once, as one dense product, and chunks of a long prefill ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) ->
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    scores: Tensor = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     if causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~keep, float("-inf"))
@@ -74,15 +76,16 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> 
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
         bias = bias.expand(q.shape[0], 1, q.shape[2], k.shape[2])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = _pair(flash(q, k, v, 0.0, causal, attn_mask=bias))
     if mask is None:
         return out, lse.float()
     return out, lse.float().masked_fill(~mask.any(-1), float("-inf"))  # the kernel says 0 where there is no key
 
 
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    results = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
-    return results[0], results[1].float()[..., : q.shape[2]]
+    out, lse = _pair(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False))
+    return out, lse.float()[..., : q.shape[2]]
 
 
 def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -93,8 +96,13 @@ def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor 
         shape = (q.shape[0], q.shape[1], q.shape[2], (keys + 7) // 8 * 8)
         bias = torch.zeros(shape, dtype=q.dtype, device=q.device)[..., :keys]
         bias.masked_fill_(~mask, float("-inf"))
-    results = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal)
-    return results[0], results[1].float()[..., : q.shape[2]]
+    out, lse = _pair(torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal))
+    return out, lse.float()[..., : q.shape[2]]
+
+
+def _pair(results: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp, which every kernel gives first."""
+    return results[0], results[1]
 
 
 def choose_kernel(attention: str, device: torch.device) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -105,6 +105,12 @@ class Placement:
     quant: str = "none"  # the format's name
     packed: BuildQuantized | None = None  # of a stored format
     from_dense: BuildFromDense | None = None  # of one that is made while loading
+    elsewhere: Mapping[str, Placement] = field(default_factory=dict)  # units ("layers.3") on other devices
+
+    def of(self, module: str) -> Placement:
+        """That of one module, by its name: "layers.3.attn.qkv" goes where "layers.3" goes."""
+        unit = ".".join(module.split(".")[:2]) if module.startswith("layers.") else module
+        return self.elsewhere.get(unit, self)
 
 
 @contextmanager
@@ -127,14 +133,14 @@ def _load(files: TensorFiles, config: ModelConfig, placement: Placement) -> Tran
         model = Transformer(config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith("layers."):
-            _load_linear(model, name, module, files, config, placement)
+            _load_linear(model, name, module, files, config, placement.of(name))
         elif isinstance(module, nn.Embedding) or (not list(module.children()) and name != "head"):
-            _load_weight(model, name, module, files, config, placement)
-    _load_head(model, files, config, placement)
+            _load_weight(model, name, module, files, config, placement.of(name))
+    _load_head(model, files, config, placement.of("head"))
     leftover = files.unused()
     if leftover and not (config.tie_embeddings and leftover == ["lm_head.weight"]):
         raise ModelError(f"{files.directory}: tensor {leftover[0]} has no place in this model ({len(leftover)} such)")
-    return model.eval().requires_grad_(False)
+    return model.settled()
 
 
 def as_stored(config: ModelConfig, files: TensorFiles) -> ModelConfig:
@@ -317,29 +323,30 @@ def random_model(config: ModelConfig, placement: Placement, seed: int) -> Transf
     generator = torch.Generator().manual_seed(seed)
     normal = _Normal(generator)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.packed:
+        there = placement.of(name)
+        if isinstance(module, nn.Linear) and name.startswith("layers.") and there.packed:
             sources = checkpoint_names(config, name)
             shapes = _part_shapes(config, name)
             has_bias = module.bias is not None
             parts = [
-                placement.packed(source, placement.packed.random_tensors(shape, has_bias=has_bias, generator=generator))
+                there.packed(source, there.packed.random_tensors(shape, has_bias=has_bias, generator=generator))
                 for source, shape in zip(sources, shapes)
             ]
             model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
             continue
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            weight = normal.draw(module.weight.shape, placement.dtype)
+            weight = normal.draw(module.weight.shape, there.dtype)
             bias = getattr(module, "bias", None)
-            bias = None if bias is None else torch.zeros(bias.shape, dtype=placement.dtype)
-            if isinstance(module, nn.Linear) and name.startswith("layers.") and placement.from_dense is not None:
-                model.set_submodule(name, placement.from_dense(name, weight, bias))
+            bias = None if bias is None else torch.zeros(bias.shape, dtype=there.dtype)
+            if isinstance(module, nn.Linear) and name.startswith("layers.") and there.from_dense is not None:
+                model.set_submodule(name, there.from_dense(name, weight, bias))
                 continue
-            module.weight = nn.Parameter(weight.to(placement.device), requires_grad=False)
+            module.weight = nn.Parameter(weight.to(there.device), requires_grad=False)
             if isinstance(module, nn.Linear) and bias is not None:
-                module.bias = nn.Parameter(bias.to(placement.device), requires_grad=False)
+                module.bias = nn.Parameter(bias.to(there.device), requires_grad=False)
         elif not list(module.children()):
-            ones = torch.ones(module.weight.shape, dtype=placement.dtype, device=placement.device)
+            ones = torch.ones(module.weight.shape, dtype=there.dtype, device=there.device)
             module.weight = nn.Parameter(ones, requires_grad=False)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
-    return model.eval().requires_grad_(False)
+    return model.settled()

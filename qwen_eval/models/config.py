@@ -46,7 +46,7 @@ LATER_FIELDS = """
     sliding_window max_window_layers layer_types
 """
 # Fields that must have this value if they are there at all: anything else is another model.
-FIXED: dict[str, Any] = {
+FIXED: dict[str, object] = {
     "scale_attn_weights": True,
     "activation": "swiglu",
     "hidden_act": "silu",
@@ -120,7 +120,7 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     @staticmethod
-    def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(fields: Mapping[str, object]) -> ModelConfig:
         """Read a config.json. ModelError for another architecture or a field that would change the maths."""
         model_type = fields.get("model_type")
         if model_type == "qwen":
@@ -137,7 +137,7 @@ def read_fields(path: Path, *, most_bytes: int = MAX_CONFIG_BYTES) -> dict[str, 
     try:
         if path.stat().st_size > most_bytes:
             raise ModelError(f"{path}: {path.stat().st_size} bytes, more than {most_bytes}; not a config of a model")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields: object = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ModelError(f"{path}: nested too deeply to be a config of a model") from None
     except (OSError, ValueError) as error:
@@ -157,7 +157,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _check_fields(fields: Mapping[str, Any], known: str) -> None:
+def _check_fields(fields: Mapping[str, object], known: str) -> None:
     """Every field is honoured, harmless or rejected; null and names with a leading underscore are ignored."""
     harmless = " ".join(HARMLESS.values()).split()
     passed = {*known.split(), *harmless}
@@ -170,7 +170,7 @@ def _check_fields(fields: Mapping[str, Any], known: str) -> None:
             _refuse(name, value, f"is not supported, only {FIXED[name]!r}")
 
 
-def _number(fields: Mapping[str, Any], *names: str, default: float | None = None) -> float:
+def _number(fields: Mapping[str, object], *names: str, default: float | None = None) -> float:
     """The first of `names` that is there: a positive, finite number."""
     for name in names:
         value = fields.get(name)
@@ -186,7 +186,7 @@ def _number(fields: Mapping[str, Any], *names: str, default: float | None = None
     return default
 
 
-def _count(fields: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+def _count(fields: Mapping[str, object], *names: str, default: int | None = None) -> int:
     value = _number(fields, *names, default=default)
     name = next((name for name in names if fields.get(name) is not None), names[0])
     if value != int(value):
@@ -196,7 +196,7 @@ def _count(fields: Mapping[str, Any], *names: str, default: int | None = None) -
     return int(value)
 
 
-def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
+def _flag(fields: Mapping[str, object], name: str, default: bool) -> bool:
     value = fields.get(name)
     if value not in (None, False, True):
         _refuse(name, value, "must be true or false")
@@ -211,7 +211,7 @@ def _check_heads(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _from_v1(f: Mapping[str, Any]) -> ModelConfig:
+def _from_v1(f: Mapping[str, object]) -> ModelConfig:
     _check_fields(f, V1_FIELDS)
     hidden = _count(f, "hidden_size", "n_embd")
     heads = _count(f, "num_attention_heads", "n_head")
@@ -244,13 +244,13 @@ def _from_v1(f: Mapping[str, Any]) -> ModelConfig:
     return _check_heads(config)
 
 
-def _stated_length(f: Mapping[str, Any]) -> int | None:
+def _stated_length(f: Mapping[str, object]) -> int | None:
     """What a file of v1 says of its longest text; it decides no number of the model, so nonsense is no statement."""
     stated = f.get("max_position_embeddings", f.get("n_positions"))
     return stated if type(stated) is int and stated > 0 else None
 
 
-def _from_later(f: Mapping[str, Any], family: str) -> ModelConfig:
+def _from_later(f: Mapping[str, object], family: str) -> ModelConfig:
     _check_fields(f, LATER_FIELDS)
     hidden, heads = _count(f, "hidden_size"), _count(f, "num_attention_heads")
     layers = _count(f, "num_hidden_layers")
@@ -283,13 +283,15 @@ def _from_later(f: Mapping[str, Any], family: str) -> ModelConfig:
     return _check_heads(config)
 
 
-def _rope_parameters(f: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_parameters(f: Mapping[str, object]) -> dict[str, Any]:
     """`rope_scaling` (the older name) wins over `rope_parameters`, as in transformers; null keys left out."""
     for name in ("rope_scaling", "rope_parameters"):
         if f.get(name) is not None and not isinstance(f[name], Mapping):
             _refuse(name, f[name], "must be an object")
     name = "rope_scaling" if f.get("rope_scaling") else "rope_parameters"
-    rope = {key: value for key, value in (f.get(name) or {}).items() if value is not None}
+    given = f.get(name)
+    stated: Mapping[str, object] = given if isinstance(given, Mapping) else {}
+    rope = {key: value for key, value in stated.items() if value is not None}
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -298,12 +300,12 @@ def _rope_parameters(f: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in rope.items():
         if key not in ROPE_FIELDS[kind].split():
             _refuse(f"{name}.{shown(key)[1:-1]}", value, f"is unknown for type {kind!r}; remove it if it does nothing")
-    if "truncate" in (f.get(name) or {}):  # here null is not the default: transformers reads it as false
-        rope["truncate"] = bool(f[name]["truncate"])
+    if "truncate" in stated:  # here null is not the default: transformers reads it as false
+        rope["truncate"] = bool(stated["truncate"])
     return rope
 
 
-def _yarn(rope: Mapping[str, Any], max_length: int) -> Yarn | None:
+def _yarn(rope: Mapping[str, object], max_length: int) -> Yarn | None:
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         return None
     length = _count(rope, "original_max_position_embeddings", default=max_length)
@@ -324,7 +326,7 @@ def _yarn(rope: Mapping[str, Any], max_length: int) -> Yarn | None:
     )
 
 
-def _sliding_windows(f: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(f: Mapping[str, object], layers: int) -> tuple[int | None, ...]:
     """transformers' rule: `layer_types` decides; without it the layers from max_window_layers (28) on are windowed."""
     window = None
     if _flag(f, "use_sliding_window", False) and f.get("sliding_window", 4096) is not None:

@@ -6,14 +6,19 @@ follow (`published_peak_bytes`), which is that of the original code on an A100.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from qwen_eval.models.block import LinearShape, block_linears
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.quant.formats import ELEMENT_BYTES, quant_format
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspace beside the tensors; an assumption, said as such
+CUDA_HEAD_BYTES = 512 * 2**20  # of logits of scoring at a time
+MAX_CHUNK = 8192  # tokens of a prompt in one forward: more make no product faster
+MAX_GRAPH_BYTES = 2 * 2**30  # that captured decode steps keep
+MAX_POOL_BYTES = 4 * 2**30  # of copies of prefixes for them
 GENERATE_EXTRA_BYTES = int(0.05 * 2**30)  # of the published law
 
 
@@ -45,10 +50,22 @@ def num_parameters(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> int:
     """All weights as our engine holds them."""
-    found = quant_format(quant)
+    return sum(unit_bytes(config, quant, dtype, is_packed=is_packed).values())
+
+
+def unit_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool = True) -> dict[str, int]:
+    """Weights of what is never split over devices, in the order of a forward: embed, layers.0 ..., norm, head.
+
+    A tied head is the embedding's table: it has no bytes of its own.
+    """
+    found, element = quant_format(quant), ELEMENT_BYTES[dtype]
     linears = [each.shape for each in block_linears(config).values()] if found.is_made_here else stored_linears(config)
-    block = sum(found.held_bytes(linear, dtype, is_packed) for linear in linears)
-    return config.num_layers * block + ELEMENT_BYTES[dtype] * num_other_parameters(config)
+    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    block = sum(found.held_bytes(linear, dtype, is_packed) for linear in linears) + norms * element
+    table = config.vocab_size * config.hidden_size * element
+    layers = {f"layers.{i}": block for i in range(config.num_layers)}
+    head = 0 if config.tie_embeddings else table
+    return {"embed": table, **layers, "norm": config.hidden_size * element, "head": head}
 
 
 def checkpoint_bytes(config: ModelConfig, quant: str) -> int:
@@ -97,12 +114,36 @@ def prefill_bytes(
     return num_tokens * max(norm, turn, attend, mlp) + grown
 
 
-def decode_bytes(config: ModelConfig, batch: int, length: int, dtype: str, *, kv_cache: str = "auto") -> int:
-    """Activations of one decode step, logits included. An int8 cache is read through a copy of one layer's."""
-    step = prefill_bytes(config, batch, dtype) + logits_bytes(config, batch, dtype)
-    if kv_cache == "int8":
-        step += 4 * batch * length * config.num_kv_heads * config.head_dim * ELEMENT_BYTES[dtype]
-    return step
+def decode_bytes(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: str,
+    *,
+    kv_cache: str = "auto",
+    is_copied: bool = True,
+    row_bytes: int | None = None,
+) -> int:
+    """Activations of one decode step. `row_bytes`: `choice_bytes` of how tokens are chosen; None: greedily.
+
+    `is_copied`: an int8 cache is read through a copy of one layer's keys and values; a Triton kernel needs none.
+    """
+    chosen = logits_bytes(config, batch, dtype) if row_bytes is None else batch * row_bytes
+    layer = 3 * batch * length * config.num_kv_heads * config.head_dim * ELEMENT_BYTES[dtype]
+    return prefill_bytes(config, batch, dtype) + max(chosen, layer if kv_cache == "int8" and is_copied else 0)
+
+
+def choice_bytes(config: ModelConfig, dtype: str, *, is_sampled: bool, is_cut: bool, is_penalised: bool) -> int:
+    """Of one row while its token is chosen from the logits: they, what is made of them, and the mask of seen tokens."""
+    element = ELEMENT_BYTES[dtype]
+    scores = 4 if element == 2 or is_penalised else 0  # in fp32
+    if is_cut:  # scaled, sorted with their order, cut, as probabilities, summed up
+        chosen = scores + 4 + 4 + 8 + 4 + 4 + 4
+    elif is_sampled:
+        chosen = scores + 4 + 4 + 8
+    else:
+        chosen = 17 if is_penalised and element == 2 else 13 if is_penalised else 0
+    return config.vocab_size * (element + chosen + is_penalised)
 
 
 def logits_bytes(config: ModelConfig, num_rows: int, dtype: str) -> int:
@@ -121,6 +162,7 @@ class Cost:
     dtype: str = "bf16"
     kv_cache: str = "auto"
     is_packed: bool = True
+    is_copied: bool = True  # an int8 cache is read through a copy; False where a kernel reads it as it is
     prefill_chunk: int = 1024
     max_batch_tokens: int = 4096  # tokens of one packed prefill
 
@@ -149,8 +191,12 @@ class Cost:
 
     def activation_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
         length = prompt_tokens + new_tokens
-        decode = decode_bytes(self.config, batch, length, self.dtype, kv_cache=self.kv_cache) if new_tokens > 1 else 0
-        return max(self.prefill_activation_bytes(batch, prompt_tokens), decode)
+        prefill = self.prefill_activation_bytes(batch, prompt_tokens)
+        if new_tokens <= 1:
+            return prefill
+        cache, is_copied = self.kv_cache, self.is_copied
+        step = decode_bytes(self.config, batch, length, self.dtype, kv_cache=cache, is_copied=is_copied)
+        return max(prefill, step)
 
     def peak_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
         """Weights, cache at its longest and activations; the memory of a CUDA context is not included."""
@@ -205,21 +251,70 @@ def largest(fits: Callable[[int], bool], limit: int = 1 << 20) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """Tokens of one packed forward, and tokens that fit into the key-value cache of all sequences; at least 1."""
+    """Tokens of one packed forward, and tokens that fit into the key-value cache of all sequences; at least 1.
+
+    `chunk_tokens`: of one forward of a long prompt. `token_bytes` of that cache. `graph_bytes`: what captured steps may
+    keep; `pool_bytes`: copies of prefixes for them.
+    """
 
     packed_tokens: int
     cached_tokens: int
+    chunk_tokens: int
+    token_bytes: int
+    graph_bytes: int = 0
+    pool_bytes: int = 0
 
 
-def batch_limits(config: ModelConfig, kv_cache: str, dtype: str, free_bytes: int, *, max_tokens: int) -> BatchLimits:
-    """For the memory that the weights leave free: a third is for activations. At most `max_tokens` in one forward."""
+def batch_limits(
+    config: ModelConfig,
+    kv_cache: str,
+    dtype: str,
+    free_bytes: int,
+    *,
+    max_tokens: int,
+    head_bytes: int = 0,
+    is_captured: bool = False,
+) -> BatchLimits:
+    """For the memory that the weights leave free: a third is for activations. At most `max_tokens` in one forward.
+
+    `head_bytes`: logits of scoring, of which a part exists at a time. With `is_captured` steps a part is for their
+    graphs, and a part for prefixes and the copies of them that the graphs read.
+    """
     activations = free_bytes // 3
 
     def fits(tokens: int) -> bool:
-        return prefill_bytes(config, tokens, dtype, num_sequences=2, kv_cache=kv_cache) <= activations
+        peak = prefill_bytes(config, tokens, dtype, num_sequences=2, kv_cache=kv_cache)
+        return peak + min(head_bytes, logits_bytes(config, tokens, "fp32")) <= activations
 
-    cached = (free_bytes - activations) // kv_token_bytes(config, kv_cache, dtype)
-    return BatchLimits(packed_tokens=max(1, largest(fits, max_tokens)), cached_tokens=max(1, cached))
+    def fits_long(tokens: int) -> bool:
+        peak = prefill_bytes(config, tokens, dtype, past=config.max_length or config.train_length, kv_cache=kv_cache)
+        return peak + min(head_bytes, logits_bytes(config, tokens, "fp32")) <= activations
+
+    cache = free_bytes - activations
+    graphs, pool = (min(MAX_GRAPH_BYTES, cache // 8), min(MAX_POOL_BYTES, cache // 8)) if is_captured else (0, 0)
+    token_bytes = kv_token_bytes(config, kv_cache, dtype)
+    return BatchLimits(
+        packed_tokens=max(1, largest(fits, max_tokens)),
+        cached_tokens=max(1, (cache - graphs - 2 * pool) // token_bytes),
+        chunk_tokens=max(1, largest(fits_long, MAX_CHUNK)),
+        token_bytes=token_bytes,
+        graph_bytes=graphs,
+        pool_bytes=pool,
+    )
+
+
+def spread_limits(
+    config: ModelConfig, kv_cache: str, dtype: str, rooms: Sequence[tuple[int, int]], **options: Any
+) -> BatchLimits:
+    """`batch_limits` for a model on several devices, each with (its number of layers, its free bytes): the smallest."""
+    parts = [(replace(config, num_layers=num_layers, windows=()), free) for num_layers, free in rooms]
+    limits = [batch_limits(part, kv_cache, dtype, free, **options) for part, free in parts]
+    tightest = min(limits, key=lambda limit: limit.cached_tokens)
+    return replace(
+        tightest,
+        packed_tokens=min(limit.packed_tokens for limit in limits),
+        chunk_tokens=min(limit.chunk_tokens for limit in limits),
+    )
 
 
 # --- the published tables --------------------------------------------------------------------------------------------

@@ -8,17 +8,18 @@ one shape run the same kernels on the same memory and differ in data only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from qwen_eval.models.attend import DecodeAttend, PrefixGroup, upload
+from qwen_eval.models.attend import DecodeAttend, PrefixGroup, by_layer, upload
 from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import Prefix, Slots
-from qwen_eval.models.rope import Rope, RowTables
+from qwen_eval.models.prefix_pool import Pool, Pooled, PrefixPools
+from qwen_eval.models.rope import Rope, Rotation, RowTables
 from qwen_eval.models.transformer import Transformer
 
 # hidden states [B,E] -> what a step gives [B,*], and the tokens [B] that are fed next, where they are known by then
@@ -75,60 +76,64 @@ class StepShape:
     num_keys: int
     is_full: bool  # every row sees every key: no mask
     longest: int  # bound of all positions, as far as LogN asks
-    groups: tuple[PrefixGroup, ...] = ()
+    groups: tuple[PrefixGroup, ...] = ()  # prefixes that are read where they lie
+    pool: tuple[int, int] | None = None  # places and tokens of the pool that prefixes are read from
+    is_single: bool = False  # all rows continue the one in the first place
 
     @property
     def key(self) -> StepShape | None:
-        """What a captured step is known by; None where rows of several prefixes run, since those come and go.
-
-        A prefix that all rows continue is part of the key: it lives as long as the step that reads it.
-        """
-        return self if all(group.rows_G is None for group in self.groups) else None
+        """What a captured step is known by; None where it reads prefixes where they lie, since those come and go."""
+        return self if not self.groups else None
 
 
 StepResult = tuple[Tensor, Tensor | None]
 
 
-class Decoding:
-    """The running rows of `slots` and their steps; `finish` turns hidden states into what a step gives.
+class _Side:
+    """What one device holds of the running rows: numbers [*,B], prefixes, tables of positions."""
 
-    `prefill_lengths`: of every row that will ever run, `num_positions`: more than the last position of any of them.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        rope: Rope,
-        slots: Slots,
-        *,
-        prefill_lengths: Iterable[int],
-        num_positions: int,
-        kernel: str,
-        finish: Finish,
-        buckets: Buckets = EXACT,
-        is_triton: bool = False,
-        graphs: StepGraphs[StepResult] | None = None,
-    ) -> None:
-        self.model, self.slots, self.kernel, self.finish, self.buckets = model, slots, kernel, finish, buckets
-        self.graphs, self.is_triton = graphs, is_triton
-        self.tables = RowTables(rope, sorted(set(prefill_lengths)), num_positions)
-        self.num_positions = num_positions
+    def __init__(self, rope: Rope, lengths: Sequence[int], num_positions: int, num_slots: int) -> None:
+        self.tables = RowTables(rope, lengths, num_positions)
         num_fields = 3 + len(rope.distinct_windows)
-        self._data = torch.zeros(num_fields, slots.num_slots, dtype=torch.long, device=model.device)
-        self.tokens_B, self.own_B, self.base_B = self._data[:3]
-        self.rows: list[RunningRow] = []
-        self._own: list[int] = []
-        self._groups: tuple[PrefixGroup, ...] = ()
+        self._data = torch.zeros(num_fields, num_slots, dtype=torch.long, device=rope.device)
+        self.own_B, self.base_B, self.place_B = self._data[:3]
+        self.groups: tuple[PrefixGroup, ...] = ()
+        self.pool: Pool | None = None
+        self.is_single = False
 
-    def arrange(self, rows: Sequence[RunningRow], tokens: Sequence[int]) -> None:
-        """The rows from now on, row i in slot i, and the token that each is fed next. One transfer to the device."""
-        self.rows, self._own = list(rows), [row.own_tokens for row in rows]
+    def arrange(self, rows: Sequence[RunningRow], pools: PrefixPools | None = None) -> None:
+        own = [row.own_tokens for row in rows]
         bases = [row.prefix.length if row.prefix else 0 for row in rows]
         offsets = self.tables.offsets([row.prefill_tokens for row in rows])
-        fields = torch.tensor([list(tokens), self._own, bases, *offsets], dtype=torch.long)
+        places = self._placed(rows, pools)
+        fields = torch.tensor([own, bases, places, *offsets], dtype=torch.long)
         self._data.zero_()  # rows of padding read and write the first token of their own slot, which no one else has
         self._data[:, : len(rows)].copy_(upload(fields, self._data.device))
-        self._groups = tuple(self._grouped(rows))
+        self.groups = tuple(self._grouped(rows)) if self.pool is None else ()
+
+    def _placed(self, rows: Sequence[RunningRow], pools: PrefixPools | None) -> list[int]:
+        """Where in a pool each row's prefix lies; 0 for all where none is used."""
+        prefixes = list({id(row.prefix): row.prefix for row in rows if row.prefix is not None}.values())
+        self.is_single = len(prefixes) == 1 and all(row.prefix is not None for row in rows)
+        longest = max((prefix.length for prefix in prefixes), default=0)
+        gathering = 0 if self.is_single else len(rows)
+        self.pool = pools.pool(len(prefixes), longest, gathering) if pools is not None and prefixes else None
+        if self.pool is None:
+            return [0] * len(rows)
+        places = {id(prefix): place for prefix, place in zip(prefixes, self.pool.take(prefixes))}
+        return [places.get(id(row.prefix), 0) for row in rows]
+
+    def pooled(self, positions_B: Tensor) -> Pooled | None:
+        if self.pool is None:
+            return None
+        num_rows = len(positions_B)
+        return Pooled(
+            slots=self.pool.slots,
+            is_single=self.is_single,
+            place_B=self.place_B[:num_rows],
+            length_B=self.base_B[:num_rows],
+            positions_B=positions_B,
+        )
 
     def _grouped(self, rows: Sequence[RunningRow]) -> Iterable[PrefixGroup]:
         members: dict[int, list[int]] = {}
@@ -140,6 +145,55 @@ class Decoding:
             assert prefix is not None
             is_all = len(same) == len(rows)  # rows of padding may look at anything
             yield PrefixGroup(prefix=prefix, rows_G=None if is_all else upload(torch.tensor(same), self._data.device))
+
+    def positions(self, num_rows: int) -> Tensor:
+        positions_B: Tensor = self.base_B[:num_rows] + self.own_B[:num_rows]
+        return positions_B
+
+    def rotations(self, positions_B: Tensor, longest: int) -> list[Rotation]:
+        """Per layer."""
+        offsets_WB = None if self.tables.is_single else self._data[3:, : len(positions_B)]
+        return self.tables.rotations(positions_B, offsets_WB, longest)
+
+
+class Decoding:
+    """The running rows of `slots` and their steps; `finish` turns hidden states into what a step gives.
+
+    `ropes`: the positions on each device of the layers. `prefill_lengths`: of every row that will ever run,
+    `num_positions`: more than the last position of any of them.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        ropes: Mapping[torch.device, Rope],
+        slots: Slots,
+        *,
+        prefill_lengths: Iterable[int],
+        num_positions: int,
+        kernel: str,
+        finish: Finish,
+        buckets: Buckets = EXACT,
+        is_triton: bool = False,
+        graphs: StepGraphs[StepResult] | None = None,
+        pools: PrefixPools | None = None,
+    ) -> None:
+        self.model, self.slots, self.kernel, self.finish, self.buckets = model, slots, kernel, finish, buckets
+        self.graphs, self.is_triton, self.pools = graphs, is_triton, pools
+        self.num_positions, self.layer_devices = num_positions, model.layer_devices
+        lengths = sorted(set(prefill_lengths))
+        self._sides = {device: _Side(rope, lengths, num_positions, slots.num_slots) for device, rope in ropes.items()}
+        self.tokens_B = torch.zeros(slots.num_slots, dtype=torch.long, device=model.device)
+        self.rows: list[RunningRow] = []
+        self._own: list[int] = []
+
+    def arrange(self, rows: Sequence[RunningRow], tokens: Sequence[int]) -> None:
+        """The rows from now on, row i in slot i, and the token that each is fed next. One transfer to the device."""
+        self.rows, self._own = list(rows), [row.own_tokens for row in rows]
+        self.tokens_B.zero_()
+        self.tokens_B[: len(rows)].copy_(upload(torch.tensor(list(tokens)), self.tokens_B.device))
+        for side in self._sides.values():
+            side.arrange(rows, self.pools)
 
     @torch.inference_mode()
     def step(self) -> StepResult:
@@ -163,25 +217,39 @@ class Decoding:
         grown = [row.num_cached + own - row.own_tokens for row, own in zip(self.rows, self._own)]
         train_length = self.model.config.train_length
         longest = self.num_positions if max(grown) + 1 > train_length else min(train_length, self.num_positions)
-        return StepShape(num_rows=num_rows, num_keys=num_keys, is_full=is_full, longest=longest, groups=self._groups)
+        side = self._sides[self.layer_devices[0]]
+        pool = None if side.pool is None else (side.pool.slots.num_slots, side.pool.slots.capacity)
+        return StepShape(
+            num_rows=num_rows,
+            num_keys=num_keys,
+            is_full=is_full,
+            longest=longest,
+            groups=side.groups,
+            pool=pool,
+            is_single=pool is not None and side.is_single,
+        )
 
     def _compute(self, shape: StepShape) -> StepResult:
-        tokens_B, own_B, base_B, *offsets = self._data[:, : shape.num_rows]
-        positions_B = base_B + own_B
-        attend = DecodeAttend(
-            self.slots,
-            own_B,
-            positions_B,
-            shape.num_keys,
-            is_full=shape.is_full,
-            groups=shape.groups,
-            kernel=self.kernel,
-            is_triton=self.is_triton,
-        )
-        offsets_WB = None if self.tables.is_single else torch.stack(offsets)
-        rotations = self.tables.rotations(positions_B, offsets_WB, shape.longest)
-        hidden_BE = self.model(tokens_B, rotations, attend)
-        own_B += 1
+        attends, turns = {}, {}
+        for device, side in self._sides.items():
+            positions_B = side.positions(shape.num_rows)
+            attends[device] = DecodeAttend(
+                self.slots,
+                side.own_B[: shape.num_rows],
+                positions_B,
+                shape.num_keys,
+                is_full=shape.is_full,
+                groups=side.groups,
+                pooled=side.pooled(positions_B),
+                kernel=self.kernel,
+                is_triton=self.is_triton,
+            )
+            turns[device] = side.rotations(positions_B, shape.longest)
+        rotations = [turns[device][layer] for layer, device in enumerate(self.layer_devices)]
+        attend = by_layer(attends, self.layer_devices)
+        hidden_BE = self.model(self.tokens_B[: shape.num_rows], rotations, attend)
+        for side in self._sides.values():
+            side.own_B[: shape.num_rows] += 1
         result, next_B = self.finish(hidden_BE)
         if next_B is not None:
             self.feed(next_B)

@@ -1,7 +1,8 @@
 """Unquantized Linears, multiplied by the kernel that measures best on this machine.
 
-On a CPU a bf16 product has three ways: `linear`, a matrix-vector product for one row, and oneDNN's prepacked weight.
-Which is fastest depends on the processor and the shape, by up to a factor of 2.6, and no list of CPU features says it:
+On a CPU a bf16 product has four ways: `linear`, a matrix-vector product for one row, oneDNN's prepacked weight, and the
+same with one to three rows padded to four (its kernel for one row is slower than that for four on some processors).
+Which is fastest depends on the processor and the shape, by up to a factor of 3.5, and no list of CPU features says it:
 `prepare` measures each shape once, at load. Layers below `MIN_BYTES` are left alone, so small models always take the
 same kernel and give the same numbers.
 """
@@ -21,57 +22,67 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Kernel: TypeAlias = Literal["linear", "linear, mv for one row", "oneDNN prepacked"]
+Kernel: TypeAlias = Literal["linear", "linear, mv for one row", "oneDNN prepacked", "oneDNN prepacked, at least 4 rows"]
 PLAIN: Kernel = "linear"
 VECTOR: Kernel = "linear, mv for one row"
 PREPACKED: Kernel = "oneDNN prepacked"
+PADDED: Kernel = "oneDNN prepacked, at least 4 rows"
+IS_PACKED = (PREPACKED, PADDED)
 
 MIN_BYTES = 1 << 20
+MIN_ROWS = 4  # of a padded product
 ROWS = (1, 32)  # what is measured: decoding one sequence, and a small batch
 MARGIN = 0.95  # another kernel than `linear` must be this much faster: noise must not choose
 PASSES = 3
 SAMPLE = 4  # layers of one shape measured in turn, so that a weight does not wait in the cache
 
-_measured: dict[tuple[int, int, int], dict[Kernel, list[float]]] = {}  # by outputs, inputs and threads
+# by outputs, inputs, threads, and whether there was room to pack
+_measured: dict[tuple[int, int, int, bool], dict[Kernel, list[float]]] = {}
 
 
 class Linear(nn.Linear):
-    """[R,K] -> [R,N]. Once prepacked, the weight exists in oneDNN's layout only."""
+    """[R,K] -> [R,N]. Once prepacked, the weight exists in oneDNN's layout only, unless it is kept for others."""
 
     kernel: Kernel = PLAIN
     packed: Tensor | None = None
 
     def forward(self, x_RK: Tensor) -> Tensor:
         if self.packed is not None:
-            return _prepacked(x_RK, self.packed, self.bias, self.out_features)
+            product = _padded if self.kernel == PADDED else _prepacked
+            return product(x_RK, self.packed, self.bias, self.out_features)
         if self.kernel == VECTOR and len(x_RK) == 1:
             return _vector(x_RK, self.weight, self.bias)
         return F.linear(x_RK, self.weight, self.bias)
 
-    def use(self, kernel: Kernel) -> None:
-        """Multiply by `kernel` from now on."""
-        if kernel == PREPACKED:
+    def use(self, kernel: Kernel, *, keep_weight: bool = False) -> None:
+        """Multiply by `kernel` from now on. A weight that is kept beside its packed copy takes its memory twice."""
+        if kernel in IS_PACKED:
             self.packed = _pack(self.weight)
-            del self.weight
+            if not keep_weight:
+                del self.weight
         self.kernel = kernel
 
 
-def prepare(modules: Iterable[nn.Module], *, keep_weight: Sequence[Linear] = ()) -> dict[str, int]:
+def prepare(
+    modules: Iterable[nn.Module], *, keep_weight: Sequence[Linear] = (), spare_bytes: int = 0
+) -> dict[str, int]:
     """Choose a kernel for every bf16 Linear on the CPU; returns the number of layers per kernel.
 
-    `keep_weight`: Linears whose plain weight is read elsewhere too; they are not repacked.
+    `keep_weight`: Linears whose plain weight is read elsewhere too; a packed copy must fit into `spare_bytes`.
     """
-    by_shape: dict[tuple[int, int], list[Linear]] = defaultdict(list)
+    by_shape: dict[tuple[int, int, bool], list[Linear]] = defaultdict(list)
     for module in modules:
         if isinstance(module, Linear) and _has_choice(module.weight):
-            by_shape[module.out_features, module.in_features].append(module)
+            is_kept = any(module is kept for kept in keep_weight)
+            by_shape[module.out_features, module.in_features, is_kept].append(module)
     counts: dict[str, int] = defaultdict(int)
-    for linears in by_shape.values():
-        times = _times(linears)
+    for (*_, is_kept), linears in by_shape.items():
         for linear in linears:
-            is_kept = any(linear is kept for kept in keep_weight)
-            linear.use(fastest({k: v for k, v in times.items() if not (is_kept and k == PREPACKED)}))
+            can_pack = not is_kept or linear.weight.nbytes <= spare_bytes
+            linear.use(fastest(_times(linears, can_pack=can_pack)), keep_weight=is_kept)
             counts[linear.kernel] += 1
+            if is_kept and linear.packed is not None:
+                spare_bytes -= linear.weight.nbytes
     return dict(counts)
 
 
@@ -89,38 +100,41 @@ def _has_choice(weight_NK: Tensor) -> bool:
     return weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16 and weight_NK.nbytes >= MIN_BYTES
 
 
-def _times(linears: Sequence[Linear]) -> dict[Kernel, list[float]]:
-    key = (linears[0].out_features, linears[0].in_features, torch.get_num_threads())
-    if key not in _measured:
-        _measured[key] = measure([linear.weight for linear in linears[:SAMPLE]])
+def _times(linears: Sequence[Linear], *, can_pack: bool) -> dict[Kernel, list[float]]:
+    key = (linears[0].out_features, linears[0].in_features, torch.get_num_threads(), can_pack)
+    if key not in _measured:  # not yet, so no weight of them is gone
+        _measured[key] = measure([linear.weight for linear in linears[:SAMPLE]], can_pack=can_pack)
     return _measured[key]
 
 
 @torch.inference_mode()
-def measure(weights_NK: Sequence[Tensor]) -> dict[Kernel, list[float]]:
-    """Seconds of each kernel at each number of rows of `ROWS`, for weights of one shape."""
+def measure(weights_NK: Sequence[Tensor], *, can_pack: bool = True) -> dict[Kernel, list[float]]:
+    """Seconds of each kernel at each number of rows of `ROWS`, for weights of one shape. Packs them for a while."""
     num_outputs = len(weights_NK[0])
     plain = [_seconds(F.linear, weights_NK, weights_NK[0], rows) for rows in ROWS]
     vector = _seconds(lambda x, weight: _vector(x, weight, None), weights_NK, weights_NK[0], 1)
     times: dict[Kernel, list[float]] = {PLAIN: plain, VECTOR: [vector, *plain[1:]]}
-    if can_prepack():
+    if can_pack and can_prepack():
         packed = [_pack(weight) for weight in weights_NK]
         product = functools.partial(_prepacked, bias_N=None, num_outputs=num_outputs)
         times[PREPACKED] = [_seconds(product, packed, weights_NK[0], rows) for rows in ROWS]
+        padded = functools.partial(_padded, bias_N=None, num_outputs=num_outputs)
+        times[PADDED] = [_seconds(padded, packed, weights_NK[0], 1), *times[PREPACKED][1:]]
     return times
 
 
 def _seconds(
     product: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], like_NK: Tensor, rows: int
 ) -> float:
+    """The least of all single products: of a longer span, a busy machine would take a part."""
     x_RK = torch.ones(rows, like_NK.shape[1], dtype=like_NK.dtype)
     product(x_RK, weights[0])  # the first call sets the kernel up
     best = float("inf")
     for _ in range(PASSES):
-        start = time.perf_counter()
         for weight in weights:
+            start = time.perf_counter()
             product(x_RK, weight)
-        best = min(best, time.perf_counter() - start)
+            best = min(best, time.perf_counter() - start)
     return best
 
 
@@ -145,6 +159,13 @@ def _prepacked(x_RK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs:
         return x_RK.new_empty(*x_RK.shape[:-1], num_outputs)
     y_RN: Tensor = torch.ops.mkldnn._linear_pointwise(x_RK, packed, bias_N, "none", [], "")
     return y_RN
+
+
+def _padded(x_RK: Tensor, packed: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+    rows = len(x_RK)
+    if not 0 < rows < MIN_ROWS:
+        return _prepacked(x_RK, packed, bias_N, num_outputs)
+    return _prepacked(F.pad(x_RK, (0, 0, 0, MIN_ROWS - rows)), packed, bias_N, num_outputs)[:rows]
 
 
 def _vector(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:

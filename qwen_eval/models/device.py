@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -67,7 +66,7 @@ def measured_flops(device: str, dtype: str) -> float:
     return 2.0 * size**3 / _best_s(lambda: a @ a, where)
 
 
-def _best_s(work: Callable[[], Any], device: torch.device) -> float:
+def _best_s(work: Callable[[], object], device: torch.device) -> float:
     synchronise = synchroniser(device)
     times = []
     for _ in range(REPEATS + 1):  # the first is the warm-up

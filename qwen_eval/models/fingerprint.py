@@ -119,7 +119,7 @@ def _safetensors_spans(file: BinaryIO, size: int) -> list[tuple[int, int]] | Non
         (length,) = struct.unpack("<Q", file.read(8))
         if not 2 <= length <= min(HEADER_BYTES, size - 8):
             return None
-        header = json.loads(file.read(length))
+        header: dict[str, dict[str, list[int]]] = json.loads(file.read(length))
         first = 8 + length
         tensors = sorted(
             (first + int(row["data_offsets"][0]), first + int(row["data_offsets"][1]))

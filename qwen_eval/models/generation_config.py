@@ -45,7 +45,7 @@ def sampling_of(generation: Mapping[str, Any]) -> dict[str, float] | None:
     }
     for key, neutral in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
         value = generation.get(key)
-        found[key] = neutral if value is None else value
+        found[key] = neutral if value is None or (key == "top_k" and value == -1) else value  # -1: vLLM's word for all
     for key, value in found.items():
         if type(value) not in (int, float) or not 0 <= value < 1e9:
             raise ModelError(f"generation_config.json: {key}={str(value)[:80]} is no number; get the file again")

@@ -11,10 +11,11 @@ from typing import Generic, TypeVar
 
 import torch
 
+from qwen_eval.models.cost import MAX_GRAPH_BYTES
+
 T = TypeVar("T")
 Compute = Callable[[], T]
 Replay = Callable[[], None]
-MAX_BYTES = 2 * 2**30  # of memory that captured steps may keep
 
 
 class StepGraphs(Generic[T]):
@@ -25,7 +26,7 @@ class StepGraphs(Generic[T]):
         capture: Callable[[Compute[T]], tuple[Replay, T]],
         *,
         used_bytes: Callable[[], int] = lambda: 0,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int = MAX_GRAPH_BYTES,
     ) -> None:
         self._capture, self._used_bytes, self.max_bytes = capture, used_bytes, max_bytes
         self._captured: dict[Hashable, tuple[Replay, T]] = {}
@@ -68,7 +69,7 @@ class StepGraphs(Generic[T]):
         return True
 
 
-def cuda_graphs(device: torch.device) -> StepGraphs[T] | None:
+def cuda_graphs(device: torch.device, max_bytes: int = MAX_GRAPH_BYTES) -> StepGraphs[T] | None:
     """Graphs of this device, all in one memory pool; None where there are none."""
     if device.type != "cuda":
         return None
@@ -80,4 +81,4 @@ def cuda_graphs(device: torch.device) -> StepGraphs[T] | None:
             outputs = compute()
         return graph.replay, outputs
 
-    return StepGraphs(capture, used_bytes=lambda: torch.cuda.memory_reserved(device))
+    return StepGraphs(capture, used_bytes=lambda: torch.cuda.memory_reserved(device), max_bytes=max_bytes)

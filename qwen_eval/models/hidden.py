@@ -9,6 +9,7 @@ copied: it is read again from the checkpoint. At Qwen-7B's size WikiText-2 under
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ class HiddenStates:
         path = self.directory / f"{key}.safetensors"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
+            part = path.with_suffix(f".{os.getpid()}.part")  # two workers may have the same text
             save_file({"hidden": hidden_RE.contiguous()}, str(part))
             part.replace(path)
         except (OSError, SafetensorError) as error:

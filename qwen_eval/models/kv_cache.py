@@ -82,25 +82,41 @@ class LayerKv:
     start: int
 
 
+@dataclass(kw_only=True)
+class _Block:
+    """Buffers of several layers, of one prefix alone: blocks of one layer that stay among those that come and go tear
+    the C heap apart.
+    """
+
+    row: dict[int, int]  # by layer
+    buffers: Stored = ()
+    room: int = 0  # tokens that fit in them
+
+
 class Prefix:
     """The cache of one sequence of `length` tokens, immutable to its readers; `ModelRunner.extend` makes it longer.
 
     A layer without a window lies in buffers that `reserve` sized: tokens are added in place, behind what readers see.
+    `layer_devices`: where each layer lies, if they lie on several devices; each device has buffers of its own.
     """
 
-    def __init__(self, config: ModelConfig, codec: KvCodec, dtype: torch.dtype) -> None:
-        self.config, self.codec, self.dtype = config, codec, dtype
+    def __init__(
+        self, config: ModelConfig, codec: KvCodec, dtype: torch.dtype, layer_devices: Sequence[torch.device] = ()
+    ) -> None:
+        self.config, self.codec, self.dtype, self.layer_devices = config, codec, dtype, layer_devices
         self.length = 0
         self._reserved = 0
         self._layers: list[LayerKv | None] = [None] * config.num_layers
-        unlimited = (layer for layer in range(config.num_layers) if config.window(layer) is None)
-        self._row = {layer: row for row, layer in enumerate(unlimited)}
-        self._buffers: Stored = ()  # of this prefix alone
-        self._room = 0  # tokens that fit in them
+        self._blocks: dict[int, _Block] = {}  # of the layers without a window, one for all layers of a device
+        unlimited = [layer for layer in range(config.num_layers) if config.window(layer) is None]
+        for device in dict.fromkeys(layer_devices or (None,)):
+            same = [layer for layer in unlimited if not layer_devices or layer_devices[layer] == device]
+            block = _Block(row={layer: row for row, layer in enumerate(same)})
+            self._blocks |= dict.fromkeys(same, block)
 
     def fork(self) -> Prefix:
         """A prefix that starts with this one's tokens and can be grown by itself (the tokens are shared until then)."""
-        twin = Prefix(self.config, self.codec, self.dtype)
+        twin = Prefix(self.config, self.codec, self.dtype, self.layer_devices)
         twin.length, twin._layers = self.length, list(self._layers)
         return twin
 
@@ -115,37 +131,39 @@ class Prefix:
             return None
         return self.codec.decode(kept.k, self.dtype), self.codec.decode(kept.v, self.dtype), kept.start
 
+    def stored(self, layer: int) -> tuple[Stored, Stored] | None:
+        """As the codec keeps them; None while empty."""
+        kept = self._layers[layer]
+        return None if kept is None else (kept.k, kept.v)
+
     def append(self, layer: int, k: Stored, v: Stored) -> None:
         """Add tokens to one layer; `advance` once all layers have them. A window forgets what no later token sees."""
-        if layer in self._row:
+        if layer in self._blocks:
             self._layers[layer] = self._write_behind(layer, k, v)
         else:
             self._layers[layer] = self._roll(layer, k, v)
 
     def _write_behind(self, layer: int, k: Stored, v: Stored) -> LayerKv:
-        end = self.length + k[0].shape[2]
-        if self._room < end:
-            self._make_room(k, max(end, self._reserved))
-        buffers = tuple(whole[self._row[layer]] for whole in self._buffers)
+        end, block = self.length + k[0].shape[2], self._blocks[layer]
+        if block.room < end:
+            self._make_room(block, k, max(end, self._reserved))
+        buffers = tuple(whole[block.row[layer]] for whole in block.buffers)
         for buffer, part in zip(buffers, (*k, *v)):
             buffer[:, :, self.length : end] = part
         seen = tuple(buffer[:, :, :end] for buffer in buffers)
         return LayerKv(k=seen[: len(k)], v=seen[len(k) :], start=0)
 
-    def _make_room(self, like: Stored, num_tokens: int) -> None:
-        """New buffers [L,1,K,num_tokens,*] of the layers without a window, holding their tokens so far.
-
-        One block, not one a layer: blocks that stay among those that come and go tear the C heap apart.
-        """
-        self._buffers = tuple(
-            torch.empty((len(self._row), *t.shape[:2], num_tokens, t.shape[3]), dtype=t.dtype, device=t.device)
+    def _make_room(self, block: _Block, like: Stored, num_tokens: int) -> None:
+        """New buffers [L,1,K,num_tokens,*] of the layers of a block, holding their tokens so far."""
+        block.buffers = tuple(
+            torch.empty((len(block.row), *t.shape[:2], num_tokens, t.shape[3]), dtype=t.dtype, device=t.device)
             for t in (*like, *like)
         )
-        self._room = num_tokens
-        for layer, row in self._row.items():
+        block.room = num_tokens
+        for layer, row in block.row.items():
             kept = self._layers[layer]
             if kept is not None:
-                for whole, old in zip(self._buffers, (*kept.k, *kept.v)):
+                for whole, old in zip(block.buffers, (*kept.k, *kept.v)):
                     whole[row, :, :, : self.length] = old
 
     def _roll(self, layer: int, k: Stored, v: Stored) -> LayerKv:
@@ -196,6 +214,16 @@ class Slots:
         for buffers, parts in zip(self._buffers(layer, k, v), (k, v)):
             for buffer, part in zip(buffers, parts):
                 buffer[rows_N, :, positions_N] = part[0].transpose(0, 1)
+
+    @torch.inference_mode()
+    def put(self, row: int, prefix: Prefix) -> None:
+        """Copy what each layer of a prefix keeps to the beginning of a slot."""
+        for layer in range(self.config.num_layers):
+            kept = prefix.stored(layer)
+            if kept is not None:
+                for buffers, parts in zip(self._buffers(layer, *kept), kept):
+                    for buffer, part in zip(buffers, parts):
+                        buffer[row, :, : part.shape[2]] = part[0]
 
     def stored(self, layer: int, num_rows: int, num_keys: int) -> tuple[Stored, Stored]:
         """The first keys and values of the first slots, as the codec keeps them."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.cost import unit_bytes
+from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.generation_config import read_json, sampling_of
 from qwen_eval.models.hub import checkpoint_dir
@@ -25,9 +28,11 @@ from qwen_eval.models.overrides import read_config, with_overrides
 from qwen_eval.models.quant import kernels
 from qwen_eval.models.quant.formats import StoredQuant, quant_format, random_stored, read_stored
 from qwen_eval.models.runner import ModelRunner
+from qwen_eval.models.spread import Room, layer_map
 from qwen_eval.models.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_eval.models.transformer import Transformer
 
+HEAD_COPY_SHARE = 1 / 8  # of the free memory: what a packed copy of the head may take
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -46,7 +51,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     if spec.weights != "random":
         check_shape(spec, base)
     config = with_overrides(ModelConfig.from_hf(fields), spec)
-    placement = placement_of(spec, fields, base)
+    placement = spread_placement(spec, config, fields, base)
     tokenizer = load_tokenizer(tokenizer_dir(directory), system=spec.system, thinking=spec.thinking)
     check_vocabulary(tokenizer, config, directory)
     fingerprint = model_fingerprint(spec, directory)  # before the weights: a file replaced meanwhile is not these
@@ -55,16 +60,44 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     is_int8 = spec.kv_cache == "int8"
     codec: KvCodec = Int8Codec(upstream=protocol == "upstream") if is_int8 else PlainCodec(placement.dtype)
     forward = ModelRunner(model, codec=codec, attention=spec.attention, prefill_chunk=prefill_chunk)
-    facts = {**_facts(spec, model, fingerprint, placement.device), "quant": placement.quant}
+    facts = {**_facts(spec, model, fingerprint), "quant": placement.quant}
     facts |= tokenizer.template.facts if tokenizer.template else {}
     facts["sampling"] = sampling_of(read_json(base / "generation_config.json"))
-    facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head])  # choices read rows of the head
+    spare = int(HEAD_COPY_SHARE * memory_bytes(torch.device("cpu"))[0])
+    # choices read rows of the head, and a tied one is the embedding
+    facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head], spare_bytes=spare)
     return Opened(forward=forward, tokenizer=tokenizer, facts=facts)
 
 
-def placement_of(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) -> Placement:
+def spread_placement(spec: ModelSpec, config: ModelConfig, fields: Mapping[str, Any], directory: Path) -> Placement:
+    """`placement_of`, and where `model.device` leaves a choice of devices, each layer's own."""
+    devices, first = choose_devices(spec.device), placement_of(spec, fields, directory)
+    if len(devices) == 1:
+        if first.device.index is not None and first.device.type == "cuda":
+            torch.cuda.set_device(first.device)  # captured steps and Triton's kernels are of the current device
+        return first
+    dtype = next(name for name, known in DTYPES.items() if known == first.dtype)
+    is_packed = kernels.has_packed(first.dtype, first.device)
+    units = unit_bytes(config, first.quant, dtype, is_packed=is_packed)
+    rooms = rooms_of(devices)
+    places = layer_map(units, rooms, is_tied=config.tie_embeddings, is_all=spec.device != "auto")
+    same = replace(spec, dtype=dtype)
+    of = {device: placement_of(same, fields, directory, device) for device in dict.fromkeys(places.values())}
+    elsewhere = {unit: of[device] for unit, device in places.items()} if len(of) > 1 else {}
+    return replace(of[places["embed"]], elsewhere=elsewhere)
+
+
+def rooms_of(devices: Sequence[torch.device]) -> list[Room]:
+    """The free memory of each; the host is asked once, since its answer changes from moment to moment."""
+    host = memory_bytes(torch.device("cpu"))[0]
+    return [Room(device=d, free_bytes=memory_bytes(d)[0] if d.type == "cuda" else host) for d in devices]
+
+
+def placement_of(
+    spec: ModelSpec, fields: Mapping[str, Any], directory: Path, device: torch.device | None = None
+) -> Placement:
     """Device, dtype and packing of the weights. `directory` is that of config.json."""
-    device = choose_device(spec.device)
+    device = device or choose_devices(spec.device)[0]
     packed = read_quant(spec, fields, directory)
     dtype = choose_dtype(spec.dtype, fields, device, is_packed=packed is not None)
     check_quant(spec, packed)
@@ -97,15 +130,31 @@ def check_cache(spec: ModelSpec, fields: Mapping[str, Any]) -> None:
         )
 
 
+def choose_devices(device: str) -> tuple[torch.device, ...]:
+    """`model.device`: all GPUs for auto where there are several, those named in "cuda:0+cuda:1", else one."""
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return tuple(torch.device("cuda", i) for i in range(count)) if count > 1 else (choose_device(device),)
+    chosen = tuple(choose_device(name) for name in device.split("+"))
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"model.device={device}: names a device twice")
+    return chosen
+
+
 def choose_device(device: str) -> torch.device:
+    """`model.device` of what runs on one device; the first GPU for auto."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "+" in device:
+        raise ConfigError(f"model.device={device}: only the native engine spreads a model; name one device here")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"model.device={device}: auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"model.device={device}: auto, cpu, cuda, cuda:N, or several as cuda:0+cuda:1") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device={device}: no CUDA device here; use model.device=cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"model.device={device}: the GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return chosen
 
 
@@ -149,21 +198,28 @@ def check_quant(spec: ModelSpec, packed: StoredQuant | None) -> None:
         raise ModelError(f"model.quant={spec.quant}: the checkpoint is packed in another format, {packed.format.name}")
 
 
+def device_names(devices: Iterable[torch.device]) -> str:
+    """`"2 x NVIDIA A100-SXM4-80GB"`, each device once."""
+    names = (torch.cuda.get_device_name(d) if d.type == "cuda" else "cpu" for d in dict.fromkeys(devices))
+    return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in Counter(names).items())
+
+
 def _weights(spec: ModelSpec, directory: Path, config: ModelConfig, placement: Placement) -> Transformer:
     if spec.weights == "random":
         return random_model(config, placement, spec.seed)
     return load(open_tensors(directory), config, placement)[0]
 
 
-def _facts(spec: ModelSpec, model: Transformer, fingerprint: str, device: torch.device) -> dict[str, JSON]:
+def _facts(spec: ModelSpec, model: Transformer, fingerprint: str) -> dict[str, JSON]:
     report = kernels.report(model.modules())
-    config = model.config
+    config, layers = model.config, Counter(map(str, model.layer_devices))
     return {
         "weights": fingerprint,
         "num_parameters": num_parameters(config),
         "weight_bytes": sum(p.nbytes for p in model.parameters() if p.is_floating_point()) + report.weight_bytes,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_names(model.layer_devices),
+        **({"layers_on": dict(layers)} if len(layers) > 1 else {}),
         "kernels": report.kernels,
         "quant_fallback": report.fallback,
         "dynamic_ntk": config.dynamic_ntk,

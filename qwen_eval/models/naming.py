@@ -16,19 +16,27 @@ from typing import Any
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ModelError
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.hub import checkpoint_dir
+from qwen_eval.models.hub import texts_dir
 
 # The shape of a model. Fine-tunes may resize the vocabulary, tie the embeddings or extend the context.
 SHAPE = ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
 OF_A_NAMED_MODEL = ("asset", "arch", "chat", "quant")  # what `conf/model/NAME.yaml` says of one model alone
 MAX_JSON_BYTES = 32 << 20
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def settle(model: ModelSpec, given: frozenset[str]) -> ModelSpec:
     """The spec, completed from the checkpoint's files. `given` are the user's keys: "model", "model.name" ...
 
-    ModelError for a directory of another shape than the named model's.
+    `model.path=Qwen/Qwen3-0.6B` where no such directory is becomes the hub's model. ModelError for a directory of
+    another shape than the named model's.
     """
+    if model.path is not None and is_hub_id(model.path):
+        hub_model = replace(model, hub_id=model.path, modelscope_id=model.path, path=None, asset=None)
+        try:
+            return settle(hub_model, given | {"model.hub_id"})
+        except ModelError as error:
+            raise ModelError(f"model.path={model.path}: no such directory is here; as a hub id, {error}") from error
     has_place = model.path is not None or "model.hub_id" in given or ("model" not in given and model.hub_id is not None)
     if not has_place:
         return model
@@ -36,13 +44,19 @@ def settle(model: ModelSpec, given: frozenset[str]) -> ModelSpec:
     if "model" not in given:
         model = anonymous(model, model.path or str(model.hub_id), given)
         is_said = "model.chat" in given or not is_fetched
-        return model if is_said else replace(model, chat=is_chat(checkpoint_dir(model)))
+        return model if is_said else replace(model, chat=is_chat(texts_dir(model)))
     if model.weights == "random":
         return model
     if "model.name" in given:
         return replace(model, arch={})  # the user knows that it is another one
-    check_shape(model, checkpoint_dir(model))
+    check_shape(model, texts_dir(model))
     return model
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path is OWNER/NAME and neither it nor a folder OWNER is here."""
+    owner = Path(path).parent
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and not owner.exists()
 
 
 def check_shape(model: ModelSpec, directory: Path) -> None:

@@ -8,16 +8,19 @@ This is where positions, NTK alphas, caches and the model meet; engines schedule
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen_eval.models import fused
-from qwen_eval.models.attend import PackedAttend, upload
+from qwen_eval.models.attend import PackedAttend, by_layer, upload
 from qwen_eval.models.attention import choose_kernel
+from qwen_eval.models.cost import MAX_POOL_BYTES
 from qwen_eval.models.decode import Buckets, Decoding, Finish, StepResult, buckets_for
 from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import KvCodec, PlainCodec, Prefix, Slots
+from qwen_eval.models.prefix_pool import GATHERED_BYTES, PrefixPools
 from qwen_eval.models.rope import Rope
 from qwen_eval.models.transformer import Transformer
 
@@ -39,21 +42,38 @@ class ModelRunner:
         self.model, self.config = model, model.config
         self.codec: KvCodec = codec or PlainCodec(model.dtype)
         self.kernel = choose_kernel(attention, model.device)
-        self.rope = Rope(model.config, model.device)
+        self.layer_devices = model.layer_devices
+        self.ropes = {device: Rope(model.config, device) for device in dict.fromkeys(self.layer_devices)}
+        self.rope = self.ropes[self.layer_devices[0]]  # all have the same alphas
         self.prefill_chunk = prefill_chunk
+        self.long_chunk = prefill_chunk  # of a prompt alone, which fills a GPU only with more tokens than a CPU
+        self.pool_bytes = MAX_POOL_BYTES
         self.decode_kernel = decode_kernel or choose_decode_kernel(model, self.kernel)
 
     @property
     def device(self) -> torch.device:
+        """Where tokens go in; `head_device` is where hidden states come out."""
         return self.model.device
 
     @property
+    def head_device(self) -> torch.device:
+        return self.model.head_device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Of the layers, in their order."""
+        return tuple(self.ropes)
+
+    @property
     def chunk(self) -> int:
-        """Tokens of one prefill forward. The original's int8 cache has one scale a call: then a prompt is one call."""
+        """Tokens of a prompt beyond which it is prefilled alone, in chunks of `long_chunk`.
+
+        The original's int8 cache has one scale a call: then a prompt is one call.
+        """
         return 2**31 if self.codec.is_chunked else self.prefill_chunk
 
     def empty_prefix(self) -> Prefix:
-        return Prefix(self.config, self.codec, self.model.dtype)
+        return Prefix(self.config, self.codec, self.model.dtype, self.layer_devices)
 
     def slots(self, num_slots: int, capacity: int) -> Slots:
         return Slots(self.config, self.codec, self.model.dtype, num_slots, capacity)
@@ -67,19 +87,11 @@ class ModelRunner:
         `total_length`: prefill tokens of the whole sequence this belongs to; it decides the NTK alpha.
         """
         prefix.reserve(prefix.length + len(ids))
-        for start in range(0, len(ids), self.chunk):
-            part = ids[start : start + self.chunk]
-            attend = PackedAttend(
-                self.config,
-                self.codec,
-                [len(part)],
-                kernel=self.kernel,
-                device=self.device,
-                prefixes=[prefix],
-                sinks=[prefix],
-            )
-            rows = None if want_hidden else torch.tensor(NO_ROWS, dtype=torch.long, device=self.device)
-            hidden = self._run(part, total_length, attend, rows)
+        size = max(self.chunk, self.long_chunk)
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            attends = self._attends([len(part)], prefixes=[prefix], sinks=[prefix])
+            hidden = self._run(part, total_length, attends, None if want_hidden else self._no_rows())
             prefix.advance(len(part))
             yield hidden
 
@@ -119,17 +131,8 @@ class ModelRunner:
         lengths = [len(ids) for ids in parts]
         for prefix, length in zip(prefixes, lengths):
             prefix.reserve(prefix.length + length)
-        attend = PackedAttend(
-            self.config,
-            self.codec,
-            lengths,
-            kernel=self.kernel,
-            device=self.device,
-            prefixes=parents,
-            sinks=prefixes,
-        )
-        rows = torch.tensor(NO_ROWS, dtype=torch.long, device=self.device)
-        self._run(_joined(parts), self._token_lengths(total_lengths, lengths), attend, rows)
+        attends = self._attends(lengths, prefixes=parents, sinks=prefixes)
+        self._run(_joined(parts), self._token_lengths(total_lengths, lengths), attends, self._no_rows())
         for prefix, length in zip(prefixes, lengths):
             prefix.advance(length)
         return prefixes
@@ -146,11 +149,9 @@ class ModelRunner:
     ) -> Tensor:
         """Hidden states of several sequences, each after its own prefix, packed [N,E]; with `last_only` [B,E]."""
         lengths = [len(s) for s in sequences]
-        attend = PackedAttend(
-            self.config, self.codec, lengths, kernel=self.kernel, device=self.device, prefixes=prefixes, sink_slots=sink
-        )
-        rows = attend.last_B if last_only else None
-        return self._run(_joined(sequences), self._token_lengths(total_lengths, lengths), attend, rows)
+        attends = self._attends(lengths, prefixes=prefixes, sink_slots=sink)
+        rows = attends[self.layer_devices[-1]].last_B if last_only else None
+        return self._run(_joined(sequences), self._token_lengths(total_lengths, lengths), attends, rows)
 
     def decoding(
         self,
@@ -161,19 +162,32 @@ class ModelRunner:
         finish: Finish = lambda hidden: (hidden, None),
         buckets: Buckets | None = None,
         graphs: StepGraphs[StepResult] | None = None,
+        is_pooled: bool = False,
     ) -> Decoding:
-        """Decode steps over `slots`; see `Decoding`."""
+        """Decode steps over `slots`; see `Decoding`. Where steps are captured, prefixes are read from pools."""
+        buckets = buckets or buckets_for(self.device)
         return Decoding(
             self.model,
-            self.rope,
+            self.ropes,
             slots,
             prefill_lengths=prefill_lengths,
             num_positions=num_positions,
             kernel=self.kernel,
             finish=finish,
             is_triton=self.decode_kernel == "triton",
-            buckets=buckets or buckets_for(self.device),
+            buckets=buckets,
             graphs=graphs,
+            pools=self._pools(buckets) if graphs is not None or is_pooled else None,
+        )
+
+    def _pools(self, buckets: Buckets) -> PrefixPools:
+        layer_bytes = 2 * self.config.num_kv_heads * self.config.head_dim * self.model.dtype.itemsize
+        return PrefixPools(
+            self.slots,
+            buckets.rows,
+            buckets.keys,
+            max_tokens=self.pool_bytes // (layer_bytes * self.config.num_layers),
+            max_gathered=None if self.decode_kernel == "triton" else GATHERED_BYTES // layer_bytes,
         )
 
     def _token_lengths(self, total_lengths: Sequence[int], lengths: Sequence[int]) -> int | list[int]:
@@ -182,12 +196,27 @@ class ModelRunner:
             return total_lengths[0]
         return [total for total, length in zip(total_lengths, lengths) for _ in range(length)]
 
+    def _attends(self, lengths: Sequence[int], **options: Any) -> dict[torch.device, PackedAttend]:
+        """One for each device."""
+        return {
+            device: PackedAttend(self.config, self.codec, lengths, kernel=self.kernel, device=device, **options)
+            for device in self.ropes
+        }
+
+    def _no_rows(self) -> Tensor:
+        return torch.tensor(NO_ROWS, dtype=torch.long, device=self.layer_devices[-1])
+
     def _run(
-        self, ids: Sequence[int], lengths: int | Sequence[int], attend: PackedAttend, rows: Tensor | None
+        self,
+        ids: Sequence[int],
+        lengths: int | Sequence[int],
+        attends: dict[torch.device, PackedAttend],
+        rows: Tensor | None,
     ) -> Tensor:
         tokens = upload(torch.tensor(ids), self.device)
-        rotations = self.rope.rotations(attend.positions_N, lengths, attend.end)
-        hidden: Tensor = self.model(tokens, rotations, attend, rows)
+        turns = {d: self.ropes[d].rotations(a.positions_N, lengths, a.end) for d, a in attends.items()}
+        rotations = [turns[device][layer] for layer, device in enumerate(self.layer_devices)]
+        hidden: Tensor = self.model(tokens, rotations, by_layer(attends, self.layer_devices), rows)
         return hidden
 
 
@@ -197,11 +226,12 @@ def choose_decode_kernel(model: Transformer, kernel: str) -> str:
         return "plain"
     from qwen_eval.models.triton_decode import why_not
 
-    config = model.config
-    reason = why_not(
-        model.device, model.dtype, heads=config.num_heads, kv_heads=config.num_kv_heads, dim=config.head_dim
-    )
-    return "triton" if reason is None else f"plain ({reason})"
+    c = model.config
+    for device in dict.fromkeys(model.layer_devices):
+        reason = why_not(device, model.dtype, heads=c.num_heads, kv_heads=c.num_kv_heads, dim=c.head_dim)
+        if reason is not None:
+            return f"plain ({reason})"
+    return "triton"
 
 
 def _joined(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -20,7 +20,7 @@ Fields: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class ChatSegment:
     """A piece of a rendered chat; `is_content` where the text came from a message, not from the template."""
 
     text: str
@@ -138,20 +138,20 @@ def texts_of(prompt: Prompt) -> list[str]:
     return [message.content for message in prompt.messages] + calls + list(prompt.tools)
 
 
-def matched(text: str, marked: str, contents: Mapping[str, str]) -> list[Segment] | None:
+def matched(text: str, marked: str, contents: Mapping[str, str]) -> list[ChatSegment] | None:
     """`text` in segments, if it is `marked` with the contents for their marks, plain or as in JSON; else None."""
     if not contents:
-        return [Segment(text=text, is_content=False)] if text == marked else None
+        return [ChatSegment(text=text, is_content=False)] if text == marked else None
     pieces = re.split(f"({'|'.join(map(re.escape, contents))})", marked)
     if not text.startswith(pieces[0]):
         return None
-    segments, at = [Segment(text=pieces[0], is_content=False)], len(pieces[0])
+    segments, at = [ChatSegment(text=pieces[0], is_content=False)], len(pieces[0])
     for mark, literal in zip(pieces[1::2], pieces[2::2]):
         forms = (contents[mark], json.dumps(contents[mark], ensure_ascii=False)[1:-1])
         form = next((form for form in forms if text.startswith(form + literal, at)), None)
         if form is None:
             return None
-        segments += [Segment(text=form, is_content=True), Segment(text=literal, is_content=False)]
+        segments += [ChatSegment(text=form, is_content=True), ChatSegment(text=literal, is_content=False)]
         at += len(form) + len(literal)
     return segments if at == len(text) else None
 
@@ -165,7 +165,7 @@ class SpanTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def encode_spans(segments: Iterable[Segment], special: re.Pattern[str], tokenizer: SpanTokenizer) -> list[int]:
+def encode_spans(segments: Iterable[ChatSegment], special: re.Pattern[str], tokenizer: SpanTokenizer) -> list[int]:
     """Special tokens outside contents become their ids; each span between two of them is encoded as one text."""
     ids: list[int] = []
     span = ""

@@ -15,9 +15,9 @@ from typing import Any
 from qwen_eval.core import JSON, ConfigError, Message, ModelError, Prompt
 from qwen_eval.models.segments import (
     Chat,
+    ChatSegment,
     Fields,
     Marks,
-    Segment,
     SpanTokenizer,
     encode_spans,
     matched,
@@ -113,7 +113,7 @@ class ChatTemplate:
 
     # --- rendering ---
 
-    def _segments(self, prompt: Prompt) -> tuple[list[Segment], bool]:
+    def _segments(self, prompt: Prompt) -> tuple[list[ChatSegment], bool]:
         """The rendered chat in pieces, and whether it is known which of them are contents."""
         messages = with_system(prompt.messages, self.system)
         marks = [Marks(self._special, every=True), Marks(self._special, every=False)]
@@ -123,12 +123,12 @@ class ChatTemplate:
         text, *texts = self._render(prompt, [whole, *marked])
         if isinstance(text, ModelError):
             raise text
-        prefill = [Segment(text=prompt.prefill, is_content=True)] if prompt.prefill else []
+        prefill = [ChatSegment(text=prompt.prefill, is_content=True)] if prompt.prefill else []
         for chat, rendered in zip(marked, texts):
             found = None if isinstance(rendered, ModelError) else matched(text, rendered, chat.marked)
             if found is not None:
                 return [*found, *prefill], True
-        return [Segment(text=text, is_content=False), *prefill], False
+        return [ChatSegment(text=text, is_content=False), *prefill], False
 
     def _render(self, prompt: Prompt, chats: Sequence[Chat]) -> list[str | ModelError]:
         """Arguments of tool calls as objects, and once more as JSON text for templates that add them to a string."""

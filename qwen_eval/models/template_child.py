@@ -10,12 +10,18 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEXT = 1 << 23  # characters of one rendered chat
 
 
-def environment() -> Any:
+def environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates (its docs, "Writing a chat template")."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
@@ -27,7 +33,7 @@ def environment() -> Any:
 
         tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 
-        def parse(self, parser: Any) -> Any:
+        def parse(self, parser: Parser) -> Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
@@ -60,10 +66,10 @@ def limit_memory(max_bytes: int) -> None:
 class Renderer:
     def __init__(self) -> None:
         self.environment = environment()
-        self.template: Any = None
+        self.template: Template | None = None
 
     def obey(self, line: bytes) -> dict[str, Any]:
-        order = json.loads(line)
+        order: dict[str, Any] = json.loads(line)
         if "load" in order:
             from jinja2.meta import find_undeclared_variables
 
@@ -72,6 +78,7 @@ class Renderer:
         return {"texts": [attempt(partial(self.render, row)) for row in order["render"]]}
 
     def render(self, variables: dict[str, Any]) -> dict[str, Any]:
+        assert self.template is not None, "no template is loaded"
         text = self.template.render(**variables)
         if len(text) > MAX_TEXT:
             raise MemoryError

@@ -12,16 +12,15 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 from qwen_eval.core import ModelError
+from qwen_eval.models.segments import Fields
 
 RENDER_S = 10.0  # of one chat; published templates take a millisecond
 START_S = 60.0
 MEMORY_BYTES = 512 << 20
 MAX_REPLY = 1 << 28  # bytes that are read from the child
-
-Fields: TypeAlias = dict[str, Any]
 
 
 class TemplateProcess:

@@ -106,10 +106,10 @@ class Tuner:
         model = self.model
         positions = torch.arange(len(ids_T), device=ids_T.device)
         rotations = self._rope.rotations(positions, len(ids_T), len(ids_T))
-        x_TE = model.embed(ids_T)
+        x_TE: Tensor = model.embed(ids_T)
         for i, block in enumerate(model.layers):
             x_TE = self._maybe_checkpointed(_block, block, x_TE, rotations[i])
-        hidden_TE = model.norm(x_TE)[:-1]
+        hidden_TE: Tensor = model.norm(x_TE)[:-1]
         sums = [
             # the logits of a chunk are made again in the backward pass: a row of Qwen's vocabulary is 0.6 MB
             checkpoint(_chunk_loss, model.head, hidden, targets, use_reentrant=False)

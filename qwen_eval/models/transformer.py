@@ -9,7 +9,8 @@ The model never sees batches, padding, caches or masks: it turns N packed tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,10 @@ def dense_linear(name: str, in_features: int, out_features: int, bias: bool) -> 
 
 class RMSNorm(nn.Module):
     """Normalised in fp32, cast back, then weighted (the order of the original; it matters in bf16)."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -79,8 +84,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
-        qkv = self.qkv(x_NE).view(len(x_NE), -1, self.dim)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        qkv: Tensor = self.qkv(x_NE).view(len(x_NE), -1, self.dim)
+        q, k, v = qkv.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         k = rotation.turn(k)
@@ -114,10 +119,17 @@ class Block(nn.Module):
         self.mlp = MLP(config, name, make_linear)
 
     def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
-        mixed = self.attn(self.attn_norm(x_NE), layer, rotation, attend, rows)
+        mixed: Tensor = self.attn(self.attn_norm(x_NE), layer, rotation, attend, rows)
         x_NE = (x_NE if rows is None else x_NE[rows]) + mixed
         out: Tensor = x_NE + self.mlp(self.mlp_norm(x_NE))
         return out
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, which is the current one from now on: Triton launches its kernels there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return x.to(device)
 
 
 class Transformer(nn.Module):
@@ -132,10 +144,29 @@ class Transformer(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self._moves: dict[int, torch.device] = {}
+
+    def settled(self) -> Transformer:
+        """In inference mode, once its weights are loaded; notes where hidden states go from one device to another."""
+        places = [self.device, *self.layer_devices, self.norm.weight.device, self.head.weight.device]
+        moves = {i: there for i, (here, there) in enumerate(pairwise(places)) if here != there}
+        self._moves = {0: places[1], **moves} if moves else {}
+        return self.eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
+        """That of the tokens: of the embeddings."""
         return self.embed.weight.device
+
+    @property
+    def head_device(self) -> torch.device:
+        """That of the hidden states that a forward gives."""
+        where: torch.device = self.head.weight.device
+        return where
+
+    @property
+    def layer_devices(self) -> tuple[torch.device, ...]:
+        return tuple(block.get_parameter("attn_norm.weight").device for block in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,17 +175,27 @@ class Transformer(nn.Module):
     def forward(
         self, ids_N: Tensor, rotations: Sequence[Rotation], attend: Attend, last_rows: Tensor | None = None
     ) -> Tensor:
-        """Final hidden states [N,E] after the last norm, or [len(last_rows),E] of those tokens only.
+        """Final hidden states [N,E] after the last norm, or [len(last_rows),E] of those tokens only; beside the head.
 
+        Layers may lie on several devices; what `rotations` and `attend` hold for a layer lies on its device.
         Naming the rows saves the last layer's queries, attention and MLP for all others; keys and values of every
         token are always made.
         """
         x = self.embed(ids_N)
         for i, block in enumerate(self.layers):
+            if i in self._moves:
+                x = moved(x, self._moves[i])
             rows = last_rows if i == len(self.layers) - 1 else None
             x = block(x, i, rotations[i], attend, rows)
-        normed: Tensor = self.norm(x)
-        return normed
+        return self._finished(x)
+
+    def _finished(self, x: Tensor) -> Tensor:
+        depth = len(self.layers)
+        if not self._moves:
+            normed: Tensor = self.norm(x)
+            return normed
+        normed = self.norm(moved(x, self._moves.get(depth, x.device)))
+        return moved(normed, self._moves.get(depth + 1, normed.device))
 
     def logits(self, hidden_RE: Tensor, out_RV: Tensor | None = None) -> Tensor:
         """[R,V] in the model's dtype, in `out_RV` if given. Keep R small: a row of Qwen's vocabulary is 0.6 MB."""

@@ -8,8 +8,6 @@ Needs the triton package; on a CPU it runs in the interpreter (TRITON_INTERPRET=
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,28 +19,30 @@ from qwen_eval.models.fused import fused
 BLOCK_KEYS = 64
 KEYS_PER_SPLIT = 512
 MAX_SPLITS = 16
-NO_WINDOW = 1 << 30
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _split_attention(  # type: ignore[no-untyped-def]
-    q, k, v, k_scale, k_zero, v_scale, v_zero, own, out, lse,
-    softmax_scale, window, group, num_splits,
-    q_row, q_head, kv_row, kv_head, scale_row, scale_head,
+@triton.jit
+def _split_attention(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor,
+    k_scale: tl.tensor, k_zero: tl.tensor, v_scale: tl.tensor, v_zero: tl.tensor,
+    places: tl.tensor, firsts: tl.tensor, ends: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    softmax_scale: tl.tensor, group: tl.tensor, num_splits: tl.tensor,
+    q_row: tl.tensor, q_head: tl.tensor, kv_row: tl.tensor, kv_head: tl.tensor,
+    scale_row: tl.tensor, scale_head: tl.tensor,
     dim: tl.constexpr, block_dim: tl.constexpr, block_keys: tl.constexpr, is_int8: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1)
-    length = (tl.load(own + row) + 1).to(tl.int32)
-    first = tl.maximum(length - window, 0)
+    place = tl.load(places + row).to(tl.int64)
+    first, length = tl.load(firsts + row).to(tl.int32), tl.load(ends + row).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length - first, num_splits), block_keys) * block_keys
     begin = first + split * share
     end = tl.minimum(begin + share, length)
     channels = tl.arange(0, block_dim)
     has_channel = channels < dim
     query_D = tl.load(q + row * q_row + head * q_head + channels, mask=has_channel, other=0.0)
-    past = row.to(tl.int64) * kv_row + (head // group) * kv_head
-    scales = row.to(tl.int64) * scale_row + (head // group) * scale_head
+    past = place * kv_row + (head // group) * kv_head
+    scales = place * scale_row + (head // group) * scale_head
     top, total = -float("inf"), 0.0
     sum_D = tl.zeros((block_dim,), tl.float32)
     for start in range(begin, end, block_keys):
@@ -63,21 +63,28 @@ def _split_attention(  # type: ignore[no-untyped-def]
         score_S = tl.where(is_key, score_S, -float("inf"))
         new_top = tl.maximum(top, tl.max(score_S, 0))
         weight_S, kept = tl.exp(score_S - new_top), tl.exp(top - new_top)
-        total = total * kept + tl.sum(weight_S, 0)
+        total = total * kept + tl.sum(weight_S, 0)  # type: ignore[assignment]  # a plain number before the first block
         sum_D = sum_D * kept + tl.sum(weight_S[:, None] * value_SD, 0)
-        top = new_top
-    place = (row * num_heads + head) * num_splits + split
+        top = new_top  # type: ignore[assignment]
+    part = (row * num_heads + head) * num_splits + split
     is_any = end > begin
-    tl.store(out + place * dim + channels, sum_D / tl.where(is_any, total, 1.0), mask=has_channel)
-    tl.store(lse + place, tl.where(is_any, top + tl.log(tl.where(is_any, total, 1.0)), -float("inf")))
+    tl.store(out + part * dim + channels, sum_D / tl.where(is_any, total, 1.0), mask=has_channel)
+    tl.store(lse + part, tl.where(is_any, top + tl.log(tl.where(is_any, total, 1.0)), -float("inf")))
 
 
-def attend_own(
-    q_BHD: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], own_B: Tensor, num_keys: int, window: int | None
+def attend_rows(
+    q_BHD: Tensor,
+    k: tuple[Tensor, ...],
+    v: tuple[Tensor, ...],
+    place_B: Tensor,
+    first_B: Tensor,
+    end_B: Tensor,
+    num_keys: int,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B,H,D] and log-sum-exp [B,H] of one new token a row over the first `own_B + 1` keys of its slot.
+    """Outputs [B,H,D] and log-sum-exp [B,H] of one new token a row over the keys `first_B` to `end_B` of `place_B`.
 
-    `k`, `v`: stored tensors [B,K,S,*] as their codec keeps them, plain or (codes, scale, zero).
+    `k`, `v`: stored tensors [P,K,S,*] as their codec keeps them, plain or (codes, scale, zero). A row without keys gets
+    0 and -inf. `num_keys`: at least the longest `end_B`.
     """
     batch, heads, dim = q_BHD.shape
     is_int8 = len(k) == 3
@@ -88,10 +95,9 @@ def attend_own(
     codes, scale = k[0], scales[0]
     assert q_BHD.stride(2) == 1, "channels of a head lie behind one another"
     assert codes.stride(2) == dim, "tokens of a head lie behind one another"
-    kernel: Any = _split_attention
-    kernel[(batch, heads, num_splits)](
-        q_BHD, codes, v[0], *scales, own_B, out, lse,
-        dim**-0.5, NO_WINDOW if window is None else window, heads // codes.shape[1], num_splits,
+    _split_attention[(batch, heads, num_splits)](
+        q_BHD, codes, v[0], *scales, place_B, first_B, end_B, out, lse,
+        dim**-0.5, heads // codes.shape[1], num_splits,
         q_BHD.stride(0), q_BHD.stride(1), codes.stride(0), codes.stride(1), scale.stride(0), scale.stride(1),
         dim=dim, block_dim=triton.next_power_of_2(dim), block_keys=BLOCK_KEYS, is_int8=is_int8,
     )  # fmt: skip
@@ -99,9 +105,19 @@ def attend_own(
     return _joined(out, lse, joined_BH).to(q_BHD.dtype), joined_BH
 
 
+def attend_own(
+    q_BHD: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], own_B: Tensor, num_keys: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """`attend_rows` over the first `own_B + 1` keys of each row's own slot."""
+    end_B = own_B + 1
+    first_B = torch.zeros_like(end_B) if window is None else (end_B - window).clamp(min=0)
+    return attend_rows(q_BHD, k, v, torch.arange(len(q_BHD), device=q_BHD.device), first_B, end_B, num_keys)
+
+
 @fused
 def _joined(out_BHPD: Tensor, lse_BHP: Tensor, joined_BH: Tensor) -> Tensor:
-    return (out_BHPD * (lse_BHP - joined_BH[..., None]).exp()[..., None]).sum(2)
+    share_BHP = (lse_BHP - joined_BH[..., None].clamp(min=torch.finfo(torch.float32).min)).exp()
+    return (out_BHPD * share_BHP[..., None]).sum(2)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, *, heads: int, kv_heads: int, dim: int) -> str | None:

@@ -102,13 +102,16 @@ def quant_of(model: ModelSpec) -> str:
     return found.name if found else model.quant
 
 
-def cost_of(spec: ProfileSpec, cell: GridCell, config: ModelConfig, *, dtype: str, is_packed: bool) -> Cost:
+def cost_of(
+    spec: ProfileSpec, cell: GridCell, config: ModelConfig, *, dtype: str, is_packed: bool, is_copied: bool = True
+) -> Cost:
     return Cost(
         config=config,
         quant=quant_of(spec.model),
         dtype=dtype,
         kv_cache=cell.kv_cache,
         is_packed=is_packed,
+        is_copied=is_copied,
         prefill_chunk=spec.prefill_chunk,
         max_batch_tokens=spec.max_batch_tokens,
     )

@@ -24,10 +24,11 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, QwenEvalError, Sampling
 from qwen_eval.engines.native.generation import Generator, Row
 from qwen_eval.engines.native.scheduler import Counters, is_out_of_memory
+from qwen_eval.models import fused
 from qwen_eval.models.config import read_fields
 from qwen_eval.models.device import DTYPES, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
-from qwen_eval.models.load import Opened, choose_device, open_forward
+from qwen_eval.models.load import Opened, choose_devices, open_forward
 from qwen_eval.models.machine import Device
 from qwen_eval.models.quant.kernels import has_packed
 from qwen_eval.profile.cells import GridCell, cost_of, spec_from_json
@@ -71,14 +72,16 @@ def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
     """Load the model, run the cell as `spec.method` says, and add the limits of the device."""
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
-    device = choose_device(spec.model.device)
-    limit_memory(device, spec.memory_gib)
+    devices = choose_devices(spec.model.device)
+    device = devices[0]  # the ceilings are of one device: layers on several work one after another
+    for each in devices:
+        limit_memory(each, spec.memory_gib)
     if device.type == "cpu":
         _warm_up(spec)
-    before, memory = status_bytes("VmRSS"), PeakMemory(device)
+    before, memory = status_bytes("VmRSS"), PeakMemory(*devices)
     start = time.perf_counter()
     opened = _open(spec, cell)
-    synchroniser(device)()
+    synchroniser(opened.forward.head_device)()
     load_s, load_peak = time.perf_counter() - start, memory.read().allocated_bytes
     repeat = runner(opened, spec, cell)
     if spec.method == "measured":
@@ -96,9 +99,20 @@ def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
         "baseline_bytes": before if device.type == "cpu" else 0,
         "load_s": load_s, "load_peak_bytes": load_peak,
         "joules_per_token": None if joules is None else joules / tokens,
-        "engine": {**opened.facts, "attention": opened.forward.kernel, "kv_cache": opened.forward.codec.name},
+        "engine": {**opened.facts, **_kernels(opened)},
         **_ceilings(spec, cell, opened, probe(device, dtype), repetitions),
     }  # fmt: skip
+
+
+def _kernels(opened: Opened) -> dict[str, JSON]:
+    """What computed, by name, beside the kernels of the linears."""
+    forward = opened.forward
+    return {
+        "attention": forward.kernel,
+        "decode_attention": forward.decode_kernel,
+        "small_kernels": fused.name(forward.device),
+        "kv_cache": forward.codec.name,
+    }
 
 
 def _warm_up(spec: ProfileSpec) -> None:
@@ -118,7 +132,7 @@ def runner(
     opened: Opened, spec: ProfileSpec, cell: GridCell, clock: Callable[[], float] = time.perf_counter
 ) -> Callable[[int], Repetition]:
     """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early."""
-    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.device))
+    recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.head_device))
 
     def step(num_rows: int, counters: Counters) -> None:
         if counters.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
@@ -166,7 +180,8 @@ def _ceilings(
 ) -> dict[str, JSON]:
     """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase reached."""
     is_packed = has_packed(opened.forward.model.dtype, opened.forward.device)
-    cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed)
+    is_copied = opened.forward.decode_kernel != "triton"
+    cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed, is_copied=is_copied)
     prefill_s, step_s = floor_s(cost, cell, device)
     steps = [step for repetition in repetitions for step in repetition.steps_s]
     ttft_s = sorted(repetition.ttft_s for repetition in repetitions)[len(repetitions) // 2]

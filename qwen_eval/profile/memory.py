@@ -26,13 +26,14 @@ class Peak:
 class PeakMemory:
     """Counts from its making; `reset` starts anew, where the system lets it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self.gpus = [device for device in devices if device.type == "cuda"]
         self.is_reset = False
 
     def reset(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        for device in self.gpus:
+            torch.cuda.reset_peak_memory_stats(device)
+        if self.gpus:
             self.is_reset = True
             return
         try:
@@ -43,9 +44,9 @@ class PeakMemory:
 
     def read(self) -> Peak:
         since = "since the weights were loaded" if self.is_reset else "loading included"
-        if self.device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated(self.device)
-            reserved = torch.cuda.max_memory_reserved(self.device)
+        if self.gpus:
+            allocated = sum(torch.cuda.max_memory_allocated(device) for device in self.gpus)
+            reserved = sum(torch.cuda.max_memory_reserved(device) for device in self.gpus)
             return Peak(allocated_bytes=allocated, reserved_bytes=reserved, counter=f"CUDA allocator, {since}")
         high = status_bytes("VmHWM")
         if high is None:

@@ -229,7 +229,7 @@ def _transformers(folder: Path, label: str) -> Vocabulary:
         name=label,
         size=len(tokenizer),
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
-        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+        decode=lambda ids: tokenizer.decode(list(ids), clean_up_tokenization_spaces=False),
     )
 
 

@@ -45,7 +45,7 @@ def _read(path: Path, tokenizer: ChatTokenizer) -> tuple[list[list[int]], list[i
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row: dict[str, Any] = json.loads(line)
             if "text" in row:
                 stream += [*tokenizer.encode(row["text"]), tokenizer.endoftext_id]
             else:
@@ -56,6 +56,6 @@ def _read(path: Path, tokenizer: ChatTokenizer) -> tuple[list[list[int]], list[i
 
 
 def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
-    turns = row["messages"] if "messages" in row else row["conversations"]
+    turns: list[dict[str, Any]] = row["messages"] if "messages" in row else row["conversations"]
     pairs = [(turn.get("role") or turn["from"], turn.get("content") or turn["value"]) for turn in turns]
     return tuple(Message(role=ROLES.get(role, role), content=content) for role, content in pairs)

@@ -15,6 +15,7 @@ from qwen_eval.config import ModelSpec
 from qwen_eval.core import ConfigError, ModelError
 from qwen_eval.models.config import ModelConfig, read_fields
 from qwen_eval.models.hub import checkpoint_dir
+from qwen_eval.models.load import choose_device
 from qwen_eval.models.lora import is_adapter
 from qwen_eval.models.quant.gptq import read_config
 from qwen_eval.models.quant.kernels import dense_dtype
@@ -93,7 +94,7 @@ def _quantize(
 
 def _compute(model: ModelSpec) -> tuple[torch.device, torch.dtype]:
     """Where and in what to run the blocks. Hessians are summed in fp32 in any case."""
-    name = model.device if model.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(model.device)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtype = dtypes.get(model.dtype) or (torch.bfloat16 if name.startswith("cuda") else dense_dtype())
-    return torch.device(name), dtype
+    dtype = dtypes.get(model.dtype) or (torch.bfloat16 if device.type == "cuda" else dense_dtype())
+    return device, dtype

@@ -51,7 +51,7 @@ class Hessian:
 
 
 @dataclass(frozen=True)
-class Result:
+class GptqResult:
     """Codes of one Linear, and the weight that any reader will make of them, fp32 [N, K]."""
 
     codes: gptq.Codes
@@ -71,7 +71,7 @@ class Result:
         return self.rows(0, len(self.weight_NK), recipe)
 
 
-def quantize(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str = "linear") -> Result:
+def quantize(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str = "linear") -> GptqResult:
     """Quantize one weight against the Hessian of its inputs."""
     weight, hessian = weight_NK.detach().float().clone(), hessian_KK.float().clone()
     dead = hessian.diagonal() == 0  # inputs that were always zero: their weights cannot matter
@@ -89,7 +89,7 @@ def quantize(weight_NK: Tensor, hessian_KK: Tensor, recipe: Recipe, *, name: str
     q_KN = torch.empty_like(codes_NK.T)
     q_KN[order] = codes_NK.T
     codes = gptq.Codes(q_KN, zero_GN, scale_GN, group_K)
-    return Result(codes, codes.weight)
+    return GptqResult(codes, codes.weight)
 
 
 def output_error(weight_NK: Tensor, quantized_NK: Tensor, hessian_KK: Tensor) -> float:

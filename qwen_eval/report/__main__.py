@@ -138,7 +138,8 @@ def build(spec: ReportSpec) -> Report:
 def _overview(spec: ReportSpec) -> Report:
     from qwen_eval.report.candidates import against_references
     from qwen_eval.report.commands import ledger_rows
-    from qwen_eval.report.published import contradictions, published_tables
+    from qwen_eval.report.ledger import contradictions
+    from qwen_eval.report.published import published_tables
     from qwen_eval.report.runs import find_runs
     from qwen_eval.report.tables import layouts
 

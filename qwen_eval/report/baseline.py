@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from qwen_eval.core import JSON, ConfigError, StoreError
 from qwen_eval.report.comparison import Side
@@ -26,6 +27,29 @@ LOCAL_KEYS = {"config": ("runs_dir", "run_dir", "overwrite", "quiet"), "task": (
 RESULT_KEYS = ("metrics", "rates", "n", "partial", "engine", "cells", "device", "error")
 MAX_PROMPT = 8_000  # characters of the one prompt that is kept whole
 Key = tuple[str, str, str, str]
+
+
+class KeptPrompt(TypedDict):
+    id: str
+    text: str
+
+
+class StoredSamples(TypedDict):
+    """The head of samples.jsonl (`items_to_rows`)."""
+
+    n: int
+    columns: list[str]
+    constants: dict[str, JSON]
+    prompt: KeptPrompt | None  # often missing
+
+
+class Stored(TypedDict):
+    """What baseline.json holds."""
+
+    format: int
+    spec: dict[str, JSON]
+    result: dict[str, JSON]
+    samples: StoredSamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +118,7 @@ def load_baseline(directory: Path) -> Side:
     """StoreError when its files are missing, damaged or of another format."""
     path = directory / BASELINE
     try:
-        value = json.loads(path.read_bytes())
+        value: Stored = json.loads(path.read_bytes())
         if value.get("format") != FORMAT:
             raise StoreError(f"{path}: format {value.get('format')}, this version reads {FORMAT}; accept the run again")
         lines = (directory / SAMPLES).read_bytes().decode("utf-8", "surrogatepass").split("\n")

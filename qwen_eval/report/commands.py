@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qwen_eval.profile.finetune import METHOD_NAMES
-from qwen_eval.report.published import BENCHMARKS, Published, ledger, sources
+from qwen_eval.report.ledger import Published, ledger, sources
+from qwen_eval.report.published import BENCHMARKS
 from qwen_eval.tables import Cell, Table, text_cell
 
 EVAL, PROFILE = "python -m qwen_eval", "python -m qwen_eval.profile"

@@ -10,8 +10,10 @@ from typing import Any
 
 from qwen_eval.config import ModelSpec
 from qwen_eval.core import JSON, ConfigError
+from qwen_eval.data.catalogue import CARDS, UNKNOWN
 from qwen_eval.data.sources import SAMPLES
-from qwen_eval.report.published import BENCHMARKS, ledger
+from qwen_eval.report.ledger import ledger
+from qwen_eval.report.published import BENCHMARKS
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
 from qwen_eval.tasks.registry import TASKS, task_class
 
@@ -23,13 +25,16 @@ def tasks(folders: Sequence[Path], word: str) -> Table:
     """What a benchmark asks, where its rows come from, its settings without further keys, what was published."""
     published = Counter(row.benchmark for row in ledger() if row.value is not None)
     rows = [
-        (text_cell(name), text_cell(_task_words(folders, name)), text_cell(_rows_of(name)), text_cell(_settings(name)),
-         _count(published[BENCHMARKS.get(name, "")]))
+        (text_cell(name), text_cell(_task_words(folders, name)), text_cell(_rows_of(name)), text_cell(_licence(name)),
+         text_cell(_settings(name)), _count(published[BENCHMARKS.get(name, "")]))
         for name in sorted(TASKS) if word in name
     ]  # fmt: skip
-    columns = ("task", "what", "rows", "settings", "published numbers")
-    note = "rows: without task.path= they come from the hub, else from the sample bundled with the package."
-    return _table("tasks", columns, rows, note)
+    columns = ("task", "what", "rows", "licence", "settings", "published numbers")
+    notes = (
+        "rows: without task.path= they come from the hub, else from the sample bundled with the package.",
+        "docs/data.md shows the layout of each; python -m qwen_eval.data get NAME fetches its rows.",
+    )
+    return _table("tasks", columns, rows, *notes)
 
 
 def models(folders: Sequence[Path], word: str) -> Table:
@@ -109,10 +114,15 @@ def first_line(module: str) -> str:
 
 def _rows_of(name: str) -> str:
     """Where the rows come from: hub, bundled sample, or only a file of the user."""
-    task, spec = task_class(name), task_class(name).Spec(name=name)
+    task, card = task_class(name), CARDS.get(name)
     has_sample = (SAMPLES / (getattr(task, "bundled", None) or name)).is_dir()
-    hub = f"hub: {spec.hub_id}" if spec.hub_id else ""
+    hub_id = card.hub_id if card else task.Spec(name=name).hub_id
+    hub = f"hub: {hub_id}" if hub_id else ""
     return ", ".join(filter(None, [hub, PACKAGES.get(name), "sample" if has_sample else ""])) or "task.path="
+
+
+def _licence(name: str) -> str:
+    return CARDS[name].licence if name in CARDS else UNKNOWN
 
 
 def _settings(name: str) -> str:

@@ -1,4 +1,9 @@
-"""Plots as inline SVG: quality over speed, differences by task, long contexts, scores. No script, no image."""
+"""Plots of the HTML page as inline SVG: quality over speed, differences by task, long contexts, scores. No script.
+
+Why not matplotlib, which draws the figures that are saved as files (`qwen_eval/figures.py`): here colours follow the
+page's light or dark theme by its style sheet, every dot has a tooltip, text stays text that can be searched and read
+aloud, and a page is written without its import. Matplotlib's SVG has fixed colours and no tooltips.
+"""
 
 from __future__ import annotations
 

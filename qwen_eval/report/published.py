@@ -1,30 +1,23 @@
-"""The ledger: what was published for Qwen v1 (ledger.json, with sources), beside ours, and its own contradictions.
+"""Ours beside what was published for Qwen v1, with every difference of protocol that can be told from both.
 
-A published number stands beside ours with every difference of protocol that can be told from both; where the protocol
-was never published, that is said as well.
+Where the protocol was never published, that is said as well.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from qwen_eval.core import JSON, Metric
 from qwen_eval.profile.finetune import METHOD_NAMES
 from qwen_eval.profile.measure import median
+from qwen_eval.report.ledger import Published, ledger, sources_of
 from qwen_eval.report.runs import ProfileCell, RunSet, device_name, profile_cells, speeds_of
 from qwen_eval.report.settings import run_names, settings, with_runs
 from qwen_eval.runs.fields import section
 from qwen_eval.runs.run import Run
 from qwen_eval.tables import Cell, Table, metric_cell, number_cell, text_cell
 
-LEDGER = Path(__file__).with_name("ledger.json")
 BENCHMARKS = {
     "mmlu": "MMLU", "ceval": "C-Eval", "cmmlu": "CMMLU", "gsm8k": "GSM8K", "math": "MATH", "humaneval": "HumanEval",
     "mbpp": "MBPP", "bbh": "BBH", "vcsum": "VCSUM", "leval": "L-Eval",
@@ -49,64 +42,7 @@ UNPUBLISHED = {
     "tool_use": "the published rows are not public",
     "WMT22": "that Chinese was cut by jieba is inferred from the harness, not published",
 }  # fmt: skip
-HARDWARE = ("gpu", "torch", "cuda", "context_tokens")  # of a speed: where it was measured, not what
 PRECISIONS = ("BF16", "FP16", "FP32", "AUTO")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """One printed number. `value` is None where "-" or out-of-memory was printed; `text` is what stands there."""
-
-    table: str
-    model: str
-    variant: str | None
-    benchmark: str
-    metric: str
-    setting: Mapping[str, Any]
-    value: float | None
-    text: str | None
-    unit: str | None
-    sources: tuple[str, ...]
-    checked: bool
-
-    @property
-    def split(self) -> str | None:
-        # the C-Eval column of the base table is the test split: 59.6 there, 60.8 on val in the same model's own table
-        if self.table == "base_benchmarks" and self.benchmark == "C-Eval":
-            return "test"
-        return self.setting.get("split")
-
-    @property
-    def resolution(self) -> float:
-        """Half a unit of the last printed digit."""
-        decimals = len(str(self.value).partition(".")[2]) if self.value is not None else 1
-        return 0.5 * 10.0**-decimals
-
-
-@lru_cache(maxsize=1)
-def ledger() -> tuple[Published, ...]:
-    value = _read()
-    columns: Sequence[str] = value["columns"]
-    rows = [dict(zip(columns, row)) for row in value["rows"]]
-    return tuple(
-        Published(**{**row, "setting": value["settings"][row["setting"]], "sources": tuple(row["sources"])})
-        for row in rows
-    )
-
-
-def sources() -> Mapping[str, str]:
-    """Short name of a source -> its title."""
-    titles: Mapping[str, str] = _read()["sources"]
-    return titles
-
-
-@lru_cache(maxsize=1)
-def _read() -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(LEDGER.read_text(encoding="utf-8"))
-    return value
-
-
-# --- ours beside theirs ----------------------------------------------------------------------------------------------
 
 
 def published_tables(runs: RunSet) -> list[Table]:
@@ -182,7 +118,7 @@ def _quality_rows(run: Run) -> list[tuple[Cell, ...]]:
             text_cell(run.label), text_cell(run.variant), text_cell(_what(row, name)), metric_cell(metric),
             Cell(text=row.text or str(row.value), value=row.value), Cell(text=f"{delta:+.1f}", value=delta),
             text_cell(inside, tone={"yes": "good", "no": "bad"}.get(inside, "")),
-            text_cell("; ".join(differing) or "nothing known"), text_cell(_sources(row)),
+            text_cell("; ".join(differing) or "nothing known"), text_cell(sources_of(row)),
         ))  # fmt: skip
     return rows
 
@@ -202,7 +138,7 @@ def _speed_rows(run: Run) -> list[tuple[Cell, ...]]:
                 text_cell(run.label), text_cell(run.variant), text_cell(_what(row, row.metric)), number_cell(value, 2),
                 Cell(text=row.text or str(row.value), value=row.value),
                 Cell(text=f"{value / row.value:.2f} ×", value=value / row.value), text_cell(None),
-                text_cell(differing), text_cell(_sources(row)),
+                text_cell(differing), text_cell(sources_of(row)),
             ))  # fmt: skip
     return rows
 
@@ -225,7 +161,7 @@ def _finetune_rows(run: Run) -> list[tuple[Cell, ...]]:
                 text_cell(run.label), text_cell(run.variant), text_cell(what), number_cell(value, 2),
                 Cell(text=row.text or str(row.value), value=row.value),
                 Cell(text=f"{value / row.value:.2f} ×", value=value / row.value), text_cell(None),
-                text_cell("; ".join(differing)), text_cell(_sources(row)),
+                text_cell("; ".join(differing)), text_cell(sources_of(row)),
             ))  # fmt: skip
     return rows
 
@@ -336,63 +272,9 @@ def _what(row: Published, ours: str) -> str:
     return f"{row.benchmark}{metric}" + (f" ({listed})" if listed else "")
 
 
-def _sources(row: Published) -> str:
-    titles = sources()
-    return "; ".join(titles[key] for key in row.sources) + f" [{row.table}]"
-
-
 def _squeezed(text: str) -> str:
     return "".join(c for c in text.lower() if c.isalnum() or c == ".")
 
 
 def _gib(value: JSON) -> float | None:
     return float(value) / 2**30 if isinstance(value, (int, float)) else None
-
-
-# --- the ledger itself -----------------------------------------------------------------------------------------------
-
-
-def contradictions() -> list[Table]:
-    """Numbers printed with different values for the same thing, found by rule, and what is known about them."""
-    rows = []
-    for key, members in _same_thing(ledger()):
-        values = sorted({row.value for row in members if row.value is not None})
-        if len(values) < 2 or not _conflict(members):
-            continue
-        printed = "; ".join(f"{row.text}: {_sources(row)}" for row in members)
-        rows.append((text_cell(key), number_cell(values[0], 2), number_cell(values[-1], 2), text_cell(printed)))
-    found = Table(
-        name="contradictions", title="The ledger's contradictions, found by rule",
-        columns=("what", "smallest", "largest", "printed"), rows=tuple(rows),
-        notes=("Two values that agree when rounded to the coarser one's digits are no contradiction.",),
-    )  # fmt: skip
-    known = []
-    for note in _read()["notes"]:
-        printed = "; ".join(f"{where}: {value}" for where, value in note["values"].items())
-        known.append((text_cell(note["what"]), text_cell(printed), text_cell(note.get("note"))))
-    remarks = Table(
-        name="ledger-notes",
-        title="What is known about the ledger",
-        columns=("what", "values", "remark"),
-        rows=tuple(known),
-    )
-    return [found, remarks]
-
-
-def _same_thing(rows: Iterable[Published]) -> list[tuple[str, list[Published]]]:
-    groups: dict[str, list[Published]] = defaultdict(list)
-    for row in rows:
-        metric = {"avg": "accuracy", "peak_gpu_memory": "gpu_memory"}.get(row.metric, row.metric)
-        setting = {k: v for k, v in row.setting.items() if k not in (*HARDWARE, "split")} | {"split": row.split}
-        shown = ", ".join(f"{k}={v}" for k, v in sorted(setting.items()) if v is not None)
-        groups[f"{row.model} {row.variant or ''} · {row.benchmark} {metric} · {shown}"].append(row)
-    return sorted(groups.items())
-
-
-def _conflict(members: Sequence[Published]) -> bool:
-    valued = [(row.value, row.resolution) for row in members if row.value is not None]
-    return any(
-        not math.isclose(a, b, abs_tol=max(ra, rb) + 1e-9)
-        for i, (a, ra) in enumerate(valued)
-        for b, rb in valued[i + 1 :]
-    )

@@ -44,17 +44,9 @@ from qwen_eval.runs.grading import Finished, Graders
 from qwen_eval.runs.integrity import damage_of, doubled
 from qwen_eval.runs.prompt_lengths import CUT_PROMPT, is_cut, length_warnings, read_by_model
 from qwen_eval.runs.provenance import deciding_versions, provenance, text_sha256
+from qwen_eval.runs.record_json import metric_to_json
 from qwen_eval.runs.run import Run, load_run
-from qwen_eval.runs.store import (
-    FORMAT,
-    HIDDEN,
-    RESULT,
-    RunDirectory,
-    differences,
-    metric_to_json,
-    write_bytes,
-    write_json,
-)
+from qwen_eval.runs.store import FORMAT, HIDDEN, RESULT, RunDirectory, differences, write_bytes, write_json
 from qwen_eval.tasks.registry import FROM_FILES, OWN, NeedsTokenizer, TaskContext, build
 
 # The place of a checkpoint or a benchmark cannot change a number: the digests of the files are compared instead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
@@ -81,3 +82,9 @@ def section(value: JSON) -> Mapping[str, JSON]:
 def rows(value: JSON) -> list[Mapping[str, JSON]]:
     """The objects of a list."""
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, (list, tuple)) else []
+
+
+def shortened(value: JSON) -> str:
+    """A value as it stands in an error: at most 77 characters, its middle left out; a digest is shown whole."""
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False).strip('"')
+    return text if len(text) <= 80 else text[:38] + "…" + text[-38:]

@@ -160,7 +160,11 @@ def graded(task: Task, sample: Sample, turns: Sequence[Turn], *, seconds: float 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """GradingTimeout after so many seconds, in regular expressions too. Without effect outside the main thread."""
+    """GradingTimeout after so many seconds, in regular expressions too.
+
+    Without effect outside the main thread. What is graded there waits for processes with limits of their own: 15 s for
+    a comparison of formulas, `task.timeout_s` for a program.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from qwen_eval.core import JSON, Record, StoreError
 from qwen_eval.runs.fields import is_count, is_number, section
+from qwen_eval.runs.record_json import metrics_from_json
 from qwen_eval.runs.seal import SEAL, broken_parts
-from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, metrics_from_json, read_json, read_records
+from qwen_eval.runs.store import FORMAT, RECORDS, RESULT, SPEC, read_json, read_records
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.tasks.registry import TaskContext, build
 

@@ -17,7 +17,15 @@ from qwen_eval.engines.api.replies import Usage
 from qwen_eval.engines.kinds import kind
 from qwen_eval.engines.options import check_options
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.cost import CUDA_CONTEXT_BYTES, BatchLimits, Cost, batch_limits, num_linear_weights, prefill_bytes
+from qwen_eval.models.cost import (
+    CUDA_CONTEXT_BYTES,
+    CUDA_HEAD_BYTES,
+    BatchLimits,
+    Cost,
+    batch_limits,
+    num_linear_weights,
+    prefill_bytes,
+)
 from qwen_eval.models.cpu import cpu_flags
 from qwen_eval.models.hub import local_checkpoint_dir
 from qwen_eval.models.lora import base_of
@@ -28,7 +36,7 @@ from qwen_eval.models.tokenizer import load_tokenizer
 from qwen_eval.runs.evaluate import run_directory, selected
 from qwen_eval.runs.planned_work import BYTES_PER_TOKEN, Work, work_of
 from qwen_eval.runs.preview import read_tokenizer
-from qwen_eval.runs.run import Run, Session, load_run
+from qwen_eval.runs.run import Run, SessionCounts, load_run
 from qwen_eval.runs.store import RECORDS
 from qwen_eval.tables import Cell, Table, number_cell, text_cell
 from qwen_eval.tasks.registry import TaskContext, build
@@ -199,7 +207,13 @@ def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
         yield _gib("weights, GiB", cost.weight_bytes, how)
         return
     limits = batch_limits(
-        asked.config, spec.model.kv_cache, device.dtype, usable - cost.weight_bytes, max_tokens=MOST_TOKENS[device.kind]
+        asked.config,
+        spec.model.kv_cache,
+        device.dtype,
+        usable - cost.weight_bytes,
+        max_tokens=MOST_TOKENS[device.kind],
+        head_bytes=CUDA_HEAD_BYTES if device.kind == "cuda" else 0,
+        is_captured=device.kind == "cuda" and spec.engine.kernels != "plain",
     )
     memory = memory_of(spec, asked.work, cost, limits, device, free)
     yield _gib("weights, GiB", memory.weight_bytes, f"in {device.dtype}" if cost.quant == "none" else cost.quant)
@@ -208,7 +222,10 @@ def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     yield _gib("peak, GiB", memory.peak_bytes, f"{fits}: {memory.free_bytes / GIB:.2f} GiB free on {device.name}")
     seconds = least_s(asked.work, cost, limits, device, spec)
     if seconds is not None:
-        yield text_cell("time, at least"), text_cell(clock(seconds)), text_cell(_ceiling(device, asked.work))
+        how = _ceiling(device, asked.work)
+        if spec.engine.workers > 1:
+            seconds, how = seconds / spec.engine.workers, f"{spec.engine.workers} workers, {how}"
+        yield text_cell("time, at least"), text_cell(clock(seconds)), text_cell(how)
 
 
 def memory_of(spec: EvalSpec, work: Work, cost: Cost, limits: BatchLimits, device: Device, free: int) -> Memory:
@@ -271,7 +288,7 @@ def _earlier(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
     yield text_cell("time, expected"), text_cell(clock(seconds)), text_cell(how)
 
 
-def earlier_run(spec: EvalSpec) -> tuple[Run, Session] | None:
+def earlier_run(spec: EvalSpec) -> tuple[Run, SessionCounts] | None:
     """The newest finished run of the same task, model and engine whose last session asked something."""
     folder = Path(spec.runs_dir) / "eval" / spec.task.name / spec.model.name
     results = sorted(folder.glob("*/result.json"), key=lambda file: file.stat().st_mtime, reverse=True)

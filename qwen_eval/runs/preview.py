@@ -32,7 +32,7 @@ from qwen_eval.data.sources import draw
 from qwen_eval.engines.kinds import kind, open_engine
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.generation_config import read_json, sampling_of
-from qwen_eval.models.hub import local_checkpoint_dir
+from qwen_eval.models.hub import texts_dir
 from qwen_eval.models.lora import base_of, tokenizer_dir
 from qwen_eval.models.overrides import read_config, with_overrides
 from qwen_eval.models.tokenizer import ChatTokenizer, load_tokenizer
@@ -92,7 +92,7 @@ def _opened(spec: EvalSpec) -> tuple[Reader, Render]:
 
 def read_tokenizer(model: ModelSpec) -> tuple[ChatTokenizer, dict[str, JSON]]:
     """The tokenizer, and what a task may ask of the model: its lengths, its way to sample, whether it thinks."""
-    directory = local_checkpoint_dir(model)
+    directory = texts_dir(model)
     base = base_of(directory)
     tokenizer = load_tokenizer(tokenizer_dir(directory), system=model.system, thinking=model.thinking)
     config = with_overrides(ModelConfig.from_hf(read_config(base, model)), model)

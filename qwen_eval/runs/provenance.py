@@ -15,7 +15,18 @@ from pathlib import Path
 from qwen_eval.core import JSON
 from qwen_eval.models.cpu import cpu_model
 
-PACKAGES = ("qwen_eval", "torch", "transformers", "tokenizers", "tiktoken", "numpy", "datasets", "bitsandbytes", "vllm", "ray")
+PACKAGES = (
+    "qwen_eval",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "tiktoken",
+    "numpy",
+    "datasets",
+    "bitsandbytes",
+    "vllm",
+    "ray",
+)
 DECIDING = ("torch", "transformers", "tokenizers", "tiktoken")  # another major version may change numbers
 
 

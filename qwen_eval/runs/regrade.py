@@ -27,8 +27,9 @@ from qwen_eval.core import (
 from qwen_eval.runs.evaluate import BOTH_READINGS, requests_sha256, selected, summary, task_context
 from qwen_eval.runs.grading import grades
 from qwen_eval.runs.provenance import provenance
+from qwen_eval.runs.record_json import metrics_from_json
 from qwen_eval.runs.run import Run, load_run
-from qwen_eval.runs.store import differences, metrics_from_json, write_json
+from qwen_eval.runs.store import differences, write_json
 from qwen_eval.runs.stored import stored_config
 from qwen_eval.runs.summary import metric_cells
 from qwen_eval.tables import Table, text_cell

@@ -14,7 +14,8 @@ from qwen_eval.models.quant.formats import FORMATS
 from qwen_eval.runs.fields import as_count, as_number, section
 from qwen_eval.runs.frame import frame_of
 from qwen_eval.runs.integrity import refuse_damaged
-from qwen_eval.runs.store import RECORDS, RESULT, SPEC, metric_from_json, read_json, read_records
+from qwen_eval.runs.record_json import metric_from_json
+from qwen_eval.runs.store import RECORDS, RESULT, SPEC, read_json, read_records
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -23,7 +24,7 @@ Status = Literal["complete", "partial", "unfinished", "failed", "foreign"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
+class SessionCounts:
     """The command that finished a run. What earlier commands asked is `num_resumed` samples, of unknown time."""
 
     run_s: float
@@ -134,13 +135,13 @@ class Run:
         return tuple(map(str, found)) if isinstance(found, list) else ()
 
     @property
-    def session(self) -> Session | None:
+    def session(self) -> SessionCounts | None:
         """None for runs without one: unfinished runs and profiles."""
         row = section(self.result.get("run"))
         if not row:
             return None
         counts = {key: as_count(row[key]) for key in _COUNTS}
-        return Session(run_s=as_number(row["run_s"]), **counts)
+        return SessionCounts(run_s=as_number(row["run_s"]), **counts)
 
     @property
     def status(self) -> Status:

@@ -16,6 +16,7 @@ from qwen_eval.sandbox.codec import (
     Handle,
     Hangup,
     Oversize,
+    Packed,
     pack,
     receive_frame,
     receive_order,
@@ -31,18 +32,18 @@ class Objects:
     def __init__(self) -> None:
         self.kept: list[Any] = []  # alive, so that an id is never used twice
         self.numbers: dict[int, int] = {}
-        self.iterators: dict[int, Iterator[Any]] = {}
+        self.iterators: dict[int, Iterator[object]] = {}
 
-    def export(self, value: Any) -> Handle:
+    def export(self, value: object) -> Handle:
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.kept)
             self.kept.append(value)
         return Handle(self.numbers[id(value)])
 
-    def resolve(self, handle: Handle) -> Any:
+    def resolve(self, handle: Handle) -> object:
         return self.kept[handle.number]
 
-    def next_items(self, number: int) -> list[Any]:
+    def next_items(self, number: int) -> list[object]:
         """The next item, [] at the end."""
         if number not in self.iterators:
             self.iterators[number] = iter(self.kept[number])
@@ -64,11 +65,13 @@ def serve(channel: int, set_budget: Callable[[int, int], None]) -> None:
     """
     sys.modules["solution"] = _module
     try:
-        cpu_s, memory_bytes, program = receive_order(channel)
+        first: tuple[int, int, str | types.CodeType] = receive_order(channel)
+        cpu_s, memory_bytes, program = first
         set_budget(cpu_s, memory_bytes)
         _reply(channel, "", _load, program)
         while True:
-            nonce, *order = receive_order(channel)
+            asked: list[Any] = receive_order(channel)
+            nonce, *order = asked
             _reply(channel, nonce, _perform, *order)
     except Hangup:
         return
@@ -101,7 +104,7 @@ def rehearse() -> None:
     _names.update(untouched)
 
 
-def _reply(channel: int, nonce: str, work: Callable[..., tuple[Any, Any]], *operands: Any) -> None:
+def _reply(channel: int, nonce: str, work: Callable[..., tuple[Packed, Packed]], *operands: Any) -> None:
     try:
         send_frame(channel, [nonce, "ok", *work(*operands)])
     except Hangup:
@@ -133,7 +136,7 @@ def _load(program: str | types.CodeType) -> tuple[None, None]:
     return None, None
 
 
-def _perform(operation: str, target: str | int, *operands: Any) -> tuple[Any, Any]:
+def _perform(operation: str, target: str | int, *operands: Any) -> tuple[Packed, Packed]:
     """(packed result, packed arguments where the call changed them, else None)."""
     if operation == "next":
         assert isinstance(target, int)
@@ -147,8 +150,8 @@ def _perform(operation: str, target: str | int, *operands: Any) -> tuple[Any, An
         setattr(owner, operands[0], unpack(operands[1], _objects.resolve))
         return None, None
     assert operation == "call", operation
-    args = unpack(operands[0], _objects.resolve)
-    kwargs = unpack(operands[1], _objects.resolve) if operands[1] else {}
+    args: list[object] = unpack(operands[0], _objects.resolve)
+    kwargs: dict[str, object] = unpack(operands[1], _objects.resolve) if operands[1] else {}
     result = pack(owner(*args, **kwargs), _objects.export)
     after = pack(args, _objects.export)
     return result, None if after == operands[0] else after

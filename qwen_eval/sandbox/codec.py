@@ -16,7 +16,9 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+Packed: TypeAlias = "bool | int | float | str | list[Packed] | dict[str, Packed] | None"
 
 FRAME_BYTES = 16 << 20
 _FIRST_BYTES = 1 << 13  # most frames are shorter
@@ -43,10 +45,10 @@ class Handle(NamedTuple):
     number: int
 
 
-Export = Callable[[Any], Any]
+Export = Callable[[Any], "Handle"]
 
 
-def pack(value: Any, export: Export) -> Any:
+def pack(value: Any, export: Export) -> Packed:
     """`value` as what JSON carries. `export` gets what is not plain data and returns a `Handle`, or raises TypeError.
 
     An instance of a subclass of a builtin becomes the builtin it holds: an int subclass that claims to equal
@@ -54,7 +56,8 @@ def pack(value: Any, export: Export) -> Any:
     """
     kind = type(value)
     if kind in _SCALARS:
-        return value
+        scalar: Packed = value
+        return scalar
     if kind is int:
         return value if -_EXACT_INT < value < _EXACT_INT else {"i": hex(value)}
     if kind is list:
@@ -69,11 +72,11 @@ def pack(value: Any, export: Export) -> Any:
     return _pack_instance(value, export)
 
 
-def _pack_parts(parts: Any, export: Export) -> Any:
+def _pack_parts(parts: Any, export: Export) -> Packed:
     return [pack(part, export) for part in parts] if type(parts) in (list, tuple) else parts
 
 
-def _pack_instance(value: Any, export: Export) -> Any:
+def _pack_instance(value: Any, export: Export) -> Packed:
     for base, narrow in _NARROW.items():
         if isinstance(value, base):
             return pack(narrow(value), export)
@@ -83,7 +86,7 @@ def _pack_instance(value: Any, export: Export) -> Any:
 
 
 # The unbound methods of the base class, so that an honest subclass cannot trip over its own overrides.
-_NARROW: dict[type, Callable[[Any], Any]] = {
+_NARROW: dict[type, Callable[[Any], object]] = {
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
@@ -99,11 +102,11 @@ _NARROW: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def _pairs(value: Any) -> list[Any]:
+def _pairs(value: dict[object, object]) -> list[object]:
     return [part for pair in value.items() for part in pair]
 
 
-_PACKERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+_PACKERS: dict[type, tuple[str, Callable[[Any], object]]] = {
     tuple: ("t", lambda value: value),
     dict: ("d", _pairs),
     set: ("s", list),
@@ -124,7 +127,7 @@ _PACKERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def unpack(data: Any, resolve: Callable[[Handle], Any]) -> Any:
+def unpack(data: Any, resolve: Callable[[Handle], object]) -> Any:
     """The inverse of `pack`; `resolve` turns a handle into what stands for it. Raises Damaged."""
     kind = type(data)
     if kind is list:
@@ -133,7 +136,8 @@ def unpack(data: Any, resolve: Callable[[Handle], Any]) -> Any:
         return data
     if len(data) != 1:
         raise Damaged("not one tag")
-    [(tag, body)] = data.items()
+    tagged: dict[str, Packed] = data
+    [(tag, body)] = tagged.items()
     if tag == "h":
         if type(body) is not int:
             raise Damaged("a handle that is not a number")
@@ -147,11 +151,11 @@ def unpack(data: Any, resolve: Callable[[Handle], Any]) -> Any:
         raise Damaged(f"tag {tag}: {type(error).__name__}") from None
 
 
-def _dict(parts: list[Any]) -> dict[Any, Any]:
+def _dict(parts: list[object]) -> dict[object, object]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-_MAKERS: dict[str, Callable[[Any], Any]] = {
+_MAKERS: dict[str, Callable[[Any], object]] = {
     "i": lambda text: int(text, 16),
     "t": tuple,
     "d": _dict,
@@ -177,7 +181,7 @@ _MAKERS: dict[str, Callable[[Any], Any]] = {
 _decode = json.JSONDecoder().raw_decode
 
 
-def _encoder() -> Callable[[Any], str]:
+def _encoder() -> Callable[[object], str]:
     """`JSONEncoder.encode`, which builds this C function anew for every message, where Python has it as we know it.
 
     Characters are written as they are: of two escapes `\\ud83d\\ude00`, a reader of JSON makes one character.
@@ -195,7 +199,7 @@ def _encoder() -> Callable[[Any], str]:
 _encode = _encoder()
 
 
-def send_frame(fd: int, message: Any, limit: int = FRAME_BYTES) -> None:
+def send_frame(fd: int, message: object, limit: int = FRAME_BYTES) -> None:
     """Write one JSON message. Raises Oversize before a byte is written; Hangup when nobody reads any more."""
     _write_frame(fd, _encode(message).encode("utf-8", "surrogatepass"), limit)
 
@@ -207,6 +211,7 @@ def receive_frame(fd: int, limit: int = FRAME_BYTES) -> Any:
     """
     try:
         text = _read_frame(fd, limit).decode("utf-8", "surrogatepass")
+        message: Packed
         message, end = _decode(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(type(error).__name__) from None

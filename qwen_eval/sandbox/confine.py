@@ -3,8 +3,9 @@
 Three steps, each one way:
   `build_root`    a mount namespace whose root holds only what Python needs, read-only; no network, no /proc, no /sys
   `enter_cell`    an unprivileged user in a user and a PID namespace of its own
-  `Cell.lock_in`  in the candidate: no capability, limits, Landlock, seccomp
-What can be made once a worker is (`Cell`): the kernel takes longer over these than Python over a typical candidate.
+  `Confinement.lock_in`  in the candidate: no capability, limits, Landlock, seccomp
+What can be made once a worker is (`Confinement`): the kernel takes longer over these than Python over a typical
+candidate.
 Every failure raises OSError: nothing runs half confined. Runs inside the sandbox: standard library alone.
 """
 
@@ -186,7 +187,7 @@ def keep_only(channel: int) -> None:
     os.closerange(CHANNEL + 1, 1 << 30)
 
 
-class Cell:
+class Confinement:
     """What the candidates of a worker share, one after another: an empty /tmp and the locks, made in advance."""
 
     def __init__(self) -> None:

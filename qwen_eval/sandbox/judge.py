@@ -22,12 +22,26 @@ import time
 import traceback
 import warnings
 from types import CodeType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from qwen_eval.sandbox import candidate
 from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_order, send_frame
 from qwen_eval.sandbox.orders import END, END_SOON, OUT_OF_MEMORY, RUN
 from qwen_eval.sandbox.remote import Channel, OversizeAnswer, Remote, Unconfined, Untestable, is_from_candidate
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    class Request(TypedDict):
+        """A program and its test, as the harness sends them."""
+
+        solution: str
+        test: str
+        prelude: str
+        entry_point: str
+        timeout_s: float
+        memory_bytes: int
+
 
 JUDGE_MEMORY_BYTES = 1 << 30  # of address space
 COMPILED_CHARACTERS = 1 << 15
@@ -59,7 +73,7 @@ def main(harness_fd: int, control_fd: int, core: int) -> None:
 
 
 def _judge_next(harness_fd: int, control: socket.socket) -> None:
-    request = receive_order(harness_fd, 1 << 30)
+    request: Request = receive_order(harness_fd, 1 << 30)
     start = time.perf_counter()
     reason = judge(request, control)
     send_frame(harness_fd, [reason, time.perf_counter() - start])
@@ -78,7 +92,7 @@ class _Bell:
 _bell = _Bell()
 
 
-def judge(request: dict[str, Any], control: socket.socket) -> str:
+def judge(request: Request, control: socket.socket) -> str:
     """The reason of the verdict; "passed" is the only pass.
 
     Raises Hangup when the zygote is gone, MemoryError when this process, not the candidate, has no memory left.
@@ -132,7 +146,7 @@ def _reap(control: socket.socket, order: bytes) -> int:
     return int.from_bytes(answer, "little", signed=True)
 
 
-def _run_test(request: dict[str, Any], channel: Channel) -> None:
+def _run_test(request: Request, channel: Channel) -> None:
     channel.load(_compiled_solution(request["solution"]), math.ceil(request["timeout_s"]) + 1, request["memory_bytes"])
     test = _compiled_test(request["test"])
     names = _namespace(request, test, channel)
@@ -197,7 +211,7 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _namespace(request: dict[str, Any], test: _Test, channel: Channel) -> dict[str, Any]:
+def _namespace(request: Request, test: _Test, channel: Channel) -> dict[str, Any]:
     """What the test's names mean: the prelude's, then the entry point, then what nobody else defines."""
     names: dict[str, Any] = {"__name__": "test"}
     prelude, entry_point = request["prelude"], request["entry_point"]

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import CodeType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from qwen_eval.sandbox import seccomp
 from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_order
@@ -188,7 +188,8 @@ class Worker:
             if not self._readable(timeout_s + GRACE_S):
                 self.close()
                 return Verdict(False, "timed out", time.perf_counter() - start)
-            reason, wall_s = receive_frame(self.harness_fd)
+            verdict: tuple[str, float] = receive_frame(self.harness_fd)
+            reason, wall_s = verdict
         except (Hangup, Damaged, Oversize):
             lost = self._loss()
             if lost.reason != "memory" or self.num_judged:  # earlier programs may have left something in its memory
@@ -258,8 +259,17 @@ def _modules() -> list[tuple[str, CodeType]]:
     return [(name, compile(source, f"{name}.py", "exec", dont_inherit=True)) for name, source in sources]
 
 
+class _TreeFields(TypedDict):
+    """Of `confine.Tree`."""
+
+    binds: list[tuple[str, str]]
+    links: list[tuple[str, str]]
+    masks: list[str]
+    devices: tuple[str, ...]
+
+
 @functools.cache
-def _tree() -> dict[str, Any]:
+def _tree() -> _TreeFields:
     """What Python needs of the host: its binary, its library, the system's shared libraries; numpy where we have it.
 
     Packages installed beside are hidden, as are home folders, /etc, /proc, /sys and the project.

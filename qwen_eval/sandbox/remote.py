@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
-from qwen_eval.sandbox.codec import Damaged, Handle, Hangup, Oversize, pack, receive_frame, send_order, unpack
+from qwen_eval.sandbox.codec import Damaged, Handle, Hangup, Oversize, Packed, pack, receive_frame, send_order, unpack
 
 
 class Untestable(Exception):
@@ -44,7 +43,7 @@ class Channel:
         with self._noting_a_fault():
             self._answer("")
 
-    def ask(self, operation: str, target: str | int, *operands: Any) -> tuple[Any, Any]:
+    def ask(self, operation: str, target: str | int | None, *operands: Packed) -> tuple[Packed, Packed]:
         nonce = os.urandom(8).hex()
         with self._noting_a_fault():
             send_order(self.fd, [nonce, operation, target, *operands])
@@ -58,8 +57,8 @@ class Channel:
             self.fault = self.fault or error
             raise
 
-    def _answer(self, nonce: str) -> tuple[Any, Any]:
-        message = receive_frame(self.fd)
+    def _answer(self, nonce: str) -> tuple[Packed, Packed]:
+        message: Packed = receive_frame(self.fd)
         match message:
             case [str(said), "ok", value, changed] if said == nonce:
                 return value, changed
@@ -78,7 +77,7 @@ _SHARED_MODULES = frozenset(
 )
 
 
-def _exception(text: str, lineage: list[Any]) -> Exception:
+def _exception(text: str, lineage: list[Packed]) -> Exception:
     """What the candidate raised: of its own class where it is known here, else of a new one with its known bases."""
     known = [found for entry in lineage if (found := _known_exception(entry)) is not None]
     if known and known[0] is _known_exception(lineage[0]):
@@ -94,7 +93,7 @@ def _exception(text: str, lineage: list[Any]) -> Exception:
         return _from_candidate(CandidateError(f"{name}: {text}" if text else name))
 
 
-def _known_exception(entry: Any) -> type[Exception] | None:
+def _known_exception(entry: Packed) -> type[Exception] | None:
     """The class that [module, name] stands for, where the module is shared and loaded here."""
     match entry:
         case [str(module), str(name)] if module in _SHARED_MODULES and module in sys.modules:
@@ -103,7 +102,7 @@ def _known_exception(entry: Any) -> type[Exception] | None:
     return None
 
 
-def _name(entry: Any) -> str:
+def _name(entry: Packed) -> str:
     name = str(entry[-1]) if isinstance(entry, list) and entry else ""
     return "".join(c if c.isprintable() else " " for c in name)[:100]
 
@@ -133,35 +132,38 @@ class Remote:
 
     __slots__ = ("_channel", "_is_subject", "_target")
     __hash__ = None  # type: ignore[assignment]
+    _channel: Channel
+    _is_subject: bool
+    _target: str | int | None
 
     def __init__(self, channel: Channel, target: str | int | None, is_subject: bool) -> None:
         object.__setattr__(self, "_channel", channel)
         object.__setattr__(self, "_target", target)
         object.__setattr__(self, "_is_subject", is_subject)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         sent = pack(list(args), _export), pack(kwargs, _export) if kwargs else None
         packed, changed = self._channel.ask("call", self._target, *sent)
         result = _admit(self, packed)
         if changed is not None and self._is_subject:
-            after = unpack(changed, lambda handle: Remote(self._channel, handle.number, True))
+            after: object = unpack(changed, lambda handle: Remote(self._channel, handle.number, True))
             if type(after) is list and len(after) == len(args):
                 for old, new in zip(args, after):
                     update(old, new)
         return result
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("_"):
             raise AttributeError(name)
         return _admit(self, self._channel.ask("get", self._target, name)[0])
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         self._channel.ask("set", self._target, name, pack(value, _export))
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Remote:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         items = _admit(self, self._channel.ask("next", self._target)[0])
         if type(items) is not list or len(items) > 1:
             raise Damaged("not an item")
@@ -182,17 +184,17 @@ class Remote:
         raise TypeError("an object of the candidate's is not plain data")
 
 
-def _export(value: Any) -> Handle:
+def _export(value: object) -> Handle:
     if type(value) is Remote and isinstance(value._target, int):
         return Handle(value._target)
     raise Untestable(f"the test passes a {type(value).__name__} to the candidate")
 
 
-def _admit(source: Remote, packed: Any) -> Any:
+def _admit(source: Remote, packed: Packed) -> object:
     """What `source` gave, as the test may see it."""
     channel = source._channel
     try:
-        value = unpack(packed, lambda handle: Remote(channel, handle.number, source._is_subject))
+        value: object = unpack(packed, lambda handle: Remote(channel, handle.number, source._is_subject))
     except (Damaged, RecursionError) as error:
         channel.fault = channel.fault or error
         raise
@@ -203,20 +205,20 @@ def _admit(source: Remote, packed: Any) -> Any:
     raise Untestable(f"the test uses a value of {source._target!r}, which the candidate defines; give it as prelude")
 
 
-def update(old: Any, new: Any) -> Any:
+def update(old: object, new: object) -> object:
     """Make the mutable `old` equal to `new` in place, as deep as types agree; return it, or `new` where they do not."""
     if type(old) is not type(new):
         return new
-    if type(old) is list:
+    if type(old) is list and type(new) is list:
         old[:] = [update(a, b) for a, b in zip(old, new)] + new[len(old) :]
-    elif type(old) is dict:
+    elif type(old) is dict and type(new) is dict:
         fresh = {key: update(old[key], value) if key in old else value for key, value in new.items()}
         old.clear()
         old.update(fresh)
-    elif type(old) is set:
+    elif type(old) is set and type(new) is set:
         old.clear()
         old.update(new)
-    elif type(old) is tuple and len(old) == len(new):
+    elif type(old) is tuple and type(new) is tuple and len(old) == len(new):
         return tuple(update(a, b) for a, b in zip(old, new))
     else:
         return new

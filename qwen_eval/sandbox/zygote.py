@@ -83,12 +83,12 @@ def main(
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     control = socket(fileno=control_fd)
-    home: confine.Cell | OpenField = OpenField()
+    home: confine.Confinement | OpenField = OpenField()
     if is_confined:
         if tree is not None:
             confine.build_root(confine.Tree(**tree), proc_fd)
         confine.enter_cell(proc_fd)
-        home = confine.Cell()
+        home = confine.Confinement()
     _import_random()
     candidate.rehearse()
     sys.path += extra_path
@@ -110,7 +110,7 @@ def _import_random() -> None:
     random.seed(0)
 
 
-def _serve(control: socket, home: confine.Cell | OpenField) -> None:
+def _serve(control: socket, home: confine.Confinement | OpenField) -> None:
     fd, room = control.fileno(), CMSG_SPACE(struct.calcsize("i"))
     while True:
         order, descriptors, _, _ = control.recvmsg(1, room)
@@ -141,7 +141,7 @@ def _wait_briefly(pid: int) -> None:
         time.sleep(0.001)
 
 
-def _become_candidate(channel: int, home: confine.Cell | OpenField) -> typing.NoReturn:
+def _become_candidate(channel: int, home: confine.Confinement | OpenField) -> typing.NoReturn:
     status = 125
     try:
         os.setsid()

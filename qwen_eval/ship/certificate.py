@@ -11,15 +11,15 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from qwen_eval.core import Answer, ChoiceLogprobs, Completions, Record
+from qwen_eval.core import JSON, Answer, ChoiceLogprobs, Completions, Record
 from qwen_eval.runs.provenance import provenance, text_sha256
 from qwen_eval.runs.store import write_bytes, write_json
 from qwen_eval.ship.config import ShipSpec
 from qwen_eval.ship.drawing import score
-from qwen_eval.ship.run import Asked, Run
-from qwen_eval.ship.standing import Standing, Verdict, rounded
+from qwen_eval.ship.run import Asked, ShipRun
+from qwen_eval.ship.standing import ShipVerdict, Standing, rounded
 from qwen_eval.ship.words import sentence
 
 FORMAT = 1
@@ -27,7 +27,62 @@ PACKAGE_ROOT = Path(__file__).parents[1]
 CERTIFICATE, EVIDENCE = "certificate.json", "evidence.jsonl"
 
 
-def write(run: Run, verdict: Verdict) -> dict[str, Any]:
+class ModelEntry(TypedDict):
+    """One of the two models."""
+
+    model: str
+    engine: str
+    weights: str
+    dtype: str | None
+
+
+class SideEntry(TypedDict):
+    """What one model was asked in one task."""
+
+    spec_sha256: str
+    weights: str
+    requests_sha256: str
+    benchmark: dict[str, JSON]
+    failed: list[str]
+
+
+class TaskEntry(TypedDict):
+    """One task; beside these the keys of `standing_json`."""
+
+    word: str
+    kind: str
+    items: int
+    estimand: str
+    order_sha256: str
+    evidence_sha256: str
+    reference: SideEntry
+    candidate: SideEntry
+
+
+class VerdictEntry(TypedDict):
+    word: str
+    is_equivalent: bool
+    sentence: str
+
+
+class Certificate(TypedDict):
+    """What certificate.json holds, as far as it is read again. A file may be anybody's: its keys may be missing."""
+
+    reference: ModelEntry
+    candidate: ModelEntry
+    tasks_asked: list[str]
+    margin_points: float
+    margin_ppl_percent: float
+    alpha: float
+    order_seed: int
+    protocol: str
+    verdict: VerdictEntry
+    tasks: dict[str, TaskEntry]
+    code_sha256: str
+    sha256: str
+
+
+def write(run: ShipRun, verdict: ShipVerdict) -> dict[str, Any]:
     """Evidence first, the certificate last. Two runs of one question differ in the section "provenance" alone."""
     tasks = {}
     for name, asked in run.asked.items():
@@ -56,7 +111,7 @@ def _question(spec: ShipSpec, asked: Mapping[str, Asked]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _verdict(run: Run, verdict: Verdict) -> dict[str, Any]:
+def _verdict(run: ShipRun, verdict: ShipVerdict) -> dict[str, Any]:
     return {
         "word": verdict.word,
         "is_equivalent": verdict.is_equivalent,
@@ -64,7 +119,7 @@ def _verdict(run: Run, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _task(asked: Asked, verdict: Verdict) -> dict[str, Any]:
+def _task(asked: Asked, verdict: ShipVerdict) -> dict[str, Any]:
     standing = asked.standing
     sides = {side: _side(asked, side) for side in ("reference", "candidate")}
     return {
@@ -130,13 +185,13 @@ def record_sha256(record: Record) -> str:
     return json_sha256(said)
 
 
-def _said(answer: Answer) -> Any:
+def _said(answer: Answer) -> JSON:
     if isinstance(answer, Completions):
         return [[item.text, item.finish_reason] for item in answer.completions]
     return list(answer.num_tokens if isinstance(answer, ChoiceLogprobs) else answer.token_ids)
 
 
-def json_sha256(value: Any) -> str:
+def json_sha256(value: object) -> str:
     """The same before and after a trip through a file: keys are sorted, tuples are lists."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -148,7 +203,7 @@ def code_sha256() -> str:
     return text_sha256(f"{path.relative_to(PACKAGE_ROOT).as_posix()}\n{path.read_text('utf-8')}" for path in files)
 
 
-def is_close(stored: Any, found: Any) -> bool:
+def is_close(stored: object, found: object) -> bool:
     """Equal JSON trees, numbers to five digits: another machine adds in another order."""
     if isinstance(stored, dict) and isinstance(found, dict):
         return stored.keys() == found.keys() and all(is_close(stored[key], found[key]) for key in stored)

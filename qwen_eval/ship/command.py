@@ -45,10 +45,10 @@ def ship(spec: ShipSpec) -> int:
         return verify(spec)
     from qwen_eval.ship import certificate
     from qwen_eval.ship.page import page, tables
-    from qwen_eval.ship.run import Run
+    from qwen_eval.ship.run import ShipRun
     from qwen_eval.tables import print_tables
 
-    with Run(spec) as run:
+    with ShipRun(spec) as run:
         verdict = run.all_tasks()
         certificate.write(run, verdict)
         (run.path / "certificate.html").write_bytes(page(run, verdict).encode("utf-8", "replace"))

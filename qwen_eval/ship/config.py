@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 from qwen_eval import cli
 from qwen_eval.config import PROTOCOLS, EngineSpec, EvalSpec, ModelSpec, TaskSpec, not_one_of
@@ -13,7 +14,8 @@ from qwen_eval.engines.kinds import kind
 from qwen_eval.models.naming import anonymous, settle
 from qwen_eval.tasks.registry import TASKS
 
-SIDES = ("reference", "candidate")
+Side = Literal["reference", "candidate"]
+SIDES: tuple[Side, Side] = ("reference", "candidate")
 TOGETHER = ("auto", "true", "false")
 OF_ENGINES = {item.name for item in fields(EngineSpec)} - {item.name for item in fields(ModelSpec)}
 
@@ -129,7 +131,7 @@ def _settle(spec: ShipSpec) -> None:
             setattr(spec, side, settle(spec.model(side), frozenset(keys)))
 
 
-def named_sides() -> list[str]:
+def named_sides() -> list[Side]:
     """The sides for which the user named a model."""
     given = _given()
     return [side for side in SIDES if {f"model@{side}", f"{side}.path", f"{side}.hub_id"} & given]

@@ -18,7 +18,7 @@ from qwen_eval.runs.store import FORMAT, RunDirectory
 from qwen_eval.ship.config import SIDES, ShipSpec
 from qwen_eval.ship.drawing import drawn_order, ends_until, is_macro, reach, weights
 from qwen_eval.ship.sides import FAILED, Engines, Pair, TaskSide
-from qwen_eval.ship.standing import Standing, Verdict, draws_of, of_items, of_texts, verdict
+from qwen_eval.ship.standing import ShipVerdict, Standing, draws_of, of_items, of_texts, verdict
 
 # What a certificate was made for; the same directory is resumed only for the same question.
 ASKED = ("margin", "margin_ppl", "alpha", "seed", "protocol")
@@ -74,8 +74,8 @@ def ship_directory(spec: ShipSpec) -> Path:
     return Path(spec.runs_dir) / CERTIFICATE / f"{spec.reference.name}-vs-{spec.candidate.name}" / spec.tag
 
 
-class Run:
-    """One certificate in the making. `with Run(spec) as run: run.all_tasks()`."""
+class ShipRun:
+    """One certificate in the making. `with ShipRun(spec) as run: run.all_tasks()`."""
 
     def __init__(self, spec: ShipSpec) -> None:
         self.spec, self.path = spec, ship_directory(spec)
@@ -97,7 +97,7 @@ class Run:
         config = {"reference": spec.reference.name, "candidate": spec.candidate.name}
         return {"format": FORMAT, "kind": CERTIFICATE, "config": config, "decides": decides, "provenance": provenance()}
 
-    def all_tasks(self) -> Verdict:
+    def all_tasks(self) -> ShipVerdict:
         """Task by task; unless `all_tasks` is set, the first one that fails ends it."""
         for name in self.spec.tasks:
             if self.verdict.word == "do not ship" and not self.spec.all_tasks:
@@ -108,7 +108,7 @@ class Run:
         return self.verdict
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ShipVerdict:
         return verdict([asked.standing for asked in self.asked.values()], list(self.spec.tasks), self.spec.alpha)
 
     def _one_task(self, name: str) -> None:
@@ -196,7 +196,7 @@ class Run:
             self._engines.close()
         self._directory.close()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> ShipRun:
         return self
 
     def __exit__(self, *_: object) -> None:

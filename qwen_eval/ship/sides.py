@@ -30,7 +30,8 @@ from qwen_eval.models.hub import local_checkpoint_dir
 from qwen_eval.report.runs import CERTIFICATE
 from qwen_eval.runs.evaluate import ask, run_spec, selected, task_context
 from qwen_eval.runs.prompt_lengths import read_by_model
-from qwen_eval.runs.store import RunDirectory, record_from_json, record_to_json
+from qwen_eval.runs.record_json import record_from_json, record_to_json
+from qwen_eval.runs.store import RunDirectory
 from qwen_eval.ship.config import SIDES, ShipSpec
 from qwen_eval.tasks.registry import build
 
@@ -71,9 +72,10 @@ def fit_together(spec: ShipSpec) -> bool:
     if None in sizes:
         return False
     from qwen_eval.models.device import memory_bytes
-    from qwen_eval.models.load import choose_device
+    from qwen_eval.models.load import choose_devices
 
-    free = min(memory_bytes(choose_device(spec.model(side).device))[0] for side in local)
+    devices = [choose_devices(spec.model(side).device) for side in local]
+    free = min(sum(memory_bytes(device)[0] for device in several) for several in devices)
     return ROOM * sum(size or 0 for size in sizes) < free
 
 

@@ -70,7 +70,7 @@ class Standing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ShipVerdict:
     """Over all tasks. "Ship" needs every task; "do not ship" one, whose p-value is Holm's over all of them."""
 
     word: Word
@@ -78,7 +78,7 @@ class Verdict:
     is_equivalent: bool
 
 
-def verdict(standings: Sequence[Standing], tasks: Sequence[str], alpha: float) -> Verdict:
+def verdict(standings: Sequence[Standing], tasks: Sequence[str], alpha: float) -> ShipVerdict:
     """`tasks`: all that were asked for, begun or not."""
     known = {standing.task: standing for standing in standings}
     worse = holm([known[task].last.worse if task in known else 1.0 for task in tasks])
@@ -91,7 +91,7 @@ def verdict(standings: Sequence[Standing], tasks: Sequence[str], alpha: float) -
     words = set(by_task.values())
     word: Word = "do not ship" if "do not ship" in words else "ship" if words == {"ship"} else "not decided"
     is_equivalent = word == "ship" and all(standing.is_equivalent(alpha) for standing in standings)
-    return Verdict(word=word, by_task=by_task, is_equivalent=is_equivalent)
+    return ShipVerdict(word=word, by_task=by_task, is_equivalent=is_equivalent)
 
 
 # --- items, drawn at random ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qwen_eval.config import EvalSpec
 from qwen_eval.core import (
@@ -38,6 +38,9 @@ from qwen_eval.ship.certificate import (
     CERTIFICATE,
     EVIDENCE,
     FORMAT,
+    Certificate,
+    SideEntry,
+    TaskEntry,
     code_sha256,
     evidence_line,
     is_close,
@@ -63,10 +66,10 @@ class Findings:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def compare(self, what: str, stored: Any, found: Any) -> bool:
+    def compare(self, what: str, stored: object, found: object) -> bool:
         if stored != found:
             self.faults.append(f"{what}: {_short(stored)} in the certificate, {_short(found)} now")
-        return bool(stored == found)
+        return stored == found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,7 @@ def verify(spec: ShipSpec) -> int:
     for line in findings.faults:
         print(plain_text(f"does not hold: {line}"))
     if not findings.faults:
-        stored: dict[str, Any] = read_json(path)
-        print(plain_text(f"{path}: holds; {stored['verdict']['sentence']}"))
+        print(plain_text(f"{path}: holds; {_read(path)['verdict']['sentence']}"))
     return 1 if findings.faults else 0
 
 
@@ -111,16 +113,16 @@ def check_certificate(path: Path, spec: ShipSpec) -> Findings:
     return findings
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Certificate:
     if not path.is_file():
         raise StoreError(f"verify={path}: no such file; give a certificate.json or the directory that holds it")
     stored = read_json(path)
     if stored.get("kind") != "certificate" or stored.get("format") != FORMAT:
         raise StoreError(f"verify={path}: not a certificate of format {FORMAT}")
-    return stored
+    return cast(Certificate, stored)
 
 
-def _check_content(stored: Mapping[str, Any], findings: Findings) -> None:
+def _check_content(stored: Certificate, findings: Findings) -> None:
     content = {key: value for key, value in stored.items() if key not in ("sha256", "provenance")}
     if json_sha256(content) != stored["sha256"]:
         findings.faults.append("certificate.json was edited: its own digest does not match")
@@ -131,9 +133,7 @@ def _check_content(stored: Mapping[str, Any], findings: Findings) -> None:
 # --- one task --------------------------------------------------------------------------------------------------------
 
 
-def _try_task(
-    directory: Path, name: str, stored: Mapping[str, Any], spec: ShipSpec, findings: Findings
-) -> Standing | None:
+def _try_task(directory: Path, name: str, stored: Certificate, spec: ShipSpec, findings: Findings) -> Standing | None:
     try:
         return _check_task(directory, name, stored["tasks"][name], stored, spec, findings)
     except QwenEvalError as error:
@@ -142,11 +142,11 @@ def _try_task(
 
 
 def _check_task(
-    directory: Path, name: str, section: Mapping[str, Any], stored: Mapping[str, Any], spec: ShipSpec,
+    directory: Path, name: str, section: TaskEntry, stored: Certificate, spec: ShipSpec,
     findings: Findings,
 ) -> Standing | None:  # fmt: skip
     """The standing computed again from the records; None where they do not allow it."""
-    sides = {}
+    sides: dict[str, StoredSide] = {}
     for side in SIDES:
         opened = _open(directory / side, name, side, section[side], findings)
         if opened is None:
@@ -164,9 +164,10 @@ def _check_task(
     for opened in sides.values():
         _check_grades(name, opened, drawn, findings)
     standing = _standing(name, reference, ordered, pairs, section, stored)
+    held: Mapping[str, object] = section
     for key, value in standing_json(standing).items():
-        if not is_close(section[key], value):
-            findings.faults.append(f"{name}: {key} is {_short(section[key])}, the records give {_short(value)}")
+        if not is_close(held[key], value):
+            findings.faults.append(f"{name}: {key} is {_short(held[key])}, the records give {_short(value)}")
     _spot(spec, name, sides, drawn, findings)
     return standing
 
@@ -177,7 +178,7 @@ def _has_records(name: str, sides: Mapping[str, StoredSide], drawn: Sequence[Sam
     return not any(missing.values())
 
 
-def _open(directory: Path, name: str, side: str, section: Mapping[str, Any], findings: Findings) -> StoredSide | None:
+def _open(directory: Path, name: str, side: str, section: SideEntry, findings: Findings) -> StoredSide | None:
     """Reads a side and compares its questions with those that the task asks today."""
     where = f"{name}, {side}"
     try:
@@ -213,7 +214,7 @@ def _tokenizer(config: EvalSpec) -> Tokenizer | None:
         return None
 
 
-def _ordered(reference: StoredSide, section: Mapping[str, Any], stored: Mapping[str, Any]) -> Sequence[Sample]:
+def _ordered(reference: StoredSide, section: TaskEntry, stored: Certificate) -> Sequence[Sample]:
     if section["kind"] == "items":
         return drawn_order(reference.samples, stored["order_seed"])
     group = next(iter(reference.task.summarise(reference.records.values()))).rpartition("/")[2]
@@ -222,7 +223,7 @@ def _ordered(reference: StoredSide, section: Mapping[str, Any], stored: Mapping[
 
 def _standing(
     name: str, reference: StoredSide, ordered: Sequence[Sample], pairs: Sequence[tuple[Record, Record]],
-    section: Mapping[str, Any], stored: Mapping[str, Any],
+    section: TaskEntry, stored: Certificate,
 ) -> Standing:  # fmt: skip
     if section["kind"] == "texts":
         return of_texts(name, pairs, stored["margin_ppl_percent"], stored["alpha"])
@@ -232,7 +233,7 @@ def _standing(
 
 
 def _check_evidence(
-    path: Path, name: str, section: Mapping[str, Any], pairs: Sequence[tuple[Record, Record]], findings: Findings
+    path: Path, name: str, section: TaskEntry, pairs: Sequence[tuple[Record, Record]], findings: Findings
 ) -> None:
     """The records against evidence.jsonl, line by line, and that against its digest: a changed record is named."""
     text = _text(path)
@@ -258,8 +259,8 @@ def _text(path: Path) -> str:
 
 def _changed_side(line: str, reference: Record, candidate: Record) -> str:
     try:
-        stored = json.loads(line)
-        found = json.loads(evidence_line(reference, candidate, is_scored=True))
+        stored: dict[str, object] = json.loads(line)
+        found: dict[str, object] = json.loads(evidence_line(reference, candidate, is_scored=True))
         changed = [side for side in SIDES if stored[f"{side}_sha256"] != found[f"{side}_sha256"]]
     except (ValueError, KeyError, TypeError, QwenEvalError):
         return "reference or candidate"
@@ -305,7 +306,7 @@ def _is_close_call(record: Record) -> bool:
 # --- the models ------------------------------------------------------------------------------------------------------
 
 
-def _check_models(stored: Mapping[str, Any], spec: ShipSpec, findings: Findings) -> None:
+def _check_models(stored: Certificate, spec: ShipSpec, findings: Findings) -> None:
     for side in named_sides():
         found = identity(spec.engine(side), spec.model(side))
         if found != stored[side]["weights"]:
@@ -359,6 +360,6 @@ def _differs(found: Record | None, stored: Record) -> bool:
     )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:40]}…{text[-12:]}"

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_eval.ship.config import ShipSpec
-from qwen_eval.ship.standing import Standing, Verdict
+from qwen_eval.ship.standing import ShipVerdict, Standing
 from qwen_eval.tables import Cell, Table, p_cell, text_cell
 
 TONES = {"ship": "good", "do not ship": "bad", "not decided": "weak"}
 
 
-def sentence(verdict: Verdict, standings: Sequence[Standing], spec: ShipSpec) -> str:
+def sentence(verdict: ShipVerdict, standings: Sequence[Standing], spec: ShipSpec) -> str:
     """The answer with its margin: `"ship: qwen-nano in bf16 is not worse than ... by more than 1 point on nano"`."""
     known = {standing.task: standing for standing in standings}
     names = f"{spec.candidate.name}{variant(spec)}"
@@ -74,7 +74,7 @@ def change_text(standing: Standing, value: float) -> str:
 
 
 def certificate_tables(
-    verdict: Verdict, standings: Sequence[Standing], spec: ShipSpec, notes: Sequence[str]
+    verdict: ShipVerdict, standings: Sequence[Standing], spec: ShipSpec, notes: Sequence[str]
 ) -> list[Table]:
     rows = tuple(_row(verdict, standing, spec.alpha) for standing in standings)
     columns = (
@@ -120,7 +120,7 @@ def look_tables(standings: Sequence[Standing]) -> list[Table]:
     ]  # fmt: skip
 
 
-def _row(verdict: Verdict, standing: Standing, alpha: float) -> tuple[Cell, ...]:
+def _row(verdict: ShipVerdict, standing: Standing, alpha: float) -> tuple[Cell, ...]:
     word = verdict.by_task[standing.task]
     text = "ship, equivalent" if word == "ship" and standing.is_equivalent(alpha) else word
     ends = [standing.low, standing.high]

@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import DataError, Grade, Metric, Prompt, Record, Sample, Turn
 from qwen_eval.data.files import Folder
-from qwen_eval.data.sources import SAMPLES, Source
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import SAMPLES
 from qwen_eval.extraction.short_answers import canonical, concluded_choice
 from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import macro, share
@@ -28,7 +29,7 @@ STOPS = ("\nQ:", "\n\nQ:")
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class BbhSpec(TaskSpec):
     name: str = "bbh"
     hub_id: str | None = "lukaemon/bbh"
     split: str = "test"
@@ -36,8 +37,8 @@ class Spec(TaskSpec):
     max_new_tokens: int = 512
 
 
-class Bbh(GenerativeTask[Spec]):
-    Spec = Spec
+class Bbh(GenerativeTask[BbhSpec]):
+    Spec = BbhSpec
     version = 2
     average: ClassVar[Literal["macro"]] = "macro"
 
@@ -65,7 +66,7 @@ class Bbh(GenerativeTask[Spec]):
             return {task: source.hub_rows(task, self.spec.split) for task in tasks}
         names = [name for name in source.names("*.json") if not _stem(name).isupper()]
         if not names:
-            raise DataError(f"{source.origin}: no task files (bbh/boolean_expressions.json, ...) there")
+            raise DataError(f"{source.origin}: no task files (bbh/boolean_expressions.json, ...) there; {source.how}")
         tables = {}
         for name in names:
             table = source.json(name)

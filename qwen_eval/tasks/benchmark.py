@@ -9,7 +9,8 @@ from typing import ClassVar, Generic, TypeVar
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError
-from qwen_eval.data.sources import Source, nearest, open_source
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import nearest, open_source
 from qwen_eval.tasks.registry import TaskContext
 
 MODES = ("auto", "base", "chat")
@@ -22,7 +23,6 @@ class Benchmark(ABC, Generic[SpecT]):
 
     version: ClassVar[int] = 1  # raise it when prompts, grading or aggregation change
     bundled: ClassVar[str | None] = None  # the folder of the bundled sample; None: the task's name
-    hub_archive: ClassVar[str | None] = None  # the one file of a hub dataset that has it all
 
     def __init__(self, spec: SpecT, context: TaskContext):
         if spec.mode not in MODES:
@@ -32,7 +32,7 @@ class Benchmark(ABC, Generic[SpecT]):
         self.is_upstream = context.protocol == "upstream"
 
     def open(self) -> Source:
-        return open_source(self.spec, bundled=self.bundled or self.name, hub_archive=self.hub_archive)
+        return open_source(self.spec, bundled=self.bundled or self.name)
 
     @cached_property
     def source(self) -> Source:

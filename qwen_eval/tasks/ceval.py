@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qwen_eval.core import JSON, Record
-from qwen_eval.data.sources import Row
+from qwen_eval.data.rows import TableRow
 from qwen_eval.extraction.official_letters import official_ceval_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
 from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT, option_letters
@@ -58,7 +58,6 @@ class Ceval(ChoiceTask):
     Spec = CevalSpec
     splits = ("val", "test")
     bundled = "ceval"
-    hub_archive = "ceval-exam.zip"
     categories = CATEGORIES
     average = "macro"
     base_format = CHINESE_EXAM_BASE
@@ -68,7 +67,7 @@ class Ceval(ChoiceTask):
         name = f"{split}/{subject}_{split}.csv"
         return name, f"data/{name}", f"ceval-exam/{name}", f"formal_ceval/{name}"
 
-    def read(self, subject: str, split: str) -> list[Row]:
+    def read(self, subject: str, split: str) -> list[TableRow]:
         needs = COLUMNS if split == "test" else (*COLUMNS, "answer")
         return self.source.table(
             *self.candidates(subject, split), columns=needs, header=True, as_pandas=self.is_upstream

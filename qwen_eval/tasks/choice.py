@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
@@ -34,13 +34,18 @@ from qwen_eval.core import (
     Sample,
     Turn,
 )
-from qwen_eval.data.sources import Row, nearest
+from qwen_eval.data.rows import TableRow
+from qwen_eval.data.sources import nearest
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.symptoms import flags
 from qwen_eval.metrics import macro, share
 from qwen_eval.tasks.benchmark import Benchmark
 from qwen_eval.tasks.prompts import ShotFormat, chat_shots, few_shot, option_letters
 from qwen_eval.tasks.registry import TaskContext
+
+if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
 
 LETTERS = ("A", "B", "C", "D")  # the columns of the exams' files
 OFFICIAL = -1  # shots
@@ -103,7 +108,7 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
         """Names under which the official releases keep a subject's csv."""
 
     @abstractmethod
-    def read(self, subject: str, split: str) -> list[Row]:
+    def read(self, subject: str, split: str) -> list[TableRow]:
         """Rows with the cells question, A, B, C, D and, where the split has them, answer and id."""
 
     @abstractmethod
@@ -121,7 +126,9 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
         found = tuple(s for s in known if self.source.has(*self.candidates(s, self.spec.split)))
         if not found:
             example = self.candidates(known[0], self.spec.split)[0]
-            raise DataError(f"{self.source.origin}: no subject of {self.name} there, such as {example}")
+            raise DataError(
+                f"{self.source.origin}: no subject of {self.name} there, such as {example}; {self.source.how}"
+            )
         if len(found) < len(known) and not self.source.is_bundled:
             logger.warning("%s: %d of %d subjects are there", self.source.origin, len(found), len(known))
         return found
@@ -138,11 +145,11 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
         return (name,)
 
     @cached_property
-    def _rows(self) -> dict[str, list[Row]]:
+    def _rows(self) -> dict[str, list[TableRow]]:
         return {subject: self._checked(self.read(subject, self.spec.split)) for subject in self.subjects}
 
     @cached_property
-    def _shots(self) -> dict[str, list[Row]]:
+    def _shots(self) -> dict[str, list[TableRow]]:
         """The first dev rows of every subject, in order."""
         n = self.shots
         if n == 0:
@@ -155,7 +162,7 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
                 raise DataError(f"{self.source.origin}: the dev rows of {subject} have no answers")
         return {subject: rows[:n] for subject, rows in shots.items()}
 
-    def _checked(self, rows: list[Row]) -> list[Row]:
+    def _checked(self, rows: list[TableRow]) -> list[TableRow]:
         for row in rows:
             letters = option_letters(row.cells)
             if (answer := row.cells.get("answer", LETTERS[0])) not in letters:
@@ -337,12 +344,24 @@ def letter_values(answer: ChoiceLogprobs, letters: Sequence[str] = LETTERS) -> d
 
 
 def official_probs(answer: ChoiceLogprobs) -> list[float]:
-    """Softmax over the vocabulary, then a second one over the letters' probabilities, in fp32 as the scripts do."""
+    """Softmax over the vocabulary, then a second one over the letters' probabilities, each rounded to the dtype of the
+    logits, as the scripts do: in bf16 many letters are equally likely then."""
     import numpy
 
-    probs = numpy.exp(numpy.asarray(answer.logprobs, dtype=numpy.float32))
+    probs = _rounded(numpy.exp(numpy.asarray(answer.logprobs, dtype=numpy.float32)), answer.dtype)
     again = numpy.exp(probs - probs.max())
-    return [float(p) for p in again / again.sum(dtype=numpy.float32)]
+    return [float(p) for p in _rounded(again / again.sum(dtype=numpy.float32), answer.dtype)]
+
+
+def _rounded(values: NDArray[float32], dtype: str) -> NDArray[float32]:
+    """To the nearest number of that dtype, of two equally near ones the even one."""
+    if dtype == "float16":
+        return values.astype("float16").astype("float32")
+    if dtype == "bfloat16":  # the upper half of an fp32 number
+        bits = values.view("uint32")
+        rounded: NDArray[float32] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype("uint32").view("float32")
+        return rounded
+    return values
 
 
 def official_letter(answer: ChoiceLogprobs, letters: Sequence[str] = LETTERS) -> str:

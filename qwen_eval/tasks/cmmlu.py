@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qwen_eval.data.sources import Row
+from qwen_eval.data.rows import TableRow
 from qwen_eval.extraction.official_letters import official_ceval_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
 from qwen_eval.tasks.prompts import CHINESE_EXAM_BASE, CHINESE_EXAM_CHAT, option_letters
@@ -56,7 +56,6 @@ class Cmmlu(ChoiceTask):
 
     Spec = CmmluSpec
     bundled = "cmmlu"
-    hub_archive = "cmmlu_v1_0_1.zip"
     categories = CATEGORIES
     average = "macro"
     base_format = CHINESE_EXAM_BASE
@@ -65,14 +64,14 @@ class Cmmlu(ChoiceTask):
     def candidates(self, subject: str, split: str) -> tuple[str, ...]:
         return f"{split}/{subject}.csv", f"data/{split}/{subject}.csv"
 
-    def read(self, subject: str, split: str) -> list[Row]:
+    def read(self, subject: str, split: str) -> list[TableRow]:
         rows = self.source.table(
             *self.candidates(subject, split),
             columns=("Question", *LETTERS, "Answer"),
             header=True,
             as_pandas=self.is_upstream,
         )
-        return [Row(cells={_NAMES.get(k, k): v for k, v in row.cells.items()}, where=row.where) for row in rows]
+        return [TableRow(cells={_NAMES.get(k, k): v for k, v in row.cells.items()}, where=row.where) for row in rows]
 
     def official_letter(self, reply: str, row: Mapping[str, str]) -> str:
         return official_ceval_letter(reply, row["question"], [row[letter] for letter in option_letters(row)])

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.numbers import UPSTREAM_GOLD, concluded_number, written
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
@@ -72,6 +72,7 @@ class Episode:
 class CodeInterpreter(GenerativeTask[InterpreterSpec]):
     Spec = InterpreterSpec
     version = 1
+    bundled = "gsm8k"
 
     def __init__(self, spec: InterpreterSpec, context: TaskContext):
         super().__init__(spec, context)
@@ -82,9 +83,6 @@ class CodeInterpreter(GenerativeTask[InterpreterSpec]):
         self.judge = VisionJudge(spec.judge_base_url, spec.judge_model) if spec.judge_base_url else None
 
     # --- rows ---
-
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="gsm8k")
 
     def rows(self, source: Source) -> list[Sample]:
         if source.is_hub:

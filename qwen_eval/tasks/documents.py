@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_eval.core import DataError, Tokenizer
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 
 ENDINGS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 END_OF_TEXT = "<|endoftext|>"

@@ -68,9 +68,9 @@ def check(candidate):
 
 def plus_test(row: Mapping[str, Any]) -> str:
     """Source of a test that defines `check(candidate)`."""
-    entry_point = row["entry_point"]
-    reference = row["canonical_solution"] if "assertion" in row else row["prompt"] + row["canonical_solution"]
-    inputs = [args for key in ("base_input", "plus_input") for args in row[key]]
+    entry_point: str = row["entry_point"]
+    reference: str = row["canonical_solution"] if "assertion" in row else row["prompt"] + row["canonical_solution"]
+    inputs: list[list[Any]] = [args for key in ("base_input", "plus_input") for args in row[key]]
     if entry_point == "combinations_colors":
         inputs = [args for args in inputs if args[1] <= MOST_COLORS]
     if entry_point in COMPLEX_ARGUMENTS:
@@ -86,7 +86,7 @@ def plus_test(row: Mapping[str, Any]) -> str:
     )
 
 
-def _called_with(assertion: str, entry_point: str) -> Iterator[list[Any]]:
+def _called_with(assertion: str, entry_point: str) -> Iterator[list[object]]:
     """The arguments of the calls in a row's original assertions: JSON lost which of them were tuples."""
     for node in ast.walk(ast.parse(assertion)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == entry_point:
@@ -96,11 +96,11 @@ def _called_with(assertion: str, entry_point: str) -> Iterator[list[Any]]:
                 continue  # an argument that is calculated
 
 
-def _shaped(args: list[Any], template: list[Any]) -> list[Any]:
+def _shaped(args: list[object], template: list[object]) -> list[object]:
     return [_like(value, like) for value, like in zip(args, template)] + args[len(template) :]
 
 
-def _like(value: Any, template: Any, outer: Any = None) -> Any:
+def _like(value: object, template: object, outer: object = None) -> object:
     """`value` with tuples where the template has tuples; tuples within tuples go on at any depth."""
     if isinstance(value, dict) and isinstance(template, dict) and template:
         like = next(iter(template.values()))
@@ -114,7 +114,7 @@ def _like(value: Any, template: Any, outer: Any = None) -> Any:
     return tuple(items) if isinstance(template, tuple) else items
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     if not isinstance(value, str):
         return value
     return complex(value) if "j" in value else float(value)

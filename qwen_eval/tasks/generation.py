@@ -20,7 +20,8 @@ from qwen_eval.core import (
     Sampling,
     Turn,
 )
-from qwen_eval.data.sources import Source, nearest, num_drawn
+from qwen_eval.data.rows import Source
+from qwen_eval.data.sources import nearest, num_drawn
 from qwen_eval.metrics import share
 from qwen_eval.tasks.benchmark import Benchmark, SpecT
 from qwen_eval.tasks.registry import TaskContext

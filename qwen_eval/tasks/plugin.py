@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import (
@@ -28,7 +28,7 @@ from qwen_eval.core import (
     Tokenizer,
     Turn,
 )
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import mean, share
 from qwen_eval.tasks.function_calls import parse_react, read_call, schema, tools_of
@@ -41,11 +41,14 @@ from qwen_eval.tasks.react import (
     read_step_upstream,
 )
 
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
 INPUT_CHARACTERS = 4_000  # of an action's input that are compared: the overlap takes time with their square
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class PluginSpec(TaskSpec):
     name: str = "plugin"  # or plugin_template
     split: str = "test"
     mode: str = "chat"
@@ -66,18 +69,16 @@ class Called:
         return None if self.tool is None else self.tool.strip().lower()
 
 
-class Plugin(GenerativeTask[Spec]):
-    Spec = Spec
+class Plugin(GenerativeTask[PluginSpec]):
+    Spec = PluginSpec
     version = 3
+    bundled = "plugin"
 
     @property
     def is_template(self) -> bool:
         return self.name == "plugin_template"
 
     # --- rows ---
-
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="plugin")
 
     def rows(self, source: Source) -> list[Sample]:
         samples = []
@@ -226,7 +227,7 @@ def rouge_l(found: str, gold: str, tokenizer: Tokenizer | None) -> float:
 
 
 @cache
-def _scorer() -> Any:
+def _scorer() -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=_Whitespace())

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwen_eval.core import ConfigError, DataError
-from qwen_eval.data.sources import Source
+from qwen_eval.data.rows import Source
 from qwen_eval.tasks.own import FIELD, OwnChoice, OwnGenerative, OwnSpec, OwnTask, Question
 from qwen_eval.tasks.prompts import option_letters
 

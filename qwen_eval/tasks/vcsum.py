@@ -6,16 +6,19 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Grade, Metric, Prompt, Record, Sample, Tokenizer, Turn
 from qwen_eval.corpus import cut_words
-from qwen_eval.data.sources import Source, open_source
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask
 from qwen_eval.tasks.registry import TaskContext
+
+if TYPE_CHECKING:
+    from rouge import Rouge
 
 TEMPLATE = "下面有一段会议记录，请你阅读后，写一段总结，总结会议的内容。\n会议记录：\n{context}\n\n会议总结："
 FILES = ("vcsum.jsonl", "data/vcsum.jsonl", "vcsum.jsonl.gz", "vcsum_test_longbench_form.jsonl.gz")
@@ -43,9 +46,6 @@ class Vcsum(GenerativeTask[VcsumSpec]):
             raise ConfigError(f"task.max_prompt_tokens={spec.max_prompt_tokens}: at least 2, or null")
         self.limit = context.prompt_limit(spec.max_prompt_tokens, self.reply_tokens)
         self._num_cut: dict[str, bool] = {}
-
-    def open(self) -> Source:
-        return open_source(self.spec, bundled="vcsum", hub_archive="data.zip")
 
     def rows(self, source: Source) -> list[Sample]:
         samples = []
@@ -138,7 +138,7 @@ def rouge_l(reply: str, reference: str) -> float:
 
 
 @cache
-def _rouge() -> Any:
+def _rouge() -> Rouge:
     from rouge import Rouge
 
     return Rouge(metrics=["rouge-l"])

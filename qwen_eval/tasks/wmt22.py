@@ -30,8 +30,10 @@ from qwen_eval.core import (
     Sample,
     Turn,
 )
+from qwen_eval.data.catalogue import way_to_get
 from qwen_eval.data.files import Folder
-from qwen_eval.data.sources import Source, is_hub_reachable, open_source
+from qwen_eval.data.hub import is_hub_reachable
+from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, cut, flags
 from qwen_eval.tasks.generation import GenerativeTask
 
@@ -46,34 +48,35 @@ TOKENIZERS = {
 QUERY = "{source} phrase: {text}\n{target} phrase:"
 CHAT_QUERY = "Translate this text from {source} to {target}. Reply with the translation alone.\n\n{text}"
 HARNESS_SEED = 42  # of the harness's draws of shots
-HOW = "pass task.path=<folder of generaltest2022.zh-en.src.zh, generaltest2022.zh-en.ref.A.en ...>"
+HOW = way_to_get("wmt22")
 
 
 @dataclass(kw_only=True)
-class Spec(TaskSpec):
+class Wmt22Spec(TaskSpec):
     name: str = "wmt22"
     split: str = "test"
     shots: int = 5
     max_new_tokens: int = 256  # the harness's limit
 
 
-class Wmt22(GenerativeTask[Spec]):
-    Spec = Spec
+class Wmt22(GenerativeTask[Wmt22Spec]):
+    Spec = Wmt22Spec
     version = 1
+    bundled = "wmt22"
 
     # --- rows ---
 
     def open(self) -> Source:
         """`task.path`, else what sacreBLEU has downloaded or can download, else the bundled sample."""
         if self.spec.path is not None or self.spec.data == "bundled":
-            return open_source(self.spec, bundled="wmt22")
+            return super().open()
         found = sacrebleu_folder(may_download=is_hub_reachable())
         if found is not None:
             return Source("sacrebleu:wmt22", Folder(found), how=HOW)
         if self.spec.data == "hub":
             raise DataError(f"wmt22: sacreBLEU cannot download it here; {HOW}")
         logger.warning("wmt22: no network and no copy of sacreBLEU's: scoring the small bundled sample; %s", HOW)
-        return open_source(self.spec, bundled="wmt22")
+        return super().open()
 
     def rows(self, source: Source) -> list[Sample]:
         pairs = [pair for pair in PAIRS if source.has(*_names(pair, "src"))]

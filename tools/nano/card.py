@@ -24,7 +24,8 @@ from qwen_eval.core import Metric, Prompt, Record, Score, TokenLogprobs, Turn  #
 from qwen_eval.engines.native.engine import NativeEngine  # noqa: E402
 from qwen_eval.metrics import perplexity  # noqa: E402
 from qwen_eval.models.load import open_forward  # noqa: E402
-from qwen_eval.tasks.nano import Nano, Spec  # noqa: E402
+from qwen_eval.tasks.nano import Nano  # noqa: E402
+from qwen_eval.tasks.nano import NanoSpec as Spec  # noqa: E402
 from qwen_eval.tasks.registry import TaskContext  # noqa: E402
 
 ASSET = ROOT / "qwen_eval" / "assets" / "qwen-nano"

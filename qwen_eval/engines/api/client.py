@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import anyio
 import httpx2 as httpx
 
 from qwen_eval.core import JSON, EngineError
@@ -25,6 +26,8 @@ MAX_BODY_BYTES = 64 << 20
 MAX_HELD_BYTES = 512 << 20  # of all bodies that are being read
 CONNECT_S = 20.0
 MAX_BUSY_S = 900.0  # without one good reply to anybody
+DOWN_S = 10.0  # a retry: how long a server that is not there is waited for
+DOWN_PAUSE_S = 5.0  # at most, so that its return is seen
 NO_MONEY = "insufficient_quota"  # OpenAI's word, sent with 429: waiting does not help
 MIN_RETRIES = 50  # of a run, however few its requests
 FOR_ALL = (401, 403, 404)  # no other request of this run would fare better
@@ -44,9 +47,37 @@ class Limits:
     retry_share: float = 1.0
 
     @property
+    def down_s(self) -> float:
+        return self.retries * DOWN_S
+
+    @property
     def longest_s(self) -> float:
         """The end of every request, whatever the server does."""
         return (self.retries + 1) * (self.timeout_s + MAX_PAUSE_S)
+
+
+class _Tries:
+    """Of one request."""
+
+    def __init__(self) -> None:
+        self.begun_at = self.down_at = time.monotonic()
+        self.num_busy = self.num_down = self.num_faults = 0
+
+    def add(self, fault: Fault, sent_at: float) -> None:
+        self.num_busy += fault.is_busy
+        self.num_faults += not (fault.is_busy or fault.is_down)
+        if not fault.is_down:
+            self.num_down = 0
+        elif not self.num_down:
+            self.down_at = sent_at
+        self.num_down += fault.is_down
+
+    def pause_s(self, fault: Fault) -> float:
+        if fault.pause_s is not None:
+            return fault.pause_s
+        if fault.is_down:
+            return min(DOWN_PAUSE_S, retry_pause_s(self.num_down - 1))
+        return retry_pause_s((self.num_busy if fault.is_busy else self.num_faults) - 1)
 
 
 class EndpointClient:
@@ -85,37 +116,40 @@ class EndpointClient:
         async with self.pace:
             self.num_requests += 1
             try:
-                return await asyncio.wait_for(self._with_retries(path, data, read), self._limits.longest_s)
-            except asyncio.TimeoutError:
+                with anyio.fail_after(self._limits.longest_s):  # no task of its own, whose error could get lost
+                    return await self._with_retries(path, data, read)
+            except TimeoutError:
                 raise RequestFailed(f"no answer in {self._limits.longest_s:.0f} s, all tries together") from None
 
     async def _with_retries(self, path: str, data: bytes, read: Callable[[JSON], T]) -> T:
-        busy = faults = 0
-        begun_at = time.monotonic()
+        tries = _Tries()
         while True:
             await self.pace.opened()
             sent_at = time.monotonic()
             try:
                 answer = read(await self._once(path, data))
             except Fault as fault:
-                busy, faults = busy + fault.is_busy, faults + (not fault.is_busy)
                 if fault.is_busy:
                     self.pace.too_many(sent_at, fault.pause_s)
-                self._spend(fault, faults, begun_at)
-                tries = busy if fault.is_busy else faults
-                await asyncio.sleep(fault.pause_s if fault.pause_s is not None else retry_pause_s(tries - 1))
+                tries.add(fault, sent_at)
+                self._spend(fault, tries)
+                await asyncio.sleep(tries.pause_s(fault))
             else:
                 self.pace.succeeded()
                 return answer
 
-    def _spend(self, fault: Fault, faults: int, begun_at: float) -> None:
-        """One retry of this request and of the run. A busy server costs none, while it answers somebody."""
+    def _spend(self, fault: Fault, tries: _Tries) -> None:
+        """One retry of this request and of the run. None for a server that is busy, or not there, for a while."""
         if fault.is_busy:
-            if self.pace.idle_s(begun_at) > MAX_BUSY_S:
+            if self.pace.idle_s(tries.begun_at) > MAX_BUSY_S:
                 raise RequestFailed(f"{fault} (and no good reply for {MAX_BUSY_S / 60:.0f} minutes)") from None
             return
-        if faults > self._limits.retries:
-            raise RequestFailed(f"{fault} (asked {faults} times)") from None
+        if fault.is_down:
+            if self.pace.idle_s(tries.down_at) >= self._limits.down_s:
+                raise EngineError(f"{self.public_url}: {fault}, waited for {self._limits.down_s:.0f} s") from None
+            return
+        if tries.num_faults > self._limits.retries:
+            raise RequestFailed(f"{fault} (asked {tries.num_faults} times)") from None
         budget = max(MIN_RETRIES, self._limits.retry_share * self.num_requests)
         if self.num_retries >= budget:
             raise RequestFailed(f"{fault} (and the run's {budget:.0f} retries are spent)") from None
@@ -124,11 +158,12 @@ class EndpointClient:
     async def _once(self, path: str, data: bytes) -> JSON:
         http = self._connection()
         try:
-            return await asyncio.wait_for(self._exchange(http, path, data), self._limits.timeout_s)
-        except (asyncio.TimeoutError, httpx.TimeoutException):
+            with anyio.fail_after(self._limits.timeout_s):
+                return await self._exchange(http, path, data)
+        except (TimeoutError, httpx.TimeoutException):
             raise Fault(f"no whole reply within {self._limits.timeout_s:g} s (engine.timeout_s)") from None
         except httpx.ConnectError as error:
-            raise Fault(f"no server answers ({safe_text(str(error), self._key)})") from None
+            raise Fault(f"no server answers ({safe_text(str(error), self._key)})", is_down=True) from None
         except (httpx.HTTPError, httpx.StreamError, ssl.SSLError, OSError) as error:
             reason = safe_text(str(error), self._key) or type(error).__name__
             raise Fault(f"the connection broke ({reason})") from None

@@ -10,12 +10,14 @@ MAX_TEXT = 200  # characters of a server's own words
 class Fault(Exception):
     """It may go well the next time: no connection, a busy server, a reply that cannot be read.
 
-    `pause_s`: how long the server asks to wait. `is_busy`: it works, but has too much to do.
+    `pause_s`: how long the server asks to wait. `is_busy`: it works, but has too much to do. `is_down`: there is none.
     """
 
-    def __init__(self, reason: str, *, pause_s: float | None = None, is_busy: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, pause_s: float | None = None, is_busy: bool = False, is_down: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.pause_s, self.is_busy = pause_s, is_busy
+        self.pause_s, self.is_busy, self.is_down = pause_s, is_busy, is_down
 
 
 class RequestFailed(Exception):

@@ -81,10 +81,14 @@ class Crew(Generic[Q, A]):
             asyncio.ensure_future(self._work(upcoming, unread)) for _ in range(min(self._num_workers, len(requests)))
         ]
         try:
-            await asyncio.gather(*workers)
-        finally:
+            await asyncio.gather(
+                *workers
+            )  # where this is cancelled, they are: a second time would break their clean-up
+        except Exception:
             for worker in workers:
                 worker.cancel()
+            raise
+        finally:
             await asyncio.gather(*workers, return_exceptions=True)
             self._stopped.set()
 

@@ -13,6 +13,11 @@ from qwen_eval.engines.api.faults import Fault, safe_text
 ENDS: Mapping[JSON, FinishReason] = {
     "stop": "eos",
     "eos": "eos",
+    "eos_token": "eos",  # text-generation-inference's two
+    "stop_sequence": "eos",
+    "end_turn": "eos",
+    "max_tokens": "length",
+    "sensitive": "filtered",
     "tool_calls": "eos",
     "function_call": "eos",
     "length": "length",
@@ -65,14 +70,24 @@ def _usage(found: JSON) -> Usage:
     )
 
 
-def completions_of(reply: Reply, request: Generate) -> Completions:
-    """A filtered or refused completion ends as "filtered": it is no answer of the model's own."""
+def completions_of(reply: Reply, request: Generate, *, repeated: str = "") -> Completions:
+    """A filtered or refused completion ends as "filtered": it is no answer of the model's own.
+
+    `repeated`: the beginning of the message, where the server puts it before the continuation.
+    """
     num_tokens = reply.usage.completion_tokens // len(reply.choices)
-    return Completions(completions=tuple(_completion(row, request, num_tokens) for row in reply.choices))
+    return Completions(completions=tuple(_completion(row, request, num_tokens, repeated) for row in reply.choices))
 
 
-def _completion(row: Mapping[str, JSON], request: Generate, num_tokens: int) -> Completion:
+def text_of(reply: Reply) -> str:
+    return _text(reply.choices[0])[0]
+
+
+def _completion(row: Mapping[str, JSON], request: Generate, num_tokens: int, repeated: str) -> Completion:
     text, is_refused = _text(row)
+    if not (is_refused or text.startswith(repeated)):
+        raise Fault("a reply that does not begin with the message that it continues")
+    text = text.removeprefix(repeated)
     end = row.get("finish_reason")
     if not isinstance(end, str) or end not in ENDS:
         raise Fault(f"a completion that ended with {safe_text(str(end))}")
@@ -91,17 +106,30 @@ def _text(row: Mapping[str, JSON]) -> tuple[str, bool]:
             raise Fault("a completion without text")
         return text, False
     message = _mapping(row["message"], "a message")
-    text = message.get("content")
-    if text is not None and not isinstance(text, str):
-        raise Fault("a message whose content is no text")
+    text = _content(message.get("content"))
     calls = [_call(call) for call in _list(message.get("tool_calls") or [], "tool_calls")]
+    if message.get("function_call"):  # the older form of one call
+        calls.append(_call({"function": message["function_call"]}))
     return "\n".join([*([text] if text else []), *calls]), bool(message.get("refusal"))
+
+
+def _content(found: JSON) -> str:
+    """A text, or the parts of one without those that hold the reasoning."""
+    if found is None or isinstance(found, str):
+        return found or ""
+    parts = [_mapping(part, "a part") for part in _list(found, "content")]
+    texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
+    if not all(isinstance(text, str) for text in texts) or (parts and not texts):
+        raise Fault("a message whose content is no text")
+    return "".join(map(str, texts))
 
 
 def _call(found: JSON) -> str:
     """A call that the server has read out of the text, put back as Qwen writes it."""
     function = _mapping(_mapping(found, "a call").get("function"), "a function")
     name, arguments = function.get("name"), function.get("arguments") or "{}"
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
     if not isinstance(name, str) or not isinstance(arguments, str):
         raise Fault("a call whose name or arguments are no text")
     return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'

@@ -11,13 +11,14 @@ from typing import Protocol
 
 from qwen_eval.core import Choose, EngineError, Generate, Prompt, Rendered, Request, Score, Tokenizer
 from qwen_eval.engines.api.faults import RequestFailed
-from qwen_eval.engines.api.replies import Echo, Reply
+from qwen_eval.engines.api.replies import Echo, Reply, text_of
 
 KNOWN = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
+BEGUN = "one two three four"
 TOLERANCE = 0.3  # nats: a 16-bit server that batches differently moves a log-probability by less
 
 
-class Asked(Protocol):
+class Askable(Protocol):
     """What a check asks of the engine."""
 
     tokenizer: Tokenizer | None
@@ -37,11 +38,13 @@ class Asked(Protocol):
 
 
 class Check:
-    """`has_echo`: the server gives the log-probabilities of a given text, and they are real."""
+    """`has_echo`: the server gives the log-probabilities of a given text, and they are real. `repeats_prefill`: a reply
+    begins with the message that it continues.
+    """
 
-    def __init__(self, engine: Asked) -> None:
+    def __init__(self, engine: Askable) -> None:
         self._engine = engine
-        self.has_echo = False
+        self.has_echo = self.repeats_prefill = False
         self.warnings: list[str] = []
 
     async def run(self, examples: Sequence[Request]) -> None:
@@ -52,8 +55,8 @@ class Check:
                     await self._choices(example)
                 elif isinstance(example, Score):
                     await self._scores()
-                elif self._engine.tokenizer is not None:
-                    await self._template(example)
+                else:
+                    await self._texts(example)
         except RequestFailed as failed:
             raise EngineError(f"the check of the server failed: {failed}") from None
 
@@ -77,6 +80,8 @@ class Check:
                 "the server gives no log-probabilities of a given text (echo), or they are not its own; "
                 "use engine=native, hf or vllm, or a server of vLLM or SGLang"
             )
+        if self._engine.tokenizer is None:
+            raise EngineError("given texts are scored as token ids: pass engine.tokenizer=DIR, the model's tokenizer")
         self.has_echo = True
 
     async def _is_real_echo(self, first: dict[str, float]) -> bool:
@@ -87,6 +92,14 @@ class Check:
             return False
         value = _last_of_the_text(echo, len(KNOWN))
         return value is not None and abs(value - first[token]) <= TOLERANCE and not _is_constant(echo)
+
+    async def _texts(self, example: Generate) -> None:
+        if example.prompt.prefill:
+            begun = Prompt.user("Count to nine.", prefill=BEGUN)
+            reply = await self._engine.generated(Generate(prompt=begun, max_new_tokens=1))
+            self.repeats_prefill = text_of(reply).startswith(BEGUN)
+        if self._engine.tokenizer is not None:
+            await self._template(example)
 
     async def _template(self, example: Generate) -> None:
         """A prompt of another length is another prompt: another template, system message or BOS."""

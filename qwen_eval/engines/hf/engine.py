@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -28,25 +28,32 @@ from qwen_eval.core import (
     Generate,
     ModelError,
     Prompt,
+    QwenEvalError,
     Rendered,
     Request,
+    Sampling,
     Score,
     TokenLogprobs,
 )
+from qwen_eval.engines.hf.calls import Drawn, Extras, Overflow, Padded, StopStrings, first_stop
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.generation_config import sampling_of
 from qwen_eval.models.hub import checkpoint_dir, local_dir
 from qwen_eval.models.lora import refuse_adapter
 from qwen_eval.models.naming import check_shape
+from qwen_eval.models.quant.bnb import allow_fused
 from qwen_eval.models.quant.formats import quant_format
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_SIZE = 8
 SCORE_CHUNK = 512  # tokens whose logits over the whole vocabulary are held at once
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION = {"auto": None, "sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
 
-Item = TypeVar("Item", bound="tuple[Any, ...]")
+Item = TypeVar("Item", bound="tuple[int, object] | tuple[int, object, object]")
 
 
 class HfEngine:
@@ -54,7 +61,7 @@ class HfEngine:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         tokenizer: HfTokenizer,
         *,
         batch_size: int = BATCH_SIZE,
@@ -64,7 +71,7 @@ class HfEngine:
 
         self.tokenizer = tokenizer
         self._chat_facts = self.tokenizer.facts
-        self._model = model.eval()
+        self._held: PreTrainedModel | None = model.eval()
         self._batch_size = batch_size
         self._weights = weights
         self._takes = set(inspect.signature(model.forward).parameters)
@@ -73,6 +80,11 @@ class HfEngine:
         self._sampling = sampling_of(model.generation_config.to_diff_dict()) if model.generation_config else None
         # the checkpoint's own defaults (a repetition penalty of 1.05 in Qwen2.5) would fill what requests leave at 1.0
         model.generation_config = GenerationConfig()
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        assert self._held is not None, "the engine is closed"
+        return self._held
 
     @property
     def info(self) -> Mapping[str, JSON]:
@@ -94,7 +106,7 @@ class HfEngine:
         return Rendered(text=self.tokenizer.decode(ids), ids=ids)
 
     def close(self) -> None:
-        self._model = None
+        self._held = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -134,7 +146,11 @@ class HfEngine:
             logprobs = tuple(logit - logsumexp for logit in logits)
             answers.append(
                 ChoiceLogprobs(
-                    logprobs=logprobs, num_tokens=(1,) * len(choices), logits=tuple(logits), logsumexp=logsumexp
+                    logprobs=logprobs,
+                    num_tokens=(1,) * len(choices),
+                    logits=tuple(logits),
+                    logsumexp=logsumexp,
+                    dtype=str(self._model.dtype).removeprefix("torch."),
                 )
             )
         return answers
@@ -151,13 +167,12 @@ class HfEngine:
     @torch.inference_mode()
     def _last_logits(self, rows: Sequence[list[int]], keep: int) -> torch.Tensor:
         """Logits [B, keep, V] in fp32 of the last `keep` positions of each row."""
-        inputs = self._padded(rows)
+        inputs, extras = self._padded(rows), Extras()
         if "position_ids" in self._takes:
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            extras["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = keep
-        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits[:, -keep:]
-        return logits.float()
+            extras["logits_to_keep"] = keep
+        return self._model(**inputs, **extras, use_cache=False).logits[:, -keep:].float()
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
@@ -167,7 +182,7 @@ class HfEngine:
         first = max(1, request.num_context)
         logprobs: list[float] = []
         num_greedy = 0
-        cache: Any = None
+        cache: Cache | None = None
         for start in range(0, len(ids) - 1, SCORE_CHUNK):  # the last token predicts nothing that is asked
             chunk = ids[start : min(start + SCORE_CHUNK, len(ids) - 1)]
             out = self._model(input_ids=self._tensor([chunk]), past_key_values=cache, use_cache=True)
@@ -184,7 +199,7 @@ class HfEngine:
 
     def _generate_all(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Answer]]:
         """Greedy requests in batches; sampled ones alone, so that a text depends only on its request and seed."""
-        groups: dict[tuple[int, tuple[str, ...], Any], list[tuple[int, Generate]]] = defaultdict(list)
+        groups: dict[tuple[int, tuple[str, ...], Sampling], list[tuple[int, Generate]]] = defaultdict(list)
         for index, request in requests:
             if request.sampling.is_greedy:
                 groups[request.max_new_tokens, request.stop, request.sampling].append((index, request))
@@ -221,18 +236,18 @@ class HfEngine:
             for item, has_overflowed in zip(completions, overflow.rows_B.tolist())
         ]
 
-    def _generation_config(self, request: Generate) -> Any:
+    def _generation_config(self, request: Generate) -> GenerationConfig:
         from transformers import GenerationConfig
 
         sampling = request.sampling
-        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        drawn: Drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         return GenerationConfig(
             max_new_tokens=request.max_new_tokens,
             do_sample=not sampling.is_greedy,
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=self._eos_ids or None,
             pad_token_id=self._pad_id,
-            **({} if sampling.is_greedy else drawn),
+            **(Drawn() if sampling.is_greedy else drawn),
         )
 
     def _completion(self, tokens: list[int], request: Generate) -> Completion:
@@ -242,7 +257,7 @@ class HfEngine:
         if ends:
             tokens, reason = tokens[: ends[0] + 1], "eos"
         text = self.tokenizer.decode(tokens[:-1] if ends else tokens)
-        found = _first_stop(text, request.stop)
+        found = first_stop(text, request.stop)
         if found is not None:
             text, reason = text[:found], "stop"
             tokens = self._until_stop(tokens, request.stop)
@@ -252,7 +267,7 @@ class HfEngine:
         low, high = 1, len(tokens)  # the fewest tokens whose text has a stop string: having one is monotone
         while low < high:
             middle = (low + high) // 2
-            has_stop = _first_stop(self.tokenizer.decode(tokens[:middle]), stop) is not None
+            has_stop = first_stop(self.tokenizer.decode(tokens[:middle]), stop) is not None
             low, high = (low, middle) if has_stop else (middle + 1, high)
         return tokens[:low]
 
@@ -278,41 +293,14 @@ class HfEngine:
             yield from ((item[0], result) for item, result in zip(batch, answers))
             at += len(batch)
 
-    def _padded(self, rows: Sequence[list[int]]) -> dict[str, Any]:
+    def _padded(self, rows: Sequence[list[int]]) -> Padded:
         width = max(len(row) for row in rows)
         ids_BT = self._tensor([[self._pad_id] * (width - len(row)) + row for row in rows])
         mask_BT = self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
-    def _tensor(self, values: Any) -> torch.Tensor:
+    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
-
-
-class Overflow:
-    """Watches the logits of a batch; a row with NaN or an infinity ends there. Read by the host once, at the end."""
-
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.rows_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.rows_B |= ~torch.isfinite(scores).all(-1)
-        return scores.masked_fill(self.rows_B[:, None], 0.0)  # sampling from NaN would end the whole batch
-
-    def ends(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return self.rows_B
-
-
-class StopStrings:
-    """Ends a row once the text generated for it has a stop string; `width` tokens are the prompt."""
-
-    def __init__(self, tokenizer: HfTokenizer, stop: tuple[str, ...], width: int) -> None:
-        self._tokenizer, self._stop, self._width = tokenizer, stop, width
-        self._window = max(len(text.encode()) for text in stop) + 8  # a token is at least a byte, except special ones
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        tails = input_ids[:, self._width :][:, -self._window :].tolist()
-        found = [_first_stop(self._tokenizer.decode(tail), self._stop) is not None for tail in tails]
-        return torch.tensor(found, device=input_ids.device)
 
 
 def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust") -> HfEngine:
@@ -328,13 +316,13 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     with one_line(where):
         loaded = _load(model, where, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    check_vocabulary(loaded, tokenizer, where)
-    size = spec.max_batch_size or BATCH_SIZE
-    chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
-    return HfEngine(loaded, chat, batch_size=size, weights=fingerprint)
+        check_vocabulary(loaded, tokenizer, where)
+        size = spec.max_batch_size or BATCH_SIZE
+        chat = HfTokenizer(tokenizer, system=model.system, thinking=model.thinking)
+        return HfEngine(loaded, chat, batch_size=size, weights=fingerprint)
 
 
-def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """ModelError where the tokenizer has ids that the embedding has no rows for."""
     num_rows, num_ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
     if num_ids > num_rows:
@@ -358,12 +346,13 @@ def _where(model: ModelSpec) -> tuple[str, str | None]:
     return str(checkpoint_dir(replace(model, asset=None))), None
 
 
-def _load(model: ModelSpec, where: str, revision: str | None) -> Any:
+def _load(model: ModelSpec, where: str, revision: str | None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = _device(model.device)
-    options = {"torch_dtype": _dtype(model.dtype, device), "attn_implementation": ATTENTION[model.attention]}
-    options = {key.replace("torch_dtype", "dtype"): value for key, value in options.items() if value is not None}
+    options: dict[str, object] = {"dtype": _dtype(model.dtype, device)}
+    if (attention := ATTENTION[model.attention]) is not None:
+        options["attn_implementation"] = attention
     if model.weights == "random":
         torch.manual_seed(model.seed)
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
@@ -371,12 +360,15 @@ def _load(model: ModelSpec, where: str, revision: str | None) -> Any:
     quantization = _quantization(model.quant)
     if quantization is not None:
         options["quantization_config"] = quantization
-    return AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         where, revision=revision, trust_remote_code=False, device_map=device, **options
     )
+    for layer in loaded.modules():
+        allow_fused(layer, loaded.dtype)
+    return loaded
 
 
-def _quantization(quant: str) -> Any:
+def _quantization(quant: str) -> BitsAndBytesConfig | None:
     from transformers import BitsAndBytesConfig
 
     arguments = quant_format(quant).transformers  # a stored format says so in its own config
@@ -384,6 +376,8 @@ def _quantization(quant: str) -> Any:
 
 
 def _device(name: str) -> str:
+    if "+" in name:
+        raise EngineError(f"model.device={name}: engine=hf takes one device; only engine=native spreads a model")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -391,7 +385,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _dtype(name: str, device: str) -> Any:
+def _dtype(name: str, device: str) -> torch.dtype | str:
     if name != "auto":
         return DTYPES[name]
     if device != "cpu":
@@ -402,24 +396,21 @@ def _dtype(name: str, device: str) -> Any:
 
 @contextmanager
 def one_line(where: str) -> Iterator[None]:
-    """The first line of a long message of transformers."""
+    """The first line of whatever a damaged or hostile checkpoint makes transformers raise."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except QwenEvalError:
+        raise
+    except Exception as error:
         raise ModelError(f"{where}: transformers cannot load it: {_line(error)}") from error
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What ends a text by the generation config, the tokenizer, or ChatML."""
-    config = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(config if isinstance(config, list) else [config]), tokenizer.eos_token_id]
+    config: int | list[int] | None = getattr(model.generation_config, "eos_token_id", None)
+    ids: list[int | None] = [*(config if isinstance(config, list) else [config]), tokenizer.eos_token_id]
     ids += [tokenizer.get_vocab().get("<|im_end|>")]
     return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    found = [at for at in (text.find(item) for item in stop) if at >= 0]
-    return min(found) if found else None
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from qwen_eval.engines.native.generation import Generator, Row, completion_of, r
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.engines.native.workspace import MakeGraphs
 from qwen_eval.models import fused
-from qwen_eval.models.cost import BatchLimits, batch_limits
+from qwen_eval.models.cost import CUDA_HEAD_BYTES, BatchLimits, spread_limits
 from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.graph import cuda_graphs
 from qwen_eval.models.hidden import HiddenStates
@@ -41,6 +42,7 @@ from qwen_eval.models.load import DTYPES, open_forward
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import ChatTokenizer
 
+PREFILL_CHUNK = 1024
 RENDER_CACHE = 4096  # prompts: the loop renders each again when it stores the record
 
 
@@ -57,12 +59,15 @@ class NativeEngine:
         max_batch_tokens: int = 4096,
         max_batch_size: int | None = None,
         max_cached_tokens: int | None = None,
+        token_bytes: int | None = None,
         protocol: str = "robust",
         make_graphs: MakeGraphs = cuda_graphs,
     ) -> None:
         self.forward = forward
         self._tokenizer = tokenizer
         self._facts = dict(facts or {})
+        dtype = forward.model.dtype if protocol == "upstream" else torch.float32
+        self._logits_dtype = str(dtype).removeprefix("torch.")
         self.scorer = Scorer(
             forward,
             share=prefix_sharing,
@@ -77,6 +82,7 @@ class NativeEngine:
             max_slots=max_batch_size or (256 if forward.device.type == "cuda" else 64),
             prefill_tokens=max_batch_tokens,
             max_cached_tokens=max_cached_tokens,
+            token_bytes=token_bytes,
             make_graphs=make_graphs,
         )
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
@@ -151,7 +157,7 @@ class NativeEngine:
         for j, scores in self.scorer.run(jobs):
             index, c = owners[j]
             if c < 0:
-                yield index, _letters(scores)
+                yield index, _letters(scores, self._logits_dtype)
                 continue
             parts[index][c] = scores
             if len(parts[index]) == wanted[index]:
@@ -222,8 +228,9 @@ def _keeper(requests: Sequence[Score], jobs: Sequence[Job]) -> Callable[[int, Te
     return keep if stores else None
 
 
-def _letters(scores: Scores) -> ChoiceLogprobs:
+def _letters(scores: Scores, dtype: str) -> ChoiceLogprobs:
     return ChoiceLogprobs(
+        dtype=dtype,
         logprobs=tuple(scores.logprobs.tolist()),
         num_tokens=(1,) * len(scores.logits),
         logits=tuple(scores.logits.tolist()),
@@ -243,8 +250,11 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     fused.choose(spec.kernels)
-    opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
+    opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk or PREFILL_CHUNK)
     limits = memory_limits(opened.forward, spec, model.kv_cache)
+    opened.forward.pool_bytes = limits.pool_bytes
+    if spec.prefill_chunk is None and opened.forward.device.type == "cuda":
+        opened.forward.long_chunk = max(PREFILL_CHUNK, limits.chunk_tokens)
     return NativeEngine(
         opened.forward,
         opened.tokenizer,
@@ -254,13 +264,20 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         max_batch_size=spec.max_batch_size,
         max_cached_tokens=None if spec.max_batch_size else limits.cached_tokens,
         protocol=protocol,
-        make_graphs=(lambda _: None) if spec.kernels == "plain" else cuda_graphs,
+        token_bytes=limits.token_bytes,
+        make_graphs=(lambda _: None) if spec.kernels == "plain" else partial(cuda_graphs, max_bytes=limits.graph_bytes),
     )
 
 
 def memory_limits(forward: ModelRunner, spec: EngineSpec, kv_cache: str) -> BatchLimits:
-    """What fits beside the loaded weights, by the cost model."""
-    free, _ = memory_bytes(forward.device)
+    """What fits beside the loaded weights, by the cost model; of several devices, on the fullest."""
     dtype = next(name for name, known in DTYPES.items() if known == forward.model.dtype)
-    most = 16384 if forward.device.type == "cuda" else 4096
-    return batch_limits(forward.config, kv_cache, dtype, int(free * spec.memory_fraction), max_tokens=most)
+    is_cuda = forward.device.type == "cuda"
+    options = {
+        "max_tokens": 16384 if is_cuda else 4096,
+        "head_bytes": CUDA_HEAD_BYTES if is_cuda else 0,
+        "is_captured": is_cuda and spec.kernels != "plain" and len(forward.devices) == 1,
+    }
+    free = {device: int(memory_bytes(device)[0] * spec.memory_fraction) for device in forward.devices}
+    rooms = [(num_layers, free[device]) for device, num_layers in Counter(forward.layer_devices).items()]
+    return spread_limits(forward.config, kv_cache, dtype, rooms, **options)

@@ -16,7 +16,9 @@ from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Toke
 from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
 from qwen_eval.engines.native.scheduler import Counters, halved, walk
 from qwen_eval.engines.native.workspace import Fetched, MakeGraphs, Need, Workspace, make_workspace
+from qwen_eval.models.cost import choice_bytes
 from qwen_eval.models.decode import RunningRow, StepResult
+from qwen_eval.models.device import DTYPES
 from qwen_eval.models.graph import StepGraphs, cuda_graphs
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
@@ -66,6 +68,7 @@ def completion_of(row: Row, tokenizer: Tokenizer) -> Completion:
     )
 
 
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OnStep = Callable[[int, Counters], None]  # after each forward: how many rows got a token, the work so far
 
 
@@ -84,12 +87,13 @@ class Generator:
         max_slots: int = 64,
         prefill_tokens: int = 4096,
         max_cached_tokens: int | None = None,
+        token_bytes: int | None = None,
         on_step: OnStep | None = None,
         overlap: bool | None = None,
         make_graphs: MakeGraphs = cuda_graphs,
     ) -> None:
         self.forward, self.tokenizer = forward, tokenizer
-        self.max_cached_tokens = max_cached_tokens
+        self.max_cached_tokens, self.token_bytes = max_cached_tokens, token_bytes
         self.share = share and not forward.codec.is_chunked
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
         self.on_step = on_step
@@ -105,7 +109,7 @@ class Generator:
         waiting = deque(rows)
         while waiting:
             capacity = _capacity(waiting, self.forward.chunk)
-            num_slots = self._num_slots(len(waiting), capacity)
+            num_slots = self._num_slots(waiting, capacity)
             batch = _Batch(self, waiting, num_slots, capacity)
             try:
                 yield from batch.run()
@@ -138,13 +142,27 @@ class Generator:
 
     def note_steps(self, graphs: StepGraphs[StepResult] | None) -> None:
         """How the steps of a run were launched, for the result."""
+        if len(self.forward.devices) > 1:
+            self.steps = f"plain: layers lie on {len(self.forward.devices)} devices"
         if graphs is not None:
             why = f"; {graphs.stopped}" if graphs.stopped else ""
             self.steps = f"{graphs.num_captured} shapes captured, {graphs.num_replays} replays{why}"
 
-    def _num_slots(self, num_rows: int, capacity: int) -> int:
-        room = self.max_slots if self.max_cached_tokens is None else max(1, self.max_cached_tokens // capacity)
-        return min(num_rows, self.max_slots, room)
+    def _num_slots(self, rows: Sequence[Row], capacity: int) -> int:
+        if self.max_cached_tokens is None:
+            return min(len(rows), self.max_slots)
+        room = self.max_cached_tokens // (capacity + self._choice_tokens(rows))
+        return min(len(rows), self.max_slots, max(1, room))
+
+    def _choice_tokens(self, rows: Sequence[Row]) -> int:
+        """What choosing a row's token takes, in tokens of the cache; captured steps keep it a second time."""
+        if self.token_bytes is None:
+            return 0
+        config, dtype = self.forward.config, self.forward.model.dtype
+        is_sampled, is_cut, is_penalised = TokenChoice.kind_of([row.sampling for row in rows])
+        kind = {"is_sampled": is_sampled, "is_cut": is_cut, "is_penalised": is_penalised}
+        held = choice_bytes(config, DTYPE_NAMES[dtype], **kind) * (2 if self.forward.device.type == "cuda" else 1)
+        return -(-held // self.token_bytes)
 
     def _queue(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prefix | None]]:
         """Rows in the order in which prefixes are needed; a prefix is computed when its first row is taken."""

@@ -104,8 +104,8 @@ class TokenChoice:
     def __init__(self, draws: Iterable[Sampling], num_slots: int, vocab_size: int, device: torch.device) -> None:
         self.is_sampled, self.is_cut, self.is_penalised = self.kind_of(draws)
         self.vocab_size, self.device = vocab_size, device
-        self.keys_S, self.counts_S, self.top_k_S = torch.zeros(3, num_slots, dtype=torch.long, device=device)
-        self.temperature_S, self.top_p_S, self.penalty_S = torch.zeros(3, num_slots, device=device)
+        self.keys_S, self.counts_S, self.top_k_S = torch.zeros(3, num_slots, dtype=torch.long, device=device).unbind()
+        self.temperature_S, self.top_p_S, self.penalty_S = torch.zeros(3, num_slots, device=device).unbind()
         size = (num_slots, vocab_size) if self.is_penalised else (0, 0)
         self.seen_SV = torch.zeros(size, dtype=torch.bool, device=device)
 
@@ -131,12 +131,12 @@ class TokenChoice:
         keys = [noise_key(d.sampling, d.prompt, d.k) for d in draws]
         top_k = [min(s.top_k, self.vocab_size) or self.vocab_size for s in samplings]
         whole = torch.tensor([keys, [0] * len(draws), top_k])
-        for field_S, values in zip((self.keys_S, self.counts_S, self.top_k_S), upload(whole, self.device)):
+        for field_S, values in zip((self.keys_S, self.counts_S, self.top_k_S), upload(whole, self.device).unbind()):
             field_S[part] = values
         real = [[s.temperature for s in samplings], [s.top_p for s in samplings]]
         real.append([s.repetition_penalty for s in samplings])
         fields = (self.temperature_S, self.top_p_S, self.penalty_S)
-        for field_S, values in zip(fields, upload(torch.tensor(real), self.device)):
+        for field_S, values in zip(fields, upload(torch.tensor(real), self.device).unbind()):
             field_S[part] = values
         if self.is_penalised:
             self.seen_SV[part] = False

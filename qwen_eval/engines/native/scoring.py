@@ -18,11 +18,11 @@ from torch import Tensor
 from qwen_eval.core import EngineError
 from qwen_eval.engines.native.scheduler import Counters, halved, is_out_of_memory, walk
 from qwen_eval.models.attend import upload
+from qwen_eval.models.cost import CUDA_HEAD_BYTES
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
 
 HEAD_BYTES = 48 * 2**20  # of logits at a time, fp32 copy included; 64 took 44 MiB more, 32 a third more time
-CUDA_HEAD_BYTES = 512 * 2**20
 BATCHES_UNDER_WAY = 4  # on a GPU, before the scores of the first are fetched
 
 

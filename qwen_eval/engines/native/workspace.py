@@ -53,8 +53,8 @@ def make_workspace(
     """`lengths`: of the prompts, `samplings`: of all rows that will run."""
     num_slots = buckets_for(runner.device).rows(need.num_slots)  # rows of padding have slots too
     slots = runner.slots(num_slots, need.capacity)
-    choice = TokenChoice(samplings, num_slots, runner.config.vocab_size, runner.device)
-    graphs = make_graphs(runner.device)
+    choice = TokenChoice(samplings, num_slots, runner.config.vocab_size, runner.head_device)
+    graphs = make_graphs(runner.device) if len(runner.devices) == 1 else None  # a graph is of one device
     with stage("warming up", is_brief=True):
         decoding = runner.decoding(
             slots,

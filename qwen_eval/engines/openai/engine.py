@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import (
@@ -50,6 +50,7 @@ from qwen_eval.models.tokenizer import load_tokenizer
 NEEDS = "engine=openai needs the package httpx2: pip install 'qwen_eval[api]'"
 HOPELESS = 8  # failures one after the other, and nothing answered between: the rest would fare no better
 FEW_LOGPROBS = 5  # what OpenAI's own completions name at most
+Kind: TypeAlias = tuple[type, bool]  # of a request, and whether it continues a message
 
 
 class OpenAiEngine:
@@ -71,9 +72,9 @@ class OpenAiEngine:
     ) -> None:
         self._client, self._thread, self._api_model, self._concurrency = client, thread, model, concurrency
         self._server, self._key, self._system, self._thinking = server, key, system, thinking
-        self._account, self._checked, self._warnings = account or Account(), set[type](), list[str]()
+        self._account, self._checked, self._warnings = account or Account(), set[Kind](), list[str]()
         self._num_top = server.top_logprobs
-        self._has_echo = False  # until it has been tried
+        self._has_echo = self._repeats_prefill = False  # until it has been tried
         self.tokenizer = tokenizer
         self.failures: dict[int, str] = {}
 
@@ -137,17 +138,19 @@ class OpenAiEngine:
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Once for each kind of request, before the first of it: whether the server can be believed."""
-        kinds = {type(request) for request in requests} - self._checked
-        if kinds - ({Generate} if self.tokenizer is None else set()):
+        examples = {kind_of(request): request for request in reversed(requests)}
+        kinds = examples.keys() - self._checked
+        if kinds:
             check = Check(self)
-            self._thread.call(check.run([next(r for r in requests if type(r) is kind) for kind in kinds]))
+            self._thread.call(check.run([examples[kind] for kind in kinds]))
             self._has_echo = self._has_echo or check.has_echo
-            self._warnings += check.warnings
+            self._repeats_prefill = self._repeats_prefill or check.repeats_prefill
+            self._warnings += [warning for warning in check.warnings if warning not in self._warnings]
         self._checked |= kinds
 
     async def _answer(self, request: Request) -> Answer:
         if isinstance(request, Generate):
-            return completions_of(await self.generated(request), request)
+            return completions_of(await self.generated(request), request, repeated=self._repeated(request))
         if isinstance(request, Choose):
             return await self._choose(request)
         ids = self.render(request.prompt).ids
@@ -170,11 +173,14 @@ class OpenAiEngine:
 
         def read(found: JSON) -> Reply:
             reply = read_reply(found, request.n)
-            completions_of(reply, request)  # whether it can be read, while it can be asked again
+            completions_of(reply, request, repeated=self._repeated(request))  # while it can be asked again
             return reply
 
         reply: Reply = await self._ask(request.prompt, options, read)
         return reply
+
+    def _repeated(self, request: Generate) -> str:
+        return request.prompt.prefill if self._repeats_prefill else ""
 
     async def _ask(self, prompt: Prompt, options: Mapping[str, JSON], read: Any, *, ids: Sequence[int] = ()) -> Any:
         """`ids`: what is sent for raw text instead of it."""
@@ -272,6 +278,10 @@ class OpenAiEngine:
         except RequestFailed:
             return None
         return found
+
+
+def kind_of(request: Request) -> Kind:
+    return type(request), bool(request.prompt.prefill)
 
 
 def echo_body(text: str | list[int]) -> dict[str, JSON]:

@@ -6,10 +6,15 @@ import gc
 import itertools
 import math
 import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import (
@@ -34,22 +39,35 @@ from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.lora import refuse_adapter
 from qwen_eval.models.quant.formats import quant_format
 
+if TYPE_CHECKING:
+    from vllm import LLM, CompletionOutput, LLMEngine, Logprob, RequestOutput, SamplingParams
+
 DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MAX_OPEN = 512  # requests handed over and not answered yet; answers come one by one, so that a killed run loses few
 MAX_OPEN_SCORED = 65_536  # tokens with log-probabilities among them: each is a small object of Python
 # Tokens of one forward. vLLM's own 8,192 make 5 GB of fp32 logits where a whole prompt is scored, which it does not
 # count when it divides the memory.
 BATCH_TOKENS = 2048
+WATCH_S = 0.5
+GUARD = """
+import os, sys
+if not sys.stdin.buffer.read(1):  # who started this has ended without a word
+    for pid in map(int, sys.argv[1:]):
+        try:
+            os.kill(pid, 9)
+        except OSError:
+            pass
+"""
 BY_IDS = "logprob_token_ids"  # of SamplingParams since vLLM 0.11: log-probabilities of given tokens
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
+class _VllmPrompt:
     """One prompt for vLLM. `num_scored`: tokens of the prompt whose log-probabilities come back."""
 
     ids: list[int]
-    sampling: Any
+    sampling: SamplingParams
     num_scored: int = 0
 
 
@@ -58,7 +76,7 @@ class _Open:
     """A request whose rows are not all answered."""
 
     index: int
-    outputs: list[Any]
+    outputs: dict[int, RequestOutput]  # by the number of the row
     num_left: int
 
 
@@ -69,13 +87,23 @@ class VllmEngine:
     serves the prompts. Longer choices and scored texts: the prompt's log-probabilities, one prompt a choice.
     """
 
-    def __init__(self, llm: Any, tokenizer: HfTokenizer, make_sampling: Any, *, weights: str | None = None) -> None:
-        self._llm, self._make_sampling, self._weights = llm, make_sampling, weights
+    def __init__(
+        self, llm: LLM, tokenizer: HfTokenizer, make_sampling: type[SamplingParams], *, weights: str | None = None
+    ) -> None:
+        self._llm: LLM | None = llm
+        self._make_sampling, self._weights = make_sampling, weights
         self._by_ids = hasattr(make_sampling(), BY_IDS)
+        _watch(llm)
+        self._guard = _guard(llm)
         self.tokenizer = tokenizer
         self._chat_facts = self.tokenizer.facts
         self._ids = itertools.count()
         self.failures: dict[int, str] = {}
+
+    @property
+    def _engine(self) -> LLMEngine:
+        assert self._llm is not None, "the engine is closed"
+        return self._llm.llm_engine
 
     @property
     def info(self) -> Mapping[str, JSON]:
@@ -100,62 +128,72 @@ class VllmEngine:
                     num_scored += self._hand_over(*item, opened)
                 if not opened:
                     return
-                for output in self._llm.llm_engine.step():
+                with _alive():
+                    stepped = self._engine.step()
+                for output in stepped:
                     if not output.finished:
                         continue
                     entry, number = opened.pop(output.request_id)
                     num_scored -= len(output.prompt_logprobs or ())
                     entry.outputs[number], entry.num_left = output, entry.num_left - 1
                     if entry.num_left == 0:
-                        yield entry.index, self._answer(requests[entry.index], entry.outputs)
+                        outputs = [entry.outputs[row] for row in sorted(entry.outputs)]
+                        yield entry.index, self._answer(requests[entry.index], outputs)
         finally:
-            if opened:  # the caller stopped early
-                self._llm.llm_engine.abort_request(list(opened))
+            self._abort(list(opened))  # where the caller stopped early
+
+    def _abort(self, names: Sequence[str]) -> None:
+        with suppress(Exception):  # vLLM may be dead, which is known by then
+            self._engine.abort_request(list(names))
 
     def close(self) -> None:
         """End vLLM's processes and free their shared memory: by itself it does so only when Python collects it."""
         llm, self._llm = self._llm, None
         if llm is not None:
             _shut_down(llm)
+        if self._guard is not None:
+            self._guard.communicate(b"done")
+            self._guard = None
 
     def _hand_over(self, index: int, request: Request, opened: dict[str, tuple[_Open, int]]) -> int:
         """Returns the number of scored tokens; a prompt that vLLM refuses (too long) is one of `failures`."""
         rows = self._rows(request)
-        entry = _Open(index, [None] * len(rows), len(rows))
+        entry = _Open(index, {}, len(rows))
         names = [str(next(self._ids)) for _ in rows]
-        engine = self._llm.llm_engine
+        engine = self._engine
         for number, (name, row) in enumerate(zip(names, rows, strict=True)):
             try:
-                engine.add_request(name, {"prompt_token_ids": row.ids}, row.sampling)
+                with _alive(passes=ValueError):
+                    engine.add_request(name, {"prompt_token_ids": row.ids}, row.sampling)
             except ValueError as error:
                 self.failures[index] = f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"
                 for given in names[:number]:
                     del opened[given]
-                engine.abort_request(names[:number])
+                self._abort(names[:number])
                 return 0
             opened[name] = (entry, number)
         return sum(row.num_scored for row in rows)
 
-    def _rows(self, request: Request) -> list[_Row]:
+    def _rows(self, request: Request) -> list[_VllmPrompt]:
         """What is handed to vLLM for one request."""
         ids = self.tokenizer.render(request.prompt)
         if isinstance(request, Generate):
-            return [_Row(ids=ids, sampling=self._sampling(request))]
+            return [_VllmPrompt(ids=ids, sampling=self._sampling(request))]
         scored = self._make_sampling(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         if isinstance(request, Score):
-            return [_Row(ids=ids, sampling=scored, num_scored=len(ids))]
+            return [_VllmPrompt(ids=ids, sampling=scored, num_scored=len(ids))]
         ids = list(request.kept(tuple(ids)))
         tails = [self.tokenizer.encode(choice) for choice in request.choices]
         if self._is_by_ids(tails):
             wanted = list(dict.fromkeys(tail[0] for tail in tails))
-            choosing = self._make_sampling(max_tokens=1, temperature=0.0, detokenize=False, **{BY_IDS: wanted})
-            return [_Row(ids=ids, sampling=choosing)]
-        return [_Row(ids=ids + tail, sampling=scored, num_scored=len(ids + tail)) for tail in tails]
+            choosing = self._make_sampling(max_tokens=1, temperature=0.0, detokenize=False, logprob_token_ids=wanted)
+            return [_VllmPrompt(ids=ids, sampling=choosing)]
+        return [_VllmPrompt(ids=ids + tail, sampling=scored, num_scored=len(ids + tail)) for tail in tails]
 
     def _is_by_ids(self, tails: Sequence[Sequence[int]]) -> bool:
         return self._by_ids and all(len(tail) == 1 for tail in tails)
 
-    def _sampling(self, request: Generate) -> Any:
+    def _sampling(self, request: Generate) -> SamplingParams:
         sampling = request.sampling
         return self._make_sampling(
             max_tokens=request.max_new_tokens,
@@ -169,13 +207,12 @@ class VllmEngine:
             logprobs=0,  # of the drawn tokens alone: their sum shows NaN, which the text does not
         )
 
-    def _answer(self, request: Request, outputs: Sequence[Any]) -> Answer:
+    def _answer(self, request: Request, outputs: Sequence[RequestOutput]) -> Answer:
         if isinstance(request, Generate):
             return Completions(completions=tuple(_completion(item, request) for item in outputs[0].outputs))
         if isinstance(request, Score):
             first = max(1, request.num_context)
-            ids = list(outputs[0].prompt_token_ids)[first:]
-            rows = outputs[0].prompt_logprobs[first:]
+            ids, rows = _scored(outputs[0], first)
             num_greedy = sum(row[token].rank == 1 for row, token in zip(rows, ids))
             logprobs = tuple(float(row[token].logprob) for row, token in zip(rows, ids))
             return TokenLogprobs(token_ids=tuple(ids), logprobs=logprobs, num_greedy=num_greedy)
@@ -183,13 +220,56 @@ class VllmEngine:
         tails = [self.tokenizer.encode(choice) for choice in request.choices]
         num_tokens = tuple(map(len, tails))
         if self._is_by_ids(tails):
-            row = outputs[0].outputs[0].logprobs[0]
+            generated = outputs[0].outputs[0].logprobs
+            assert generated is not None, "asked for and not given"
+            row = generated[0]
             return ChoiceLogprobs(logprobs=tuple(float(row[i].logprob) for (i,) in tails), num_tokens=num_tokens)
         sums = tuple(_tail_logprob(output, num) for output, num in zip(outputs, num_tokens))
         return ChoiceLogprobs(logprobs=sums, num_tokens=num_tokens)
 
 
-def _shut_down(llm: Any) -> None:
+@contextmanager
+def _alive(passes: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """EngineError where vLLM's processes have ended: the error that says so has had several names."""
+    try:
+        yield
+    except passes:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise EngineError(
+            f"vLLM has ended ({reason}); VLLM_LOGGING_LEVEL=INFO shows why, the same command resumes the run"
+        ) from error
+
+
+def _watch(llm: LLM) -> None:
+    """Wake who waits for the answers of a core that was killed: vLLM's client (0.32) would let them wait for ever."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    if not (hasattr(core, "outputs_queue") and hasattr(core, "resources")):
+        return  # another client than that of a core in a process of its own
+    resources, answers = core.resources, core.outputs_queue
+
+    def wait() -> None:
+        while not resources.engine_dead:  # also set when it is shut down
+            time.sleep(WATCH_S)
+        answers.put_nowait(RuntimeError("its core process has ended"))
+
+    threading.Thread(target=wait, name="vllm-watch", daemon=True).start()
+
+
+def _guard(llm: LLM) -> subprocess.Popen[bytes] | None:
+    """A process that ends vLLM's core when this one is killed: by itself it would go on (0.32), and hold its memory."""
+    core: Any = getattr(llm.llm_engine, "engine_core", None)
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    pids = [str(process.pid) for process in getattr(manager, "processes", ())]
+    if not pids:
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", GUARD, *pids], stdin=subprocess.PIPE, start_new_session=True
+    )
+
+
+def _shut_down(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -199,12 +279,20 @@ def _shut_down(llm: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _tail_logprob(output: Any, num_tokens: int) -> float:
-    ids, rows = output.prompt_token_ids[-num_tokens:], output.prompt_logprobs[-num_tokens:]
+def _scored(output: RequestOutput, first: int) -> tuple[list[int], list[dict[int, Logprob]]]:
+    """The prompt's tokens from `first` on, and what vLLM says of each; of the very first token it says nothing."""
+    ids, rows = output.prompt_token_ids, output.prompt_logprobs
+    assert ids is not None, "the prompt has no ids"
+    assert rows is not None, "asked for and not given"
+    return list(ids)[first:], [row for row in rows[first:] if row is not None]
+
+
+def _tail_logprob(output: RequestOutput, num_tokens: int) -> float:
+    ids, rows = _scored(output, -num_tokens)
     return sum(float(row[token].logprob) for row, token in zip(rows, ids))
 
 
-def _completion(item: Any, request: Generate) -> Completion:
+def _completion(item: CompletionOutput, request: Generate) -> Completion:
     reason: FinishReason = "length"
     if item.finish_reason == "stop":
         reason = "stop" if item.stop_reason in request.stop else "eos"

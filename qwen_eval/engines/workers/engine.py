@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from qwen_eval.activity import stage
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import JSON, Answer, ConfigError, EngineError, Prompt, QwenEvalError, Rendered, Request, Score
 from qwen_eval.engines.workers.batches import BatchQueue
@@ -25,7 +24,6 @@ from qwen_eval.engines.workers.worker import Opened, Slice, versions
 MUST_AGREE = ("weights", "dtype", "chat_template")  # of Engine.info: they decide answers
 RENDER_CACHE = 4096  # prompts: the run renders each again when it stores the record
 WAIT_S = 1.0  # Ctrl-C is heard at least so often
-SAID_AFTER_S = 30.0  # of waiting for workers
 
 
 class WorkersEngine:
@@ -60,6 +58,11 @@ class WorkersEngine:
         if self.num_restarts:
             merged["warnings"] = [*merged.get("warnings", ()), _restarts_note(self.num_restarts)]
         return merged
+
+    @property
+    def holding(self) -> dict[int, int]:
+        """Process of each worker that has loaded its model (on its own machine) -> requests it has not answered."""
+        return {handle.opened.pid: len(handle.held) for handle in self._handles if handle.opened is not None}
 
     def render(self, prompt: Prompt) -> Rendered:
         return Rendered(text=self._tokenizer.render_text(prompt), ids=self._render_ids(prompt))
@@ -154,7 +157,8 @@ def received(ray: Any, handle: Handle) -> Opened | Slice | Exception:
             raise cause from None
         return cause  # as it loads again: memory of the dead one may not be free yet
     except ray.exceptions.RayError as error:
-        return error
+        death: Exception = error
+        return death
     handle.note(result)
     return result
 
@@ -165,6 +169,8 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     cluster = connect(spec.ray)
     handles: list[Handle] = []
     try:
+        if cluster.room is not None and spec.workers > cluster.room:
+            raise EngineError(f"engine.workers={spec.workers}: each takes a CPU, and Ray has {cluster.room}; use fewer")
         num_gpus = _gpus_each(cluster, spec, model)
         num_threads = spec.num_threads or _threads_each(cluster, spec.workers)
         arguments = (_worker_spec(spec, cluster, num_threads, num_gpus), _worker_model(model), protocol, num_threads)
@@ -183,17 +189,15 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
 
 
 def _wait_opened(cluster: Cluster, handles: Sequence[Handle]) -> None:
-    start = time.monotonic()
-    is_said = False
-    while opening := {handle.calls[0]: handle for handle in handles if handle.calls}:
-        done, _ = cluster.ray.wait(list(opening), num_returns=1, timeout=WAIT_S)
-        for handle in (opening[call] for call in done):
-            result = received(cluster.ray, handle)
-            if isinstance(result, Exception):
-                handle.restart(result)
-        if not is_said and not done and time.monotonic() - start > SAID_AFTER_S:
-            is_said = True
-            print(f"{len(opening)} of {len(handles)} workers are not ready yet", file=sys.stderr, flush=True)
+    with stage("starting the workers", total=len(handles), unit="workers") as starting:
+        while opening := {handle.calls[0]: handle for handle in handles if handle.calls}:
+            done, _ = cluster.ray.wait(list(opening), num_returns=1, timeout=WAIT_S)
+            for handle in (opening[call] for call in done):
+                result = received(cluster.ray, handle)
+                if isinstance(result, Exception):
+                    handle.restart(result)
+                else:
+                    starting.advance()
 
 
 def check_equal(handles: Sequence[Handle]) -> None:

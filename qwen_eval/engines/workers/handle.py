@@ -26,6 +26,7 @@ class Handle:
         self.opened: Opened | None = None
         self.info: Mapping[str, Any] = {}
         self.calls: deque[Any] = deque()
+        self.held: dict[int, bool] = {}
         self.num_deaths = 0  # in a row
         self._past: dict[str, Any] = {}  # what those that died had counted
         self.begin(0)
@@ -34,7 +35,8 @@ class Handle:
     def begin(self, run: int) -> None:
         """Forget an earlier run: its slices are not read any more."""
         self._run = run
-        self.held: dict[int, bool] = {}
+        self._is_busy = bool(self.held)
+        self.held = {}
         self._num_given = self._num_started = 0
         if self.opened is not None:
             self.calls.clear()
@@ -83,7 +85,7 @@ class Handle:
 
     def close(self) -> None:
         """End the engine, which may have processes of its own, then its process. A busy one is ended at once."""
-        if self.opened is not None and not self.held:
+        if self.opened is not None and not self._is_busy:
             self._cluster.ray.wait([self.actor.close.remote()], timeout=CLOSE_S)
         self.kill()
 

@@ -51,8 +51,10 @@ class Worker:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # before torch is imported
         self._spec, self._model, self._protocol = spec, model, protocol
         self._engine: Engine | None = None
-        self._run = -1
-        self._abandon(self._run)
+        self._waiting: deque[Batch] = deque()
+        self._answers: Iterator[tuple[int, Answer]] | None = None  # of the batch under way
+        self._indexes: list[int] = []
+        self._run = self._num_started = self._num_left = 0
 
     def open(self) -> Opened:
         self._engine = open_engine(self._spec, self._model, protocol=self._protocol)
@@ -111,7 +113,7 @@ class Worker:
                 answers.append((self._indexes[item[0]], item[1]))
                 self._num_left -= 1
             else:
-                lost = self._engine.failures if isinstance(self._engine, MayFail) else {}
+                lost: Mapping[int, str] = self._engine.failures if isinstance(self._engine, MayFail) else {}
                 failures |= {self._indexes[i]: reason for i, reason in lost.items()}
                 assert self._num_left == len(lost), f"{self._num_left} requests without answer, {len(lost)} failures"
                 self._answers = None
@@ -119,11 +121,8 @@ class Worker:
                 return
 
     def _abandon(self, run: int) -> None:
-        self._run, self._num_started = run, 0
-        self._waiting: deque[Batch] = deque()
-        self._answers: Iterator[tuple[int, Answer]] | None = None
-        self._indexes: list[int] = []
-        self._num_left = 0
+        self._run, self._num_started, self._answers = run, 0, None
+        self._waiting.clear()
 
     def _start(self) -> None:
         assert self._engine is not None

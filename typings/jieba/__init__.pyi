@@ -1,0 +1,6 @@
+"""What corpus.py uses of jieba, which has no annotations."""
+
+from collections.abc import Iterator
+
+def setLogLevel(log_level: int) -> None: ...
+def cut(sentence: str) -> Iterator[str]: ...

@@ -1,0 +1,1 @@
+"""What tasks/plugin.py uses of rouge-score."""

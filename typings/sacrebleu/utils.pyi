@@ -1,0 +1,3 @@
+SACREBLEU_DIR: str
+
+def get_source_file(test_set: str, langpair: str) -> str: ...

@@ -1,0 +1,1 @@
+"""What extraction/official_letters.py uses of thefuzz."""
