@@ -3,8 +3,9 @@
     python tools/new_user.py [--python PYTHON] [--here] [--keep DIR]
 
 Builds the wheel, installs it with the pins of constraints.txt into a fresh environment, writes the files that the page
-shows, runs its commands, and fails where one fails or does not print what the page says it prints. `--here` uses the
-package of the running interpreter instead: quick, for writing the page.
+shows, runs its commands, and fails where one fails or does not print what the page says it prints. The README may show
+the output of a command of that page, under `$ COMMAND`: it is compared, too. `--here` uses the package of the running
+interpreter instead: quick, for writing the page; `--keep DIR` leaves what the commands printed in DIR/printed.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first_hour.md"
+README = ROOT / "README.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"`([\w./-]+\.\w+)`:$")
 COMMAND_S = 180
@@ -57,23 +59,36 @@ def steps(page: str) -> Iterator[Step]:
                     yield Step(kind=kind, text=line)
 
 
-def play(directory: Path, environment: Mapping[str, str]) -> None:
-    """Every step of the page in `directory`. SystemExit names the first that fails."""
-    output = ""
+def play(directory: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Every step of the page in `directory`: command -> output. SystemExit names the first that fails."""
+    output, outputs = "", {}
     for step in steps(PAGE.read_text(encoding="utf-8")):
         if step.kind == "file":
             path = directory / step.name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(step.text, encoding="utf-8")
         elif step.kind == "printed":
-            missing = [line for line in step.text.splitlines() if _plain(line) not in _plain(output)]
-            if missing:
-                raise SystemExit(f"{output}\nnot printed: {missing}")
+            compare(step.text, output)
         else:
             start = time.perf_counter()
             run = _interrupt if step.kind == "interrupted" else _run
-            output = run(step.text, directory, environment)
+            output = outputs[step.text] = run(step.text, directory, environment)
             print(f"{time.perf_counter() - start:6.1f} s  {step.text}", flush=True)
+    return outputs
+
+
+def shown_in_readme(outputs: Mapping[str, str]) -> None:
+    """SystemExit where a block of the README that begins with `$ COMMAND` is not what the command printed."""
+    for step in steps(README.read_text(encoding="utf-8")):
+        command, _, text = step.text.removeprefix("$ ").partition("\n")
+        if step.kind == "printed":
+            compare(text, outputs[command])
+
+
+def compare(shown: str, output: str) -> None:
+    missing = [line for line in shown.splitlines() if _plain(line) not in _plain(output)]
+    if missing:
+        raise SystemExit(f"{output}\nnot printed: {missing}")
 
 
 def _plain(text: str) -> str:
@@ -140,7 +155,10 @@ def main() -> None:
         start = time.perf_counter()
         bin_ = Path(sys.executable).parent if options.here else install(place, options.python)
         print(f"{time.perf_counter() - start:6.1f} s  installed", flush=True)
-        play(work, {"PATH": f"{bin_}:/usr/bin:/bin", "HOME": str(home), "COLUMNS": "100", "LANG": "C.UTF-8"})
+        outputs = play(work, {"PATH": f"{bin_}:/usr/bin:/bin", "HOME": str(home), "COLUMNS": "100", "LANG": "C.UTF-8"})
+        printed = "".join(f"```text\n$ {command}\n{output}```\n\n" for command, output in outputs.items())
+        (place / "printed.md").write_text(printed, encoding="utf-8")
+        shown_in_readme(outputs)
         print(f"{time.perf_counter() - start:6.1f} s  in all")
 
 
