@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-machines lint check typed gate reports clean
+.PHONY: demo test test-machines new-user lint check typed gate reports clean
 
 demo: $(STAMP)
 	$(BIN)/python -m qwen_eval
@@ -23,6 +23,10 @@ test-machines: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest -n 2 $(NUMERICS)
 	if $(BIN)/python -c "import sys; from qwen_eval.models.quant.kernels import dense_dtype as d; sys.exit('32' in str(d()))"; \
 	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest -n 2 $(NUMERICS); fi
+
+# docs/first_hour.md, word by word, with the wheel in an empty environment: about three minutes.
+new-user: $(STAMP)
+	$(BIN)/python tools/new_user.py --python $(PYTHON)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -336,6 +336,15 @@ def test_mmlu_averages_questions_and_the_others_subjects() -> None:
     assert next(iter(metrics)) == "accuracy"
 
 
+def test_the_interval_of_the_letter_mass_lies_between_none_and_all() -> None:
+    records = [record("anatomy", 1.0, i, values={"mass": mass}) for i, mass in enumerate((0.98, 0.6))]
+    mass = exam("mmlu").summarise(records)["letter_mass"]
+    assert mass.value == pytest.approx(0.79)
+    assert mass.low is not None
+    assert mass.high is not None
+    assert 0 <= mass.low < 0.79 < mass.high <= 1
+
+
 def test_hard_and_china_specific_overlap_the_other_groups() -> None:
     metrics = exam("ceval").summarise([record("college_physics", 1.0), record("logic", 0.0)])
     assert [metrics[f"accuracy/{c}"].value for c in ("stem", "hard", "humanities")] == [1.0, 1.0, 0.0]

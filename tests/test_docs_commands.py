@@ -29,7 +29,11 @@ from qwen_eval.ship import command as ship
 from qwen_eval.ship import config as ship_config
 
 ROOT = Path(__file__).parent.parent
-WITH_FILES = ("own_task.md", "own_model.md")  # tests/test_own.py runs them, with the files that they show
+WITH_FILES = (
+    "own_task.md",
+    "own_model.md",
+    "first_hour.md",
+)  # run with their files: test_own.py, new_user.py
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in WITH_FILES]
 DOCS = [ROOT / "docs" / "ci.md", ROOT / "README.md", *PAGES]
 FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

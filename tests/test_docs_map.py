@@ -27,3 +27,19 @@ def test_a_sample_reaches_the_table_in_ten_steps() -> None:
     steps = re.findall(r"^(\d+)\. ", MAP, re.MULTILINE)
     assert steps == [str(i) for i in range(1, len(steps) + 1)]
     assert 5 <= len(steps) <= 10
+
+
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_is_reached_from_the_readme(page: str) -> None:
+    assert f"(docs/{page})" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)])
+def test_every_link_leads_to_a_file(page: str) -> None:
+    path = ROOT / page
+    missing = [link for link in LINK.findall(path.read_text()) if not (path.parent / link).exists()]
+    assert missing == []

@@ -39,7 +39,7 @@ NATIVE = EngineSpec(num_threads=1)
 FAKE = EngineSpec(name="fake", fake_delay_s=0.2)  # answers are hashes of the prompts, which take their time
 CHECKED = {
     "mmlu": {"limit": 100},
-    "gsm8k": {"limit": 48, "max_new_tokens": 64},
+    "gsm8k": {"limit": 256, "max_new_tokens": 64},
     "humaneval": {"limit": 24, "max_new_tokens": 48},
 }
 PAUSE_S = (5.0, 15.0)  # between two kills: a worker that dies three times without an answer ends the run

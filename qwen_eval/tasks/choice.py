@@ -38,7 +38,7 @@ from qwen_eval.data.rows import TableRow
 from qwen_eval.data.sources import nearest
 from qwen_eval.extraction.letters import concluded_letter
 from qwen_eval.extraction.symptoms import flags
-from qwen_eval.metrics import macro, mean, share
+from qwen_eval.metrics import macro, share
 from qwen_eval.tasks.benchmark import Benchmark
 from qwen_eval.tasks.prompts import ShotFormat, chat_shots, few_shot, option_letters
 from qwen_eval.tasks.registry import TaskContext
@@ -281,9 +281,11 @@ class ChoiceTask(Benchmark[ChoiceSpec]):
             if part:
                 metrics[f"accuracy/{category}"] = self.averaged(part, draws)
         metrics |= {f"accuracy/{s}": _share(scores[s], draws[s]) for s in self.all_subjects() if s in scores}
-        masses = [r.grade.values["mass"] for r in records if "mass" in r.grade.values]
+        masses = {i: r.grade.values["mass"] for i, r in enumerate(records) if "mass" in r.grade.values}
         if masses:
-            metrics["letter_mass"] = mean(masses)
+            metrics["letter_mass"] = _share(
+                list(masses.values()), [records[i].cluster or records[i].sample_id for i in masses]
+            )
         return metrics
 
     def averaged(self, scores: Mapping[str, Sequence[float]], draws: Mapping[str, Sequence[Hashable]]) -> Metric:

@@ -147,7 +147,7 @@ class OwnTask(Benchmark[OwnSpec]):
         if len(groups) > 1:
             metrics |= {f"accuracy/{group}": _score(part) for group, part in groups.items()}
         masses = [record.grade.values["mass"] for record in records if "mass" in record.grade.values]
-        return metrics | ({"letter_mass": mean(masses)} if masses else {})
+        return metrics | ({"letter_mass": share(masses)} if masses else {})
 
     def describe(self) -> Mapping[str, JSON]:
         num_samples = len(self.samples())  # read before the digest is taken
