@@ -146,7 +146,7 @@ _OTHERS = re.compile(
 )
 # "The answer is B. Wait, ...": what follows counts, if it concludes anything
 _SECOND_THOUGHT = re.compile(
-    r"(?:^|[.!?。！？；;\n]|\.\.\.|……)\s*(?:hmm+|oh|no|哦|嗯|啊)?[\s,，]*"
+    r"(?:^|[.!?。！？；;\n]|\.\.\.|……)\s{0,4}(?:hmm{1,8}|oh|no|哦|嗯|啊)?[\s,，]{0,4}"
     r"(?:wait|hold\s+on|scratch\s+that|等等|等一下|不对(?=[,，。！])|更正|我?重新(?:考虑|思考|审视|分析|检查))",
     re.IGNORECASE,
 )
