@@ -218,3 +218,12 @@ def test_entry_points_are_imported_by_entry_points_and_their_own_room_alone() ->
 def test_the_root_holds_at_most_twelve_modules_beside_the_shims() -> None:
     at_root = [name for name, path in MODULES.items() if path.parent == PACKAGE and not is_shim(name)]
     assert len(at_root) <= MOST_ROOT_MODULES, at_root
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            places[node.name].append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

@@ -37,7 +37,7 @@ from qwen_eval.engines.kinds import deciding_keys, open_engine
 from qwen_eval.engines.workers.batches import BatchQueue
 from qwen_eval.engines.workers.cluster import Cluster, connect
 from qwen_eval.engines.workers.engine import WorkersEngine
-from qwen_eval.engines.workers.worker import Worker
+from qwen_eval.engines.workers.worker import EngineWorker
 from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.runs.run import Run
 from qwen_eval.tasks.registry import task_class
@@ -99,8 +99,8 @@ class Stumbling(FakeEngine):
         return ((i, self._answer(request)) for i, request in enumerate(requests) if i not in self.failures)
 
 
-def worker_with(engine: FakeEngine) -> Worker:
-    worker = Worker(FAKE, ModelSpec(name="m"), "robust", 1)
+def worker_with(engine: FakeEngine) -> EngineWorker:
+    worker = EngineWorker(FAKE, ModelSpec(name="m"), "robust", 1)
     worker._engine = engine
     return worker
 

@@ -49,7 +49,7 @@ MOST_EARLIER = 50  # runs that are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class PlannedRun:
     """What is asked of the model. `tokenizer` is None where none is at hand."""
 
     task: Task
@@ -91,7 +91,7 @@ def plan_tables(spec: EvalSpec) -> list[Table]:
     ]
 
 
-def what_is_asked(spec: EvalSpec) -> Asked:
+def what_is_asked(spec: EvalSpec) -> PlannedRun:
     """The first request of every sample, in tokens."""
     tokenizer, facts = _tokenizer(spec)
     context = TaskContext(
@@ -104,7 +104,7 @@ def what_is_asked(spec: EvalSpec) -> Asked:
     task = build(spec.task, context)
     samples = selected(task, spec)
     config = _config(spec)
-    return Asked(
+    return PlannedRun(
         task=task,
         samples=samples,
         stored=resumable(spec, samples),
@@ -174,7 +174,7 @@ def _work(spec: EvalSpec, requests: list[Request], tokenizer: Tokenizer | None, 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _tokens(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
+def _tokens(spec: EvalSpec, asked: PlannedRun) -> Iterator[tuple[Cell, Cell, Cell]]:
     work = asked.work
     how = f"estimate: a token every {BYTES_PER_TOKEN} bytes, no tokenizer is at hand" if work.is_estimate else "counted"
     part = [f"limit={spec.task.limit}"] if spec.task.limit is not None else []
@@ -191,7 +191,7 @@ def _at_their_limit(num_replies: int) -> str:
     return "1 reply at its limit" if num_replies == 1 else f"{num_replies:,} replies at their limit"
 
 
-def _machine(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
+def _machine(spec: EvalSpec, asked: PlannedRun) -> Iterator[tuple[Cell, Cell, Cell]]:
     """Memory and the least time, where the model runs on this machine or on the device that `on` names."""
     if asked.config is None:
         return
@@ -273,7 +273,7 @@ def _ceiling(device: Device, work: Work) -> str:
     return f"ceilings of {device.name}: {bandwidth / 1e9:.1f} GB/s, {flops / 1e12:.2f} TFLOP/s ({how}){full}"
 
 
-def _earlier(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
+def _earlier(spec: EvalSpec, asked: PlannedRun) -> Iterator[tuple[Cell, Cell, Cell]]:
     """The time by the last run of this task with this model here."""
     found = earlier_run(spec)
     if found is None:
@@ -305,7 +305,7 @@ def earlier_run(spec: EvalSpec) -> tuple[Run, SessionCounts] | None:
     return None
 
 
-def _price(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
+def _price(spec: EvalSpec, asked: PlannedRun) -> Iterator[tuple[Cell, Cell, Cell]]:
     if kind(spec.engine.name).model_at != "server" or spec.engine.prices is None:
         return
     name = spec.engine.api_model or spec.model.hub_id or spec.model.name
@@ -319,13 +319,13 @@ def _price(spec: EvalSpec, asked: Asked) -> Iterator[tuple[Cell, Cell, Cell]]:
         yield _money("price, expected", prices, written, asked, f"replies as long as in {run.path}")
 
 
-def _money(what: str, prices: Prices, written: int, asked: Asked, how: str) -> tuple[Cell, Cell, Cell]:
+def _money(what: str, prices: Prices, written: int, asked: PlannedRun, how: str) -> tuple[Cell, Cell, Cell]:
     usage = Usage(prompt_tokens=asked.work.prompt_tokens, cached_tokens=0, completion_tokens=written)
     cost = prices.cost(usage)
     return text_cell(what), Cell(text=f"{cost:,.4g} {prices.currency}".rstrip(), value=cost), text_cell(how)
 
 
-def _notes(spec: EvalSpec, asked: Asked) -> Iterator[str]:
+def _notes(spec: EvalSpec, asked: PlannedRun) -> Iterator[str]:
     stored = asked.stored
     if stored.refusal is not None:
         yield f"warning: the run would be refused: {stored.refusal}"

@@ -18,8 +18,8 @@ from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import JSON, Answer, ConfigError, EngineError, Prompt, QwenEvalError, Rendered, Request, Score
 from qwen_eval.engines.workers.batches import BatchQueue
 from qwen_eval.engines.workers.cluster import Cluster, connect
-from qwen_eval.engines.workers.handle import COUNTS, Handle
-from qwen_eval.engines.workers.worker import Opened, Slice, versions
+from qwen_eval.engines.workers.handle import COUNTS, ActorHandle
+from qwen_eval.engines.workers.worker import OpenedWorker, Slice, versions
 
 MUST_AGREE = ("weights", "dtype", "chat_template")  # of Engine.info: they decide answers
 RENDER_CACHE = 4096  # prompts: the run renders each again when it stores the record
@@ -29,7 +29,7 @@ WAIT_S = 1.0  # Ctrl-C is heard at least so often
 class WorkersEngine:
     """Engine of a run over `handles`, whose workers are opened. `prepared` says how they were made, for the result."""
 
-    def __init__(self, cluster: Cluster, handles: Sequence[Handle], *, prepared: Mapping[str, JSON]) -> None:
+    def __init__(self, cluster: Cluster, handles: Sequence[ActorHandle], *, prepared: Mapping[str, JSON]) -> None:
         self._cluster, self._handles, self._prepared = cluster, handles, dict(prepared)
         first = handles[0].opened
         assert first is not None, "not opened"
@@ -94,7 +94,7 @@ class WorkersEngine:
             handle.close()
         self._cluster.close()
 
-    def _ready(self) -> list[Handle]:
+    def _ready(self) -> list[ActorHandle]:
         """Workers whose oldest call has returned."""
         heads = {handle.calls[0]: handle for handle in self._handles if handle.calls}
         done, _ = self._cluster.ray.wait(list(heads), num_returns=1, timeout=WAIT_S)
@@ -102,9 +102,9 @@ class WorkersEngine:
             self._cluster.refuse_loss()
         return [heads[call] for call in done]
 
-    def _taken(self, handle: Handle, queue: BatchQueue) -> Iterator[tuple[int, Answer]]:
+    def _taken(self, handle: ActorHandle, queue: BatchQueue) -> Iterator[tuple[int, Answer]]:
         result = received(self._cluster.ray, handle)
-        if isinstance(result, Opened):
+        if isinstance(result, OpenedWorker):
             check_equal(self._handles)
         elif isinstance(result, Slice):
             for index, answer in result.answers:
@@ -146,11 +146,11 @@ class WorkersEngine:
                 )
 
 
-def received(ray: Any, handle: Handle) -> Opened | Slice | Exception:
+def received(ray: Any, handle: ActorHandle) -> OpenedWorker | Slice | Exception:
     """What the oldest call of a worker returned; the exception where its process died. An error of ours is raised."""
     call = handle.calls.popleft()
     try:
-        result: Opened | Slice = ray.get(call)
+        result: OpenedWorker | Slice = ray.get(call)
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         if not isinstance(cause, QwenEvalError):
@@ -169,7 +169,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     """Start the workers and wait until all have loaded the model; what keeps one from it is raised, in one line."""
     _refuse(spec)
     cluster = connect(spec.ray)
-    handles: list[Handle] = []
+    handles: list[ActorHandle] = []
     try:
         if cluster.room is not None and spec.workers > cluster.room:
             raise EngineError(f"engine.workers={spec.workers}: each takes a CPU, and Ray has {cluster.room}; use fewer")
@@ -179,7 +179,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         num_threads = spec.num_threads or _threads_each(cluster, spec.workers)
         arguments = (_worker_spec(spec, cluster, num_threads, num_gpus), _worker_model(model), protocol, num_threads)
         for number in range(spec.workers):
-            handles.append(Handle(cluster, number, arguments=arguments, num_gpus=num_gpus))
+            handles.append(ActorHandle(cluster, number, arguments=arguments, num_gpus=num_gpus))
         _wait_opened(cluster, handles)
         check_equal(handles)
         prepared: dict[str, JSON] = {"num": spec.workers, "gpus_each": num_gpus, "threads_each": num_threads}
@@ -192,7 +192,7 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         raise
 
 
-def _wait_opened(cluster: Cluster, handles: Sequence[Handle]) -> None:
+def _wait_opened(cluster: Cluster, handles: Sequence[ActorHandle]) -> None:
     with stage("starting the workers", total=len(handles), unit="workers") as starting:
         while opening := {handle.calls[0]: handle for handle in handles if handle.calls}:
             done, _ = cluster.ray.wait(list(opening), num_returns=1, timeout=WAIT_S)
@@ -206,7 +206,7 @@ def _wait_opened(cluster: Cluster, handles: Sequence[Handle]) -> None:
                     starting.advance()
 
 
-def check_equal(handles: Sequence[Handle]) -> None:
+def check_equal(handles: Sequence[ActorHandle]) -> None:
     """EngineError where a worker would answer otherwise than this process or the first one."""
     opened = [handle.opened for handle in handles if handle.opened is not None]
     for other in opened:

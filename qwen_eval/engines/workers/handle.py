@@ -9,7 +9,7 @@ from typing import Any
 from qwen_eval.core import EngineError, Request
 from qwen_eval.engines.workers.batches import BatchQueue
 from qwen_eval.engines.workers.cluster import Cluster
-from qwen_eval.engines.workers.worker import Opened, Slice, Worker
+from qwen_eval.engines.workers.worker import EngineWorker, OpenedWorker, Slice
 
 COUNTS = ("computed_tokens", "prompt_tokens", "generated_tokens", "busy_s", "num_oom")  # of Engine.info
 CALLS_AHEAD = 2  # of a worker: while the driver reads one slice the next is made
@@ -17,13 +17,13 @@ MAX_DEATHS = 3  # of one worker in a row, without an answer
 CLOSE_S = 60.0  # to end the processes of an engine that has some
 
 
-class Handle:
+class ActorHandle:
     """`held`: requests that this worker was given and has not answered, in order (the values say nothing)."""
 
     def __init__(self, cluster: Cluster, number: int, *, arguments: tuple[Any, ...], num_gpus: int) -> None:
         self._cluster, self.number = cluster, number
         self._arguments, self._num_gpus = arguments, num_gpus
-        self.opened: Opened | None = None
+        self.opened: OpenedWorker | None = None
         self.info: Mapping[str, Any] = {}
         self.calls: deque[Any] = deque()
         self.held: dict[int, bool] = {}
@@ -54,8 +54,8 @@ class Handle:
             batch = [(index, requests[index]) for index in indexes]
             self.calls.append(self.actor.more.remote(self._run, batch))
 
-    def note(self, result: Opened | Slice) -> None:
-        if isinstance(result, Opened):
+    def note(self, result: OpenedWorker | Slice) -> None:
+        if isinstance(result, OpenedWorker):
             self.opened, self.info = result, result.info
             return
         self.info = result.info
@@ -95,7 +95,7 @@ class Handle:
     def _start(self) -> None:
         options: dict[str, Any] = {"num_cpus": 0 if self._cluster.directory else 1, "num_gpus": self._num_gpus}
         options |= {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
-        actor = self._cluster.ray.remote(Worker).options(**options)
+        actor = self._cluster.ray.remote(EngineWorker).options(**options)
         self.actor: Any = actor.remote(*self._arguments)
         self.opened = None
         self.calls = deque([self.actor.open.remote()])

@@ -22,7 +22,7 @@ Batch = Sequence[tuple[int, Request]]  # with the index of the request in the ru
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenedWorker:
     """What the driver must know of a loaded engine. `tokenizer` renders there, too."""
 
     info: Mapping[str, JSON]
@@ -44,7 +44,7 @@ class Slice:
     error: QwenEvalError | None = None  # what ended the batch
 
 
-class Worker:
+class EngineWorker:
     """Made by Ray, in a process of its own. Every method is called by the driver; one runs at a time."""
 
     def __init__(self, spec: EngineSpec, model: ModelSpec, protocol: str, num_threads: int) -> None:
@@ -56,10 +56,10 @@ class Worker:
         self._indexes: list[int] = []
         self._run = self._num_started = self._num_left = 0
 
-    def open(self) -> Opened:
+    def open(self) -> OpenedWorker:
         self._engine = open_engine(self._spec, self._model, protocol=self._protocol)
         assert self._engine.tokenizer is not None, f"engine={self._spec.name} has no tokenizer"
-        return Opened(
+        return OpenedWorker(
             info=dict(self._engine.info),
             tokenizer=self._engine.tokenizer,
             host=socket.gethostname(),
