@@ -84,11 +84,16 @@ def test_another_family_is_another_model(command: Command) -> None:
     assert "is no qwen-7b-chat: family is qwen2, not qwen" in error
 
 
-def test_an_endpoint_is_named_after_its_model(tmp_path: Path, command: Command) -> None:
-    code, error = command("engine=openai", "engine.api_model=Org/Model-7B", "engine.base_url=http://127.0.0.1:9/v1")
+def test_an_endpoint_is_named_after_its_model(
+    tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = ("engine=openai", "engine.api_model=Org/Model-7B", "engine.base_url=http://127.0.0.1:9/v1")
+    code, error = command(*server)
     assert code == 2
     assert "no server answers" in error
-    assert [path.name for path in (tmp_path / "runs" / "eval" / "toy").iterdir()] == ["Model-7B"]
+    assert not (tmp_path / "runs").exists(), "a run that never began leaves no directory"
+    assert main(["--config-dir", str(toy.CONF), "task=toy", "task.num=3", *server, "plan=true"]) == 0
+    assert "toy · Model-7B: plan" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
