@@ -168,7 +168,7 @@ def test_what_a_compiler_warns_of_is_not_printed_and_any_kind_of_text_is_taken()
     code = """
 from qwen_eval.sandbox import Program, run_programs
 class Text(str): pass
-solution = Text("def f(): return '\\d' is 5")
+solution = Text(r"def f(): return '\\d' is 5")
 print([v.passed for v in run_programs([Program("it", solution, Text("assert not f()"), "f")], 5.0, mode="unsafe")])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
