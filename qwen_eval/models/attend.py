@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen_eval.models.attention import merge, partial
 from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.heads import Heads
 from qwen_eval.models.kv_cache import KvCodec, Prefix, Slots, Stored
 from qwen_eval.models.prefix_pool import Pooled
 
@@ -88,7 +89,8 @@ class PackedAttend:
             rows_N = torch.tensor(list(sink_slots[1])).repeat_interleave(lengths_B)
             self.slot_rows_N, self.slot_positions_N = upload(rows_N, device), upload(own_N, device)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        q_NHD, k_NKD, v_NKD = heads.turned()
         # read before the sinks grow: they may be the prefixes
         pasts = [None if run.prefix is None else run.prefix.read(layer) for run in self.runs]
         k_NKD, v_NKD = self._keep(layer, k_NKD, v_NKD)
@@ -163,8 +165,8 @@ class LayerAttend:
     def __init__(self, by_layer: Sequence[PackedAttend | DecodeAttend]) -> None:
         self.by_layer = by_layer
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        return self.by_layer[layer](layer, q_NHD, k_NKD, v_NKD)
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        return self.by_layer[layer](layer, heads)
 
 
 def by_layer(
@@ -241,14 +243,18 @@ class DecodeAttend:
         self._masks: dict[int | None, Tensor | None] = {}
         self._spans: dict[int | None, tuple[Tensor, Tensor]] = {}
         self._prefix_masks: dict[int | None, Tensor] = {}
+        self._prefix_spans: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, layer: int, q_BHD: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
-        encode, window = self.slots.codec.encode, self.slots.config.window(layer)
-        k, v = (encode(x.transpose(0, 1).unsqueeze(0)) for x in (k_BKD, v_BKD))
-        self.slots.write(layer, self.rows_B, self.own_B, k, v)
-        out, lse = self._own(layer, q_BHD, window)
-        if self.pooled is not None:
-            out = merge(self._pooled(layer, q_BHD, window, self.pooled), (out, lse))
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        window = self.slots.config.window(layer)
+        if self.is_triton:
+            q_BHD, out, lse = self._in_kernels(layer, heads, window)
+        else:
+            q_BHD, k_BKD, v_BKD = heads.turned()
+            self.slots.write(layer, self.rows_B, self.own_B, self._encoded(k_BKD), self._encoded(v_BKD))
+            out, lse = self._own(layer, q_BHD, window)
+            if self.pooled is not None:
+                out = merge(self._pooled(layer, q_BHD, window, self.pooled), (out, lse))
         for group in self.groups:
             past = group.prefix.read(layer)
             if past is None:
@@ -261,12 +267,41 @@ class DecodeAttend:
                 out[group.rows_G] = joined
         return out
 
-    def _own(self, layer: int, q_BHD: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        if self.is_triton:
-            from qwen_eval.models.triton_decode import attend_rows
+    def _encoded(self, x_BKD: Tensor) -> Stored:
+        """[1,K,B,*]; every row is a call of its own to a codec that has one scale a call."""
+        return tuple(t.transpose(0, 2) for t in self.slots.codec.encode(x_BKD.unsqueeze(2)))
 
-            k, v = self.slots.stored(layer, len(q_BHD), self.num_keys)
-            return attend_rows(q_BHD, k, v, self.rows_B, *self._own_span(window), self.num_keys)
+    def _in_kernels(self, layer: int, heads: Heads, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries [B,H,D]; outputs and log-sum-exp over the row's own keys and those of its pooled prefix."""
+        from qwen_eval.models.gpu.attention import Keys, attend
+        from qwen_eval.models.gpu.block import turn_and_keep
+
+        slots = self.slots
+        k, v = slots.ready(layer, heads.num_keys, heads.qkv_NHD)
+        if slots.codec.is_chunked:
+            q_BHD, k_BKD, v_BKD = heads.turned()
+            slots.write(layer, self.rows_B, self.own_B, self._encoded(k_BKD), self._encoded(v_BKD))
+        else:
+            q_BHD = turn_and_keep(heads, self.own_B, k, v)
+        first_B, end_B = self._own_span(window)
+        sources = [Keys(k=k, v=v, place_B=self.rows_B, first_B=first_B, end_B=end_B, num_keys=self.num_keys)]
+        if self.pooled is not None:
+            pool, (first_B, end_B) = self.pooled.slots, self._prefix_span(window, self.pooled)
+            k, v = pool.stored(layer, pool.num_slots, pool.capacity)
+            sources.append(
+                Keys(
+                    k=k,
+                    v=v,
+                    place_B=self.pooled.place_B,
+                    first_B=first_B,
+                    end_B=end_B,
+                    num_keys=pool.capacity,
+                    is_shared=self.pooled.is_single,
+                )
+            )
+        return q_BHD, *attend(q_BHD, sources)
+
+    def _own(self, layer: int, q_BHD: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         keys, values = self.slots.read(layer, len(q_BHD), self.num_keys)
         out, lse = partial(q_BHD.unsqueeze(2), keys, values, mask=self._mask(window), kernel=self.kernel)
         return out.squeeze(2), lse.squeeze(2)
@@ -279,6 +314,12 @@ class DecodeAttend:
             self._spans[window] = first_B, end_B
         return self._spans[window]
 
+    def _prefix_span(self, window: int | None, pooled: Pooled) -> tuple[Tensor, Tensor]:
+        """[B] first and end of the keys that each row sees in its prefix."""
+        if window not in self._prefix_spans:
+            self._prefix_spans[window] = pooled.span(window)
+        return self._prefix_spans[window]
+
     def _pooled(self, layer: int, q_BHD: Tensor, window: int | None, pooled: Pooled) -> tuple[Tensor, Tensor]:
         """Outputs [B,H,D] and log-sum-exp [B,H] over the row's prefix: 0 and -inf where it has none."""
         slots, size = pooled.slots, pooled.slots.capacity
@@ -290,10 +331,6 @@ class DecodeAttend:
             out, lse = partial(q_BHD.transpose(0, 1).unsqueeze(0), k, v, mask=mask_BS[None, None], kernel=self.kernel)
             return out[0].transpose(0, 1), lse[0].transpose(0, 1)
         stored = slots.stored(layer, slots.num_slots, size)
-        if self.is_triton:
-            from qwen_eval.models.triton_decode import attend_rows
-
-            return attend_rows(q_BHD, *stored, pooled.place_B, *pooled.span(window), size)
         k, v = (slots.codec.decode(tuple(t[pooled.place_B] for t in part), slots.dtype) for part in stored)
         out, lse = partial(q_BHD.unsqueeze(2), k, v, mask=mask_BS[:, None, None, :], kernel=self.kernel)
         return out.squeeze(2), lse.squeeze(2)

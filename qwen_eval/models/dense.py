@@ -4,7 +4,7 @@ On a CPU a bf16 product has four ways: `linear`, a matrix-vector product for one
 same with one to three rows padded to four (its kernel for one row is slower than that for four on some processors).
 Which is fastest depends on the processor and the shape, by up to a factor of 3.5, and no list of CPU features says it:
 `prepare` measures each shape once, at load. Layers below `MIN_BYTES` are left alone, so small models always take the
-same kernel and give the same numbers.
+same kernel and give the same numbers. On a GPU one row may go through a kernel of ours: gpu/measure.py chooses.
 """
 
 # R rows, N outputs, K inputs
@@ -45,14 +45,24 @@ class Linear(nn.Linear):
 
     kernel: Kernel = PLAIN
     packed: Tensor | None = None
+    block: tuple[int, int] | None = None  # of Triton's kernel for one row, on a GPU where it is faster
 
     def forward(self, x_RK: Tensor) -> Tensor:
+        if self.block is not None and len(x_RK) == 1:
+            from qwen_eval.models.gpu.vector import vector_product
+
+            return vector_product(x_RK, self.weight, self.bias, self.block)
         if self.packed is not None:
             product = _padded if self.kernel == PADDED else _prepacked
             return product(x_RK, self.packed, self.bias, self.out_features)
         if self.kernel == VECTOR and len(x_RK) == 1:
             return _vector(x_RK, self.weight, self.bias)
         return F.linear(x_RK, self.weight, self.bias)
+
+    @property
+    def kernel_name(self) -> str:
+        """For the result."""
+        return self.kernel if self.block is None else f"linear, Triton for one row in blocks of {list(self.block)}"
 
     def use(self, kernel: Kernel, *, keep_weight: bool = False) -> None:
         """Multiply by `kernel` from now on. A weight that is kept beside its packed copy takes its memory twice."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.kv_quant import dequantize, quantize_per_token, quantize_upstream
+from qwen_eval.models.fused import quantize
+from qwen_eval.models.kv_quant import dequantize, quantize_upstream
 
 Stored = tuple[Tensor, ...]  # tensors [B,K,S,*] that one codec understands
 
@@ -60,7 +61,7 @@ class Int8Codec:
     def __init__(self, *, upstream: bool) -> None:
         self.is_chunked = upstream
         self.name = "int8 (upstream: scale per call, truncated)" if upstream else "int8 (scale per token, rounded)"
-        self._quantize = quantize_upstream if upstream else quantize_per_token
+        self._quantize = quantize_upstream if upstream else quantize
 
     def encode(self, x_BKSD: Tensor) -> Stored:
         return self._quantize(x_BKSD)
@@ -208,6 +209,13 @@ class Slots:
             torch.zeros((self.num_slots, t.shape[1], self.capacity, t.shape[3]), dtype=t.dtype, device=t.device)
             for t in like
         )
+
+    def ready(self, layer: int, num_heads: int, like: Tensor) -> tuple[Stored, Stored]:
+        """A layer's whole buffers, made if there are none yet, for K heads as wide as the last dimension of `like`."""
+        if self._layers[layer] is None:
+            empty = self.codec.encode(like.new_zeros(1, num_heads, 1, like.shape[-1]))
+            self._buffers(layer, empty, empty)
+        return self.stored(layer, self.num_slots, self.capacity)
 
     def write(self, layer: int, rows_N: Tensor, positions_N: Tensor, k: Stored, v: Stored) -> None:
         """Put tokens [1,K,N,*] into the slots `rows_N` at `positions_N`."""

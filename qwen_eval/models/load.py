@@ -66,6 +66,10 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     spare = int(HEAD_COPY_SHARE * memory_bytes(torch.device("cpu"))[0])
     # choices read rows of the head, and a tied one is the embedding
     facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head], spare_bytes=spare)
+    if forward.decode_kernel == "triton":
+        from qwen_eval.models.gpu.measure import choose_vector_kernels
+
+        facts["dense_kernels"] = choose_vector_kernels(model.modules())
     return Opened(forward=forward, tokenizer=tokenizer, facts=facts)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qwen_eval.models.config import ModelConfig, Yarn
-from qwen_eval.models.fused import rotate
 
 
 def ntk_alpha(length: int, train_length: int) -> int:
@@ -81,10 +80,6 @@ class Rotation:
     def rows(self, index: Tensor) -> Rotation:
         logn = None if self.logn is None else self.logn[index]
         return Rotation(cos=self.cos[index], sin=self.sin[index], logn=logn)
-
-    def turn(self, heads_NHD: Tensor) -> Tensor:
-        """Rotate-half on the leading 2R channels, in fp32, back to the input's dtype (as the original)."""
-        return rotate(heads_NHD, self.cos, self.sin)
 
 
 class Rope:

@@ -100,8 +100,9 @@ class ModelRunner:
         """The first module whose output for these tokens holds NaN or infinity: "layers.3 in float16"."""
         found: list[str] = []
 
-        def look(name: str, output: Tensor) -> None:
-            if not found and not bool(torch.isfinite(output).all()):
+        def look(name: str, output: Tensor | tuple[Tensor, Tensor]) -> None:
+            whole = output if isinstance(output, Tensor) else sum(output)
+            if not found and not bool(torch.isfinite(torch.as_tensor(whole)).all()):
                 found.append(f"{name} in {str(output.dtype).removeprefix('torch.')}")
 
         watched = {"embed": self.model.embed, "norm": self.model.norm}
@@ -224,13 +225,13 @@ def choose_decode_kernel(model: Transformer, kernel: str) -> str:
     """ "triton" on CUDA where it is there and gives the plain twin's numbers, else "plain", with the reason."""
     if kernel == "eager" or fused.name(model.device) == "plain":
         return "plain"
-    from qwen_eval.models.triton_decode import why_not
+    from qwen_eval.models.gpu.check import flaw
 
-    c = model.config
     for device in dict.fromkeys(model.layer_devices):
-        reason = why_not(device, model.dtype, heads=c.num_heads, kv_heads=c.num_kv_heads, dim=c.head_dim)
-        if reason is not None:
-            return f"plain ({reason})"
+        found = flaw(device, model.dtype, model.config)
+        if found is not None:
+            fused.distrust(found)
+            return f"plain ({found})"
     return "triton"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from qwen_eval.models.heads import Heads
 from qwen_eval.models.rope import Rope, Rotation
 from qwen_eval.models.training_cost import LOSS_CHUNK, lora_parts
 from qwen_eval.models.transformer import MLP, Block, Transformer
@@ -147,7 +148,8 @@ def _mlp(mlp: MLP, x_TE: Tensor) -> Tensor:
     return out
 
 
-def _attend(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+def _attend(layer: int, heads: Heads) -> Tensor:
+    q_THD, k_TKD, v_TKD = heads.turned()
     group = q_THD.shape[1] // k_TKD.shape[1]
     if group > 1:
         k_TKD, v_TKD = k_TKD.repeat_interleave(group, dim=1), v_TKD.repeat_interleave(group, dim=1)

@@ -18,18 +18,16 @@ from torch import Tensor, nn
 from qwen_eval.models.block import block_linears
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.dense import Linear
-from qwen_eval.models.fused import rms_norm, silu_product, stretch
+from qwen_eval.models.fused import Norm, add_rms_norm, rms_norm, silu_product
+from qwen_eval.models.heads import Heads
 from qwen_eval.models.rope import Rotation
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (name, in features, out features, bias)
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        """Attention outputs [Q,H,D] of the queries; keys and values of this forward's tokens are stored on the way.
-
-        In the last layer `q_NHD` may hold only the rows that `last_rows` of the forward named.
-        """
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        """Attention outputs [Q,H,D] of the queries; keys and values of this forward's tokens are stored on the way."""
         ...
 
 
@@ -56,6 +54,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def added(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm; None adds nothing."""
+        if delta is None:
+            return x, self(x)
+        return add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class SplitLinear(nn.Module):
@@ -84,17 +88,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
-        qkv: Tensor = self.qkv(x_NE).view(len(x_NE), -1, self.dim)
-        q, k, v = qkv.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        qkv_NHD: Tensor = self.qkv(x_NE).view(len(x_NE), -1, self.dim)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        k = rotation.turn(k)
-        if rows is not None:
-            q, rotation = q[rows], rotation.rows(rows)
-        q = rotation.turn(q)
-        if rotation.logn is not None:
-            q = stretch(q, rotation.logn)
-        out: Tensor = self.o(attend(layer, q, k, v).flatten(1))
+            norms = Norm(self.q_norm.weight, self.q_norm.eps), Norm(self.k_norm.weight, self.k_norm.eps)
+        heads = Heads(
+            qkv_NHD=qkv_NHD,
+            num_queries=self.heads,
+            num_keys=self.kv_heads,
+            rotation=rotation,
+            norms=norms,
+            rows=rows,
+        )
+        out: Tensor = self.o(attend(layer, heads).flatten(1))
         return out
 
 
@@ -118,11 +124,23 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, name, make_linear)
 
-    def forward(self, x_NE: Tensor, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None) -> Tensor:
-        mixed: Tensor = self.attn(self.attn_norm(x_NE), layer, rotation, attend, rows)
-        x_NE = (x_NE if rows is None else x_NE[rows]) + mixed
-        out: Tensor = x_NE + self.mlp(self.mlp_norm(x_NE))
-        return out
+    def forward(
+        self,
+        x_NE: Tensor,
+        delta_NE: Tensor | None,
+        layer: int,
+        rotation: Rotation,
+        attend: Attend,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of all before the MLP, and what the MLP adds: who reads the next sum adds and norms it in one pass.
+
+        `x_NE` and `delta_NE` are those of the block before; None: nothing to add.
+        """
+        x_NE, normed_NE = self.attn_norm.added(x_NE, delta_NE)
+        mixed: Tensor = self.attn(normed_NE, layer, rotation, attend, rows)
+        x_NE, normed_NE = self.mlp_norm.added(x_NE if rows is None else x_NE[rows], mixed)
+        return x_NE, self.mlp(normed_NE)
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
@@ -181,21 +199,25 @@ class Transformer(nn.Module):
         Naming the rows saves the last layer's queries, attention and MLP for all others; keys and values of every
         token are always made.
         """
-        x = self.embed(ids_N)
+        x, delta = self.embed(ids_N), None
         for i, block in enumerate(self.layers):
             if i in self._moves:
-                x = moved(x, self._moves[i])
+                x, delta = self._moved(i, x, delta)
             rows = last_rows if i == len(self.layers) - 1 else None
-            x = block(x, i, rotations[i], attend, rows)
-        return self._finished(x)
+            x, delta = block(x, delta, i, rotations[i], attend, rows)
+        return self._finished(x, delta)
 
-    def _finished(self, x: Tensor) -> Tensor:
+    def _moved(self, place: int, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The sum where the next block or the norm lies: one transfer."""
+        whole = x if delta is None else x + delta
+        return moved(whole, self._moves[place]), None
+
+    def _finished(self, x: Tensor, delta: Tensor | None) -> Tensor:
         depth = len(self.layers)
-        if not self._moves:
-            normed: Tensor = self.norm(x)
-            return normed
-        normed = self.norm(moved(x, self._moves.get(depth, x.device)))
-        return moved(normed, self._moves.get(depth + 1, normed.device))
+        if depth in self._moves:
+            x, delta = self._moved(depth, x, delta)
+        normed = self.norm.added(x, delta)[1]
+        return moved(normed, self._moves[depth + 1]) if depth + 1 in self._moves else normed
 
     def logits(self, hidden_RE: Tensor, out_RV: Tensor | None = None) -> Tensor:
         """[R,V] in the model's dtype, in `out_RV` if given. Keep R small: a row of Qwen's vocabulary is 0.6 MB."""

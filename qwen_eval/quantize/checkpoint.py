@@ -113,7 +113,8 @@ class Calibration:
             attend = PackedAttend(self.config, codec, lengths, kernel=self.kernel, device=self.device)
             totals = [length for length in lengths for _ in range(length)]
             rotations = self.rope.rotations(attend.positions_N, totals, attend.end)
-            yield block(hidden, layer, rotations[layer], attend, None)
+            total, delta = block(hidden, None, layer, rotations[layer], attend, None)
+            yield total + delta
 
 
 def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
