@@ -14,10 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen_eval.core import Prompt, Score
 from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.engines.native.sampling import greedy_tokens
+from qwen_eval.models.attend import DecodeAttend
 from qwen_eval.models.decode import COARSE, EXACT, Buckets, Decoding, RunningRow
+from qwen_eval.models.heads import Heads
 from qwen_eval.models.hidden import HiddenStates
 from qwen_eval.models.kv_cache import Int8Codec, KvCodec
 from qwen_eval.models.prefix_pool import PrefixPools
+from qwen_eval.models.rope import Rotation
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.transformer import Transformer
 
@@ -107,6 +110,30 @@ def test_padded_rows_and_keys_change_no_logit(trick: str, codec: str) -> None:
     exact, padded = (running(ModelRunner(model, codec=CODECS[codec]), b) for b in (EXACT, SMALL))
     for a, b in zip(steps(exact, 12), steps(padded, 12)):
         assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
+
+
+def test_upstreams_int8_cache_has_a_scale_for_each_row_of_a_step() -> None:
+    """The original decodes one sequence a call, and a call has one scale: a row beside it must not widen its range."""
+    runner = ModelRunner(model_of(CONFIG), codec=Int8Codec(upstream=True))
+    width = CONFIG.num_heads + 2 * CONFIG.num_kv_heads
+    qkv = (
+        torch.randn(2, width, CONFIG.head_dim, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1, 100])[:, None, None]
+    )
+
+    def step(rows: list[int]) -> torch.Tensor:
+        slots, count = runner.slots(2, 4), len(rows)
+        own, turns = torch.zeros(count, dtype=torch.long), torch.zeros(count, CONFIG.rotary_dim // 2)
+        heads = Heads(
+            qkv_NHD=qkv[rows],
+            num_queries=CONFIG.num_heads,
+            num_keys=CONFIG.num_kv_heads,
+            rotation=Rotation(cos=turns + 1, sin=turns, logn=None),
+            norms=None,
+        )
+        return DecodeAttend(slots, own, own, 1, is_full=True, kernel="eager")(0, heads)
+
+    assert torch.equal(step([0, 1]), torch.cat([step([0]), step([1])]))
 
 
 @pytest.mark.parametrize("trick", TRICKS)

@@ -1,7 +1,7 @@
 """Triton's kernels against their plain twins: in its interpreter where there is no GPU.
 
-The interpreter cuts off what bf16 cannot hold instead of rounding, and has no bf16 products. FP16 is rounded there as on
-a GPU: it shows that a kernel rounds where its twin does. tools/compile_kernels.py shows that they compile for GPUs.
+The interpreter cuts off what bf16 cannot hold instead of rounding, and has no bf16 products. FP16 is rounded there as
+on a GPU: it shows that a kernel rounds where its twin does. tools/compile_kernels.py shows that they compile for GPUs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-from test_native_engine import CONFIG, TOKENIZER, TRICKS, answers, exam, generations, model_of
+from test_native_engine import CONFIG, TOKENIZER, TRICKS, answers, model_of
 
+from qwen_eval.core import Choose, Generate, Prompt
 from qwen_eval.engines.native.engine import NativeEngine
 from qwen_eval.models import fused
 from qwen_eval.models.attention import partial
+from qwen_eval.models.checkpoint import Placement, random_model
+from qwen_eval.models.decode import COARSE, RunningRow
 from qwen_eval.models.dense import Linear
 from qwen_eval.models.fused import Norm
 from qwen_eval.models.gpu import block
-from qwen_eval.models.gpu.attention import Keys, attend
+from qwen_eval.models.gpu.attention import Keys, _join, attend
 from qwen_eval.models.gpu.check import flaw
 from qwen_eval.models.gpu.measure import choose_vector_kernels, fastest_block
 from qwen_eval.models.gpu.vector import BLOCKS, vector_product
@@ -126,7 +130,8 @@ def test_heads_are_turned_and_kept(
     at = torch.tensor([5, 0, 8, 2], device=DEVICE)
     caches = [codec.encode(draw(6, size[1], 9, size[2])) for _ in range(2)]
     before = [tuple(t.clone() for t in cache) for cache in caches]
-    found = block.turn_and_keep(heads, at, *caches)
+    turns = heads.rotation
+    found = block.turn_and_keep(heads.qkv_NHD, turns.cos, turns.sin, turns.logn, heads.norms, at, *caches)
     assert_close(found, q)
     places = torch.arange(4, device=DEVICE), slice(None), at
     for cache, old, x in zip(caches, before, (k, v)):
@@ -139,8 +144,7 @@ def test_heads_are_turned_and_kept(
                 assert (mine[places].int() - other[:, :, 0].int()).abs().max() <= (1 if "norms" in extras else 0)
             else:
                 assert_close(mine[places], other[:, :, 0])
-    for name, x in (("q", found), ("turn", block.turn(heads.qkv_NHD[:, : size[0]], *rotation_of(heads)))):
-        assert_close(x, q), name
+    assert_close(block.turn(heads.qkv_NHD[:, : size[0]], *rotation_of(heads)), q)
 
 
 def rotation_of(heads: Heads) -> tuple[Any, ...]:
@@ -165,9 +169,9 @@ def test_codes_of_the_int8_cache_are_those_of_its_twin(dtype: torch.dtype) -> No
 def test_attention_over_own_keys(
     dtype: torch.dtype, size: tuple[int, int, int], is_int8: bool, window: int | None
 ) -> None:
-    (heads, kv_heads, dim), keys = size, 1100
+    (heads, kv_heads, dim), keys = size, 330
     draw = Draw(dtype, seed=heads)
-    end = torch.tensor([1, 64, 65, 701, keys], device=DEVICE)
+    end = torch.tensor([1, 64, 65, 201, keys], device=DEVICE)
     first = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
     codec: KvCodec = Int8Codec(upstream=False) if is_int8 else PlainCodec(dtype)
     q, place = draw(5, heads, dim), torch.arange(5, device=DEVICE)
@@ -184,17 +188,17 @@ def test_attention_over_a_prefix_and_own_keys(
     dtype: torch.dtype, is_shared: bool, size: tuple[int, int, int], is_int8: bool
 ) -> None:
     """Rows of one place, a place that no row reads, a row that sees nothing of the prefix, one that sees nothing."""
-    (heads, kv_heads, dim), draw, batch = size, Draw(dtype), 21
+    (heads, kv_heads, dim), draw, batch, keys = size, Draw(dtype), 9, 200
     codec: KvCodec = Int8Codec(upstream=False) if is_int8 else PlainCodec(dtype)
-    pool, slots = ([codec.encode(draw(n, kv_heads, 600, dim)) for _ in range(2)] for n in (3, batch))
+    pool, slots = ([codec.encode(draw(n, kv_heads, keys, dim)) for _ in range(2)] for n in (3, batch))
     rows = torch.arange(batch, device=DEVICE)
     place = torch.zeros_like(rows) if is_shared else rows % 2 * 2
-    first, end = rows * 20, torch.full_like(rows, 600)
+    first, end = rows * 20, torch.full_like(rows, keys)
     first[3], end[3], end[4] = 0, 0, 5
     own = torch.where(rows == 4, 0, rows * 3 + 1)
     first[4] = 5
     sources = [
-        Keys(k=pool[0], v=pool[1], place_B=place, first_B=first, end_B=end, num_keys=600, is_shared=is_shared),
+        Keys(k=pool[0], v=pool[1], place_B=place, first_B=first, end_B=end, num_keys=keys, is_shared=is_shared),
         Keys(k=slots[0], v=slots[1], place_B=rows, first_B=torch.zeros_like(rows), end_B=own, num_keys=64),
     ]
     found = assert_attends(draw(batch, heads, dim), sources, codec)
@@ -242,27 +246,82 @@ def test_one_row_takes_the_kernel_that_measured_faster() -> None:
         assert_close(wide(x), F.linear(x, wide.weight, wide.bias))
 
 
+MODELS: dict[str, tuple[dict[str, Any], KvCodec | None, bool]] = {
+    "tricks, prefix pooled": (TRICKS["all"], None, True),
+    "windows, int8, prefix in place": (TRICKS["windows"], Int8Codec(upstream=False), False),
+    "qk-norm, int8, prefix pooled": ({"qk_norm": True}, Int8Codec(upstream=False), True),
+}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this model is on the CPU: for the interpreter")
-@pytest.mark.parametrize("trick", ["all", "windows", "qk_norm"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("kernels")
-def test_answers_of_a_model_in_kernels_are_those_of_its_twin(trick: str) -> None:
-    config = replace(CONFIG, qk_norm=True) if trick == "qk_norm" else replace(CONFIG, **TRICKS[trick])
-    model = model_of(config)
-    requests = [replace(g, max_new_tokens=4) for g in generations(4)]
-    for codec in (None, Int8Codec(upstream=False)):
-        fused.choose("plain")
-        engine = NativeEngine(ModelRunner(model, codec=codec), TOKENIZER)
-        plain, letters = answers(engine, requests), answers(engine, exam(3))
+def test_answers_of_a_model_in_kernels_are_those_of_its_twin(name: str) -> None:
+    options, codec, is_pooled = MODELS[name]
+    model = model_of(replace(CONFIG, **options))
+    prompts = [Prompt.raw("a shared beginning of forty-odd tokens: " + tail) for tail in ("ab", "some more")]
+    texts = [Generate(prompt=prompt, max_new_tokens=4) for prompt in prompts]
+    letters = [Choose(prompt=prompt, choices=("A", "B", "C")) for prompt in prompts]
+    fused.choose("plain")
+    plain = NativeEngine(ModelRunner(model, codec=codec), TOKENIZER)
+    wanted = answers(plain, texts), answers(plain, letters)
+    fused.choose("triton")
+    runner = ModelRunner(model, codec=codec)
+    assert runner.decode_kernel == "triton"
+    runner.decoding = functools.partial(runner.decoding, is_pooled=is_pooled)  # type: ignore[method-assign]
+    engine = NativeEngine(runner, TOKENIZER)
+    assert engine.info["small_kernels"] == "triton"
+    assert answers(engine, texts) == wanted[0]
+    for found, other in zip(answers(engine, letters), wanted[1]):
+        assert found.logprobs == pytest.approx(other.logprobs, rel=1e-5, abs=1e-5)
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations that a GPU would launch a kernel for: all but views and memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def kernel(self, *_: Any, **__: Any) -> None:
+        """In place of a launch of one of ours."""
+        self.count += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not (is_view or func.__name__.startswith(("empty", "new_empty", "_unsafe_view", "detach")))
+        return func(*args, **(kwargs or {}))
+
+
+def _instead(kernel: Any, *_: Any) -> Any:
+    return kernel
+
+
+@pytest.mark.parametrize(("is_pooled", "most"), [(False, 11), (True, 12)], ids=["own keys", "prefix and own keys"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["plain", "int8"])
+@pytest.mark.usefixtures("kernels")
+def test_a_layer_of_a_step_is_few_launches(
+    is_pooled: bool, most: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norm, q k v, cache write, attention, o, norm, gate, up, SiLU, down; with split keys or a prefix joining."""
+    counts = []
+    for num_layers in (1, 2):
+        fused.choose("plain")  # for what comes before the step
+        runner = ModelRunner(
+            model_of(replace(CONFIG, num_layers=num_layers)), codec=Int8Codec(upstream=False) if is_int8 else None
+        )
+        prefix = runner.grown(None, list(range(1, 30)), 40) if is_pooled else None
+        slots = runner.slots(8, 300)
+        runner.packed([[7, 8]] * 2, [31] * 2, prefixes=[prefix] * 2, last_only=True, sink=(slots, range(2)))
+        decoding = runner.decoding(slots, prefill_lengths=[31], num_positions=300, buckets=COARSE, is_pooled=is_pooled)
+        decoding.arrange([RunningRow(prefill_tokens=31, own_tokens=2, prefix=prefix)] * 2, [1, 2])
         fused.choose("triton")
-        for is_pooled in (False, True):
-            runner = ModelRunner(model, codec=codec)
-            assert runner.decode_kernel == "triton"
-            runner.decoding = functools.partial(runner.decoding, is_pooled=is_pooled)  # type: ignore[method-assign]
-            engine = NativeEngine(runner, TOKENIZER)
-            assert engine.info["small_kernels"] == "triton"
-            assert answers(engine, requests) == plain
-        for found, wanted in zip(answers(engine, exam(3)), letters):
-            assert found.logprobs == pytest.approx(wanted.logprobs, rel=1e-5, abs=1e-5)
+        decoding.is_triton, launches = True, Launches()
+        with monkeypatch.context() as patch, launches:
+            patch.setattr(type(_join), "__getitem__", functools.partial(_instead, launches.kernel))
+            decoding.step()
+        counts.append(launches.count)
+    assert counts[1] - counts[0] <= most
 
 
 def test_kernels_are_tried_before_they_are_used() -> None:
@@ -273,7 +332,9 @@ def test_kernels_are_tried_before_they_are_used() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a fault of the interpreter: products in bf16")
 @pytest.mark.usefixtures("kernels")
 def test_a_kernel_that_is_off_is_not_used_and_the_result_says_why() -> None:
-    runner = ModelRunner(model_of(replace(CONFIG, num_kv_heads=2), torch.bfloat16))
+    config = replace(CONFIG, num_kv_heads=2)
+    placement = Placement(device=torch.device("cpu"), dtype=torch.bfloat16)
+    runner = ModelRunner(random_model(config, placement, seed=0))
     assert runner.decode_kernel.startswith("plain (attend is off by ")
     assert fused.name(DEVICE) == runner.decode_kernel
 
@@ -281,7 +342,7 @@ def test_a_kernel_that_is_off_is_not_used_and_the_result_says_why() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_training_takes_no_kernel_since_none_has_gradients() -> None:
     x = Draw(torch.float32)(3, 48).requires_grad_()
-    fused.rms_norm(x, torch.ones(48, device=DEVICE), 1e-6).sum().backward()
+    fused.rms_norm(x, torch.ones(48, device=DEVICE), 1e-6).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     with torch.inference_mode():
         assert fused.uses_triton(x)

@@ -1,8 +1,8 @@
 """Compile every Triton kernel for real GPUs on a machine that has none, with the shapes of Qwen models.
 
 Needs the triton package, whose wheel brings the assembler. Prints registers, spilled bytes and shared memory of each
-kernel; a kernel that does not compile, or spills, ends it with 1. The numbers of kernels are those of Triton's interpreter
-(tests/test_gpu_kernels.py); this shows that the same code is one for the device.
+kernel; a kernel that does not compile, or spills, ends it with 1. What kernels compute is tested in the interpreter of
+Triton (tests/test_gpu_kernels.py); this shows that the same code is one for the device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from qwen_eval.models.fused import Norm
 from qwen_eval.models.gpu import block
 from qwen_eval.models.gpu.attention import Keys, attend
 from qwen_eval.models.gpu.vector import BLOCKS, vector_product
-from qwen_eval.models.heads import Heads
-from qwen_eval.models.rope import Rotation
 
 MAX_SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes a program may ask for
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -95,20 +93,14 @@ def launches(shape: Shape, dtype: torch.dtype) -> Iterator[Callable[[], object]]
         for bias in (None, wide[:, 0].contiguous()):
             yield lambda size=size, bias=bias: vector_product(x[:1], wide, bias, size)  # type: ignore[misc]
     norm = Norm(draw(shape.dim, dtype=dtype), 1e-6) if shape.has_norms else None
-    turns = [draw(2, shape.dim // 2, dtype=torch.float32) for _ in range(2)]
+    cos = draw(2, shape.dim // 2, dtype=torch.float32)
     rows = torch.zeros(2, dtype=torch.long)
     for logn in (None, draw(2, dtype=torch.float32)):
         qkv = draw(2, shape.heads + 2 * shape.kv_heads, shape.dim, dtype=dtype)
-        given = Heads(
-            qkv_NHD=qkv,
-            num_queries=shape.heads,
-            num_keys=shape.kv_heads,
-            rotation=Rotation(cos=turns[0], sin=turns[1], logn=logn),
-            norms=None if norm is None else (norm, norm),
-        )
-        yield lambda qkv=qkv, logn=logn: block.turn(qkv, *turns, logn, norm)  # type: ignore[misc]
+        yield lambda qkv=qkv, logn=logn: block.turn(qkv, cos, cos, logn, norm)  # type: ignore[misc]
         for cache in caches(shape, dtype):
-            yield lambda given=given, cache=cache: block.turn_and_keep(given, rows, cache, cache)  # type: ignore[misc]
+            given = (qkv, cos, cos, logn, norm and (norm, norm), rows, cache, cache)
+            yield lambda given=given: block.turn_and_keep(*given)  # type: ignore[misc]
     yield lambda: block.quantize(draw(1, shape.kv_heads, 4, shape.dim, dtype=dtype))
     for batch in (1, 64):
         place, q = torch.zeros(batch, dtype=torch.long), draw(batch, shape.heads, shape.dim, dtype=dtype)
@@ -140,7 +132,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 def compile_all(target: int, names: list[str], dtypes: list[torch.dtype]) -> bool:
     driver = NoDevice(GPUTarget("cuda", target, 32))
     triton.runtime.driver.set_active(driver)
-    JITFunction.__getitem__ = lambda self, grid: driver.launch(self, grid)  # type: ignore[method-assign,assignment]
+    JITFunction.__getitem__ = lambda self, grid: driver.launch(self, grid)  # type: ignore[method-assign]
     is_good = True
     for name in names:
         for dtype in dtypes:
@@ -165,7 +157,9 @@ def main() -> int:
     parser.add_argument("--dtypes", default="bfloat16,float16,float32")
     given = parser.parse_args()
     dtypes = [getattr(torch, name) for name in given.dtypes.split(",")]
-    return 0 if all([compile_all(int(t), given.models.split(","), dtypes) for t in given.targets.split(",")]) else 1
+    targets = [int(target) for target in given.targets.split(",")]
+    good = [compile_all(target, given.models.split(","), dtypes) for target in targets]
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

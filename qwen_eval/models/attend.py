@@ -282,7 +282,8 @@ class DecodeAttend:
             q_BHD, k_BKD, v_BKD = heads.turned()
             slots.write(layer, self.rows_B, self.own_B, self._encoded(k_BKD), self._encoded(v_BKD))
         else:
-            q_BHD = turn_and_keep(heads, self.own_B, k, v)
+            turns = heads.rotation
+            q_BHD = turn_and_keep(heads.qkv_NHD, turns.cos, turns.sin, turns.logn, heads.norms, self.own_B, k, v)
         first_B, end_B = self._own_span(window)
         sources = [Keys(k=k, v=v, place_B=self.rows_B, first_B=first_B, end_B=end_B, num_keys=self.num_keys)]
         if self.pooled is not None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from qwen_eval.core import ConfigError
 from qwen_eval.models.kv_quant import Quantized, quantize_per_token
 
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -32,7 +31,7 @@ class Norm(NamedTuple):
 
 
 class _Choice:
-    """Of this process. `wanted`: `engine.kernels`; `flaw`: why Triton's kernels are not used although they are there."""
+    """Of this process. `wanted`: `engine.kernels`; `flaw`: why kernels that are there are not used."""
 
     wanted: str = "auto"
     flaw: str | None = None

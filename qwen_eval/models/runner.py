@@ -101,9 +101,9 @@ class ModelRunner:
         found: list[str] = []
 
         def look(name: str, output: Tensor | tuple[Tensor, Tensor]) -> None:
-            whole = output if isinstance(output, Tensor) else sum(output)
-            if not found and not bool(torch.isfinite(torch.as_tensor(whole)).all()):
-                found.append(f"{name} in {str(output.dtype).removeprefix('torch.')}")
+            whole = output if isinstance(output, Tensor) else output[0] + output[1]
+            if not found and not bool(torch.isfinite(whole).all()):
+                found.append(f"{name} in {str(whole.dtype).removeprefix('torch.')}")
 
         watched = {"embed": self.model.embed, "norm": self.model.norm}
         watched |= {f"layers.{i}": layer for i, layer in enumerate(self.model.layers)}

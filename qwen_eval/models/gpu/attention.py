@@ -233,5 +233,13 @@ def _launch(q: Tensor, source: Keys, parts: Tensor, lses: Tensor, num_splits: in
     is_wide = q.dtype == torch.float32
     sizes["block_keys"] = FP32_BLOCK_KEYS if is_wide else BLOCK_KEYS
     _attend_tiles[(num_tiles, kv_heads, num_splits)](
-        *given, batch * group, group, members, *strides, tile=tile, num_warps=8 if is_wide or tile == MAX_TILE else 4, num_stages=2, **sizes
+        *given,
+        batch * group,
+        group,
+        members,
+        *strides,
+        tile=tile,
+        num_warps=8 if is_wide or tile == MAX_TILE else 4,
+        num_stages=2,
+        **sizes,
     )

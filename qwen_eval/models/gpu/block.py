@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_eval.models.fused import Norm
-from qwen_eval.models.heads import Heads
-from qwen_eval.models.kv_cache import Stored
 from qwen_eval.models.kv_quant import Quantized
 
+Norm = tuple[Tensor, float]  # weight and eps
 BLOCK = 1024  # elements of a program that works element by element
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no room for a fraction, so the sum is rounded to even
 LEVELS = 255
@@ -146,8 +144,8 @@ def turn(
     out = torch.empty(x_NHD.shape, dtype=x_NHD.dtype, device=x_NHD.device)
     if out.numel():
         _turn[(num * heads,)](
-            x_NHD, cos_NR, sin_NR, _or(logn_N, cos_NR), norm.weight if norm else x_NHD, out,
-            norm.eps if norm else 0.0, heads, x_NHD.stride(0), x_NHD.stride(1),
+            x_NHD, cos_NR, sin_NR, _or(logn_N, cos_NR), norm[0] if norm else x_NHD, out,
+            norm[1] if norm else 0.0, heads, x_NHD.stride(0), x_NHD.stride(1),
             dim=dim, block=triton.next_power_of_2(dim), half=cos_NR.shape[1],
             has_norm=norm is not None, has_logn=logn_N is not None, num_warps=1,
         )  # fmt: skip
@@ -204,27 +202,36 @@ def _turn_and_keep(
         _keep(value, v, v_scale, v_zero, place, small, grow, at, dim, is_int8)
 
 
-def turn_and_keep(heads: Heads, position_B: Tensor, k: Stored, v: Stored) -> Tensor:
+def turn_and_keep(
+    qkv_BHD: Tensor,
+    cos_BR: Tensor,
+    sin_BR: Tensor,
+    logn_B: Tensor | None,
+    norms: tuple[Norm, Norm] | None,
+    position_B: Tensor,
+    k: tuple[Tensor, ...],
+    v: tuple[Tensor, ...],
+) -> Tensor:
     """Turned queries [B,H,D]; the keys, turned, and the values of row i go to `position_B[i]` of place i.
 
-    `k`, `v`: stored tensors [P,K,S,*], plain or (codes, scale, zero).
+    `qkv_BHD` [B,H+2K,D], `norms` of queries and keys; `k`, `v` stored tensors [P,K,S,*], plain or (codes, scale, zero).
     """
-    qkv_BHD, rotation = heads.qkv_NHD, heads.rotation
-    (batch, all_heads, dim), num_queries = qkv_BHD.shape, heads.num_queries
+    (batch, all_heads, dim), kv_heads = qkv_BHD.shape, k[0].shape[1]
+    num_queries = all_heads - 2 * kv_heads
     assert qkv_BHD.stride(2) == 1, "channels of a head lie behind one another"
     assert k[0].stride(2) == v[0].stride(2) == dim, "tokens of a head lie behind one another"
     q_out = torch.empty(batch, num_queries, dim, dtype=qkv_BHD.dtype, device=qkv_BHD.device)
     is_int8 = len(k) == 3
     k_scale, k_zero, v_scale, v_zero = (*k[1:], *v[1:]) if is_int8 else (qkv_BHD,) * 4
-    q_norm, k_norm = heads.norms or (Norm(qkv_BHD, 0.0),) * 2
+    (q_weight, eps), (k_weight, _) = norms or ((qkv_BHD, 0.0),) * 2
     # strides in tokens: a token's place times D is where its channels begin, and its place where its scale is
     _turn_and_keep[(batch, all_heads)](
-        qkv_BHD, rotation.cos, rotation.sin, _or(rotation.logn, rotation.cos), q_norm.weight, k_norm.weight,
+        qkv_BHD, cos_BR, sin_BR, _or(logn_B, cos_BR), q_weight, k_weight,
         position_B, q_out, k[0], k_scale, k_zero, v[0], v_scale, v_zero,
-        q_norm.eps, _grow(qkv_BHD.dtype), num_queries, heads.num_keys, qkv_BHD.stride(0), qkv_BHD.stride(1),
+        eps, _grow(qkv_BHD.dtype), num_queries, kv_heads, qkv_BHD.stride(0), qkv_BHD.stride(1),
         k[0].stride(0) // dim, k[0].stride(1) // dim, k_scale.stride(0), k_scale.stride(1),
-        dim=dim, block=triton.next_power_of_2(dim), half=rotation.cos.shape[1],
-        has_norm=heads.norms is not None, has_logn=rotation.logn is not None, is_int8=is_int8, num_warps=1,
+        dim=dim, block=triton.next_power_of_2(dim), half=cos_BR.shape[1],
+        has_norm=norms is not None, has_logn=logn_B is not None, is_int8=is_int8, num_warps=1,
     )  # fmt: skip
     return q_out
 

@@ -16,9 +16,7 @@ from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.gpu import block
 from qwen_eval.models.gpu.attention import Keys, attend
 from qwen_eval.models.gpu.vector import BLOCKS, vector_product
-from qwen_eval.models.heads import Heads
 from qwen_eval.models.kv_quant import dequantize, quantize_per_token
-from qwen_eval.models.rope import Rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of values of about 1
@@ -67,13 +65,12 @@ def _kept(draw: Draw, config: ModelConfig, is_int8: bool) -> Iterator[Pair]:
     """What two tokens write to a cache, as values, and their queries."""
     heads, kv_heads, dim, half = config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim // 2
     cos, sin, logn = draw(2, half).float(), draw(2, half).float(), draw(2, 1)[:, 0].float()
-    rotation, qkv = Rotation(cos=cos, sin=sin, logn=logn), draw(2, heads + 2 * kv_heads, dim)
-    given = Heads(qkv_NHD=qkv, num_queries=heads, num_keys=kv_heads, rotation=rotation, norms=None)
+    qkv = draw(2, heads + 2 * kv_heads, dim)
     q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
     turn = _twin(fused.turn)
     at = torch.tensor([1, 3], device=qkv.device)
     caches = [_stored(draw(2, kv_heads, 5, dim), is_int8) for _ in range(2)]
-    yield "turn_and_keep", block.turn_and_keep(given, at, *caches), turn(q, cos, sin, logn)
+    yield "turn_and_keep", block.turn_and_keep(qkv, cos, sin, logn, None, at, *caches), turn(q, cos, sin, logn)
     rows = torch.arange(2, device=qkv.device)
     for cache, x in zip(caches, (turn(k, cos, sin), v)):
         yield "turn_and_keep", _read(cache)[rows, :, at], _read(_stored(x.unsqueeze(2), is_int8))[:, :, 0]

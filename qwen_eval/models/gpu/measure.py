@@ -24,7 +24,7 @@ Seconds = Callable[[Product, Sequence[Tensor]], float]  # of the product of one 
 
 
 def choose_vector_kernels(modules: Iterable[nn.Module], seconds: Seconds | None = None) -> dict[str, int]:
-    """Let each unquantized Linear on a GPU take its fastest kernel for one row; returns the number of layers per kernel."""
+    """Let each unquantized Linear on a GPU take its fastest kernel for one row; returns the layers per kernel."""
     by_shape: dict[tuple[int, int, torch.device], list[Linear]] = defaultdict(list)
     for module in modules:
         if isinstance(module, Linear) and (seconds is not None or _has_choice(module.weight)):
@@ -55,7 +55,7 @@ def _has_choice(weight_NK: Tensor) -> bool:
 
 @torch.inference_mode()
 def cuda_seconds(product: Product, weights_NK: Sequence[Tensor]) -> float:
-    """The least of several replays of a graph of all products: launches by Python would take longer than the kernels."""
+    """The least of several replays of a graph of all products: Python's launches would take longer than the kernels."""
     x_1K = torch.ones(1, weights_NK[0].shape[1], dtype=weights_NK[0].dtype, device=weights_NK[0].device)
     for weight_NK in weights_NK:  # the first call sets the kernel up
         product(x_1K, weight_NK)
