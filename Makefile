@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-machines new-user lint check typed gate reports clean
+.PHONY: demo test test-machines kernels new-user lint check typed gate reports clean
 
 demo: $(STAMP)
 	$(BIN)/python -m qwen_eval
@@ -23,6 +23,13 @@ test-machines: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest -n 2 $(NUMERICS)
 	if $(BIN)/python -c "import sys; from qwen_eval.models.quant.kernels import dense_dtype as d; sys.exit('32' in str(d()))"; \
 	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest -n 2 $(NUMERICS); fi
+
+# The kernels of GPUs on a machine without one: what they compute, in Triton's interpreter, and that they compile for
+# A100 and H100. Installs triton (a gigabyte); about two minutes of two cores.
+kernels: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev,kernels]
+	$(BIN)/python -m pytest -n 2 tests/test_gpu_kernels.py
+	$(BIN)/python tools/compile_kernels.py --models qwen-7b,qwen2.5-7b,qwen3-8b --dtypes bfloat16
 
 # docs/first_hour.md, word by word, with the wheel in an empty environment: about three minutes.
 new-user: $(STAMP)
