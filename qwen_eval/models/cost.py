@@ -108,7 +108,7 @@ def prefill_bytes(
     attend += 3 * kv_heads * 4 if kv_cache == "int8" else 0
     if past:
         attend += heads * (12 + element)  # two partial results joined in fp32
-    mlp = 4 * stream + 2 * config.mlp_size * element
+    mlp = 2 * stream + 2 * config.mlp_size * element
     # growing a prefix copies one layer's cache
     grown = (past + num_tokens) * kv_token_bytes(config, kv_cache, dtype) // config.num_layers if past else 0
     return num_tokens * max(norm, turn, attend, mlp) + grown

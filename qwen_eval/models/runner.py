@@ -22,7 +22,7 @@ from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import KvCodec, PlainCodec, Prefix, Slots
 from qwen_eval.models.prefix_pool import GATHERED_BYTES, PrefixPools
 from qwen_eval.models.rope import Rope
-from qwen_eval.models.transformer import Transformer
+from qwen_eval.models.transformer import Residual, Transformer
 
 NO_ROWS: list[int] = []
 
@@ -100,8 +100,8 @@ class ModelRunner:
         """The first module whose output for these tokens holds NaN or infinity: "layers.3 in float16"."""
         found: list[str] = []
 
-        def look(name: str, output: Tensor | tuple[Tensor, Tensor]) -> None:
-            whole = output if isinstance(output, Tensor) else output[0] + output[1]
+        def look(name: str, output: Tensor | Residual) -> None:
+            whole = output.whole_NE if isinstance(output, Residual) else output
             if not found and not bool(torch.isfinite(whole).all()):
                 found.append(f"{name} in {str(whole.dtype).removeprefix('torch.')}")
 

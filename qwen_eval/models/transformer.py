@@ -55,11 +55,36 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def added(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + delta, and its norm; None adds nothing."""
-        if delta is None:
-            return x, self(x)
-        return add_rms_norm(x, delta, self.weight, self.eps)
+
+class Residual:
+    """What blocks add to: the sum so far, and the last part, which is added in one pass with the next norm.
+
+    Nothing else holds the two tensors, so that each is freed as soon as it is added.
+    """
+
+    def __init__(self, x_NE: Tensor) -> None:
+        self.x_NE = x_NE
+        self.delta_NE: Tensor | None = None
+
+    @property
+    def whole_NE(self) -> Tensor:
+        return self.x_NE if self.delta_NE is None else self.x_NE + self.delta_NE
+
+    def normed(self, norm: RMSNorm) -> Tensor:
+        if self.delta_NE is None:
+            return norm(self.x_NE)
+        self.x_NE, normed_NE = add_rms_norm(self.x_NE, self.delta_NE, norm.weight, norm.eps)
+        self.delta_NE = None
+        return normed_NE
+
+    def add(self, delta_NE: Tensor) -> None:
+        self.x_NE, self.delta_NE = self.whole_NE, delta_NE
+
+    def keep(self, rows: Tensor) -> None:
+        self.x_NE, self.delta_NE = self.whole_NE[rows], None
+
+    def move(self, device: torch.device) -> None:
+        self.x_NE, self.delta_NE = moved(self.whole_NE, device), None
 
 
 class SplitLinear(nn.Module):
@@ -125,22 +150,16 @@ class Block(nn.Module):
         self.mlp = MLP(config, name, make_linear)
 
     def forward(
-        self,
-        x_NE: Tensor,
-        delta_NE: Tensor | None,
-        layer: int,
-        rotation: Rotation,
-        attend: Attend,
-        rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of all before the MLP, and what the MLP adds: who reads the next sum adds and norms it in one pass.
-
-        `x_NE` and `delta_NE` are those of the block before; None: nothing to add.
-        """
-        x_NE, normed_NE = self.attn_norm.added(x_NE, delta_NE)
-        mixed: Tensor = self.attn(normed_NE, layer, rotation, attend, rows)
-        x_NE, normed_NE = self.mlp_norm.added(x_NE if rows is None else x_NE[rows], mixed)
-        return x_NE, self.mlp(normed_NE)
+        self, residual: Residual, layer: int, rotation: Rotation, attend: Attend, rows: Tensor | None
+    ) -> Residual:
+        """Add attention and MLP to `residual`, for `rows` only if they are given."""
+        mixed: Tensor = self.attn(residual.normed(self.attn_norm), layer, rotation, attend, rows)
+        if rows is not None:
+            residual.keep(rows)
+        residual.add(mixed)
+        del mixed
+        residual.add(self.mlp(residual.normed(self.mlp_norm)))
+        return residual
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
@@ -199,24 +218,18 @@ class Transformer(nn.Module):
         Naming the rows saves the last layer's queries, attention and MLP for all others; keys and values of every
         token are always made.
         """
-        x, delta = self.embed(ids_N), None
+        residual = Residual(self.embed(ids_N))
         for i, block in enumerate(self.layers):
             if i in self._moves:
-                x, delta = self._moved(i, x, delta)
-            rows = last_rows if i == len(self.layers) - 1 else None
-            x, delta = block(x, delta, i, rotations[i], attend, rows)
-        return self._finished(x, delta)
+                residual.move(self._moves[i])
+            block(residual, i, rotations[i], attend, last_rows if i == len(self.layers) - 1 else None)
+        return self._finished(residual)
 
-    def _moved(self, place: int, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The sum where the next block or the norm lies: one transfer."""
-        whole = x if delta is None else x + delta
-        return moved(whole, self._moves[place]), None
-
-    def _finished(self, x: Tensor, delta: Tensor | None) -> Tensor:
+    def _finished(self, residual: Residual) -> Tensor:
         depth = len(self.layers)
         if depth in self._moves:
-            x, delta = self._moved(depth, x, delta)
-        normed = self.norm.added(x, delta)[1]
+            residual.move(self._moves[depth])
+        normed = residual.normed(self.norm)
         return moved(normed, self._moves[depth + 1]) if depth + 1 in self._moves else normed
 
     def logits(self, hidden_RE: Tensor, out_RV: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from qwen_eval.models.checkpoint import TensorFiles
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.kv_cache import PlainCodec
 from qwen_eval.models.rope import Rope
-from qwen_eval.models.transformer import Block, dense_linear
+from qwen_eval.models.transformer import Block, Residual, dense_linear
 from qwen_eval.quantize import gptq as gptq_quantize
 from qwen_eval.quantize.gptq import Hessian, Recipe
 
@@ -113,8 +113,8 @@ class Calibration:
             attend = PackedAttend(self.config, codec, lengths, kernel=self.kernel, device=self.device)
             totals = [length for length in lengths for _ in range(length)]
             rotations = self.rope.rotations(attend.positions_N, totals, attend.end)
-            total, delta = block(hidden, None, layer, rotations[layer], attend, None)
-            yield total + delta
+            residual: Residual = block(Residual(hidden), layer, rotations[layer], attend, None)
+            yield residual.whole_NE
 
 
 def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

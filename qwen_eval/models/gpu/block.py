@@ -77,21 +77,21 @@ def add_rms_norm(x_NE: Tensor, delta_NE: Tensor, weight_E: Tensor, eps: float) -
 
 
 @triton.jit
-def _silu_product(gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tensor, block: tl.constexpr) -> None:
+def _silu_product(gate: tl.tensor, up: tl.tensor, count: tl.tensor, block: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     is_in = at < count
     value = tl.load(gate + at, mask=is_in, other=0.0)
     wide = value.to(tl.float32)
     opened = (wide / (1.0 + tl.exp(-wide))).to(value.dtype).to(tl.float32)
-    tl.store(out + at, (opened * tl.load(up + at, mask=is_in, other=0.0).to(tl.float32)).to(value.dtype), mask=is_in)
+    tl.store(gate + at, (opened * tl.load(up + at, mask=is_in, other=0.0).to(tl.float32)).to(value.dtype), mask=is_in)
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, in the gate's memory."""
     gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    if out.numel():
-        _silu_product[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), block=BLOCK)
-    return out
+    if gate.numel():
+        _silu_product[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, gate.numel(), block=BLOCK)
+    return gate
 
 
 @triton.jit

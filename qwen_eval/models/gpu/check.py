@@ -51,7 +51,7 @@ def _pairs(draw: Draw, config: ModelConfig) -> Iterator[Pair]:
     yield "rms_norm", block.rms_norm(x, weight, 1e-6), _twin(fused.rms_norm)(x, weight, 1e-6)
     pairs = zip(block.add_rms_norm(x, delta, weight, 1e-6), _twin(fused.add_rms_norm)(x, delta, weight, 1e-6))
     yield from (("add_rms_norm", found, wanted) for found, wanted in pairs)
-    yield "silu_product", block.silu_product(x, delta), _twin(fused.silu_product)(x.clone(), delta)
+    yield "silu_product", block.silu_product(x.clone(), delta), _twin(fused.silu_product)(x.clone(), delta)
     wide = draw(7, config.hidden_size)
     for size in BLOCKS:
         yield "vector_product", vector_product(x[:1], wide, None, size), x[:1] @ wide.T
