@@ -76,9 +76,17 @@ def cuda_graphs(device: torch.device, max_bytes: int = MAX_GRAPH_BYTES) -> StepG
     pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Compute[T]) -> tuple[Replay, T]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            outputs = compute()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                outputs = compute()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # torch stays on the stream of a capture that fails when it ends
+            raise
         return graph.replay, outputs
 
-    return StepGraphs(capture, used_bytes=lambda: torch.cuda.memory_reserved(device), max_bytes=max_bytes)
+    def used_bytes() -> int:
+        torch.cuda.empty_cache()  # as a capture does: what it gives back would hide what the graph keeps
+        return torch.cuda.memory_reserved(device)
+
+    return StepGraphs(capture, used_bytes=used_bytes, max_bytes=max_bytes)

@@ -65,12 +65,22 @@ class ModelRunner:
         return tuple(self.ropes)
 
     @property
+    def is_spread(self) -> bool:
+        """Some part of the model lies on another device than the rest; the embeddings or the head count too."""
+        return len(set(self.model.places)) > 1
+
+    @property
     def chunk(self) -> int:
         """Tokens of a prompt beyond which it is prefilled alone, in chunks of `long_chunk`.
 
         The original's int8 cache has one scale a call: then a prompt is one call.
         """
         return 2**31 if self.codec.is_chunked else self.prefill_chunk
+
+    def use_long_chunk(self, num_tokens: int) -> None:
+        """On a GPU, read a prompt beyond one chunk in chunks of so many tokens, if that is more."""
+        if self.device.type == "cuda":
+            self.long_chunk = max(self.prefill_chunk, num_tokens)
 
     def empty_prefix(self) -> Prefix:
         return Prefix(self.config, self.codec, self.model.dtype, self.layer_devices)
@@ -228,7 +238,10 @@ def choose_decode_kernel(model: Transformer, kernel: str) -> str:
 
     c = model.config
     for device in dict.fromkeys(model.layer_devices):
-        reason = why_not(device, model.dtype, heads=c.num_heads, kv_heads=c.num_kv_heads, dim=c.head_dim)
+        if device.type != "cuda":
+            return f"plain (layers lie on {device})"
+        with torch.cuda.device(device):  # where Triton launches its kernels
+            reason = why_not(device, model.dtype, heads=c.num_heads, kv_heads=c.num_kv_heads, dim=c.head_dim)
         if reason is not None:
             return f"plain ({reason})"
     return "triton"

@@ -40,7 +40,8 @@ class Recorder:
     ) -> None:
         self.batch, self.clock, self.synchronise = batch, clock, synchronise
 
-    def start(self) -> None:
+    def start(self, *, most_steps: int | None = None) -> None:
+        self.most_steps = most_steps
         self.events: list[tuple[float, int]] = []
         self.synchronise()
         self.start_s = self.clock()

@@ -34,7 +34,7 @@ from qwen_eval.engines.native.generation import Generator, Row, completion_of, r
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.engines.native.workspace import MakeGraphs
 from qwen_eval.models import fused
-from qwen_eval.models.cost import CUDA_HEAD_BYTES, BatchLimits, spread_limits
+from qwen_eval.models.cost import CUDA_HEAD_BYTES, PREFILL_CHUNK, BatchLimits, spread_limits
 from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.graph import cuda_graphs
 from qwen_eval.models.hidden import HiddenStates
@@ -42,7 +42,6 @@ from qwen_eval.models.load import DTYPES, open_forward
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import ChatTokenizer
 
-PREFILL_CHUNK = 1024
 RENDER_CACHE = 4096  # prompts: the loop renders each again when it stores the record
 
 
@@ -253,8 +252,8 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk or PREFILL_CHUNK)
     limits = memory_limits(opened.forward, spec, model.kv_cache)
     opened.forward.pool_bytes = limits.pool_bytes
-    if spec.prefill_chunk is None and opened.forward.device.type == "cuda":
-        opened.forward.long_chunk = max(PREFILL_CHUNK, limits.chunk_tokens)
+    if spec.prefill_chunk is None:
+        opened.forward.use_long_chunk(limits.chunk_tokens)
     return NativeEngine(
         opened.forward,
         opened.tokenizer,
@@ -273,10 +272,12 @@ def memory_limits(forward: ModelRunner, spec: EngineSpec, kv_cache: str) -> Batc
     """What fits beside the loaded weights, by the cost model; of several devices, on the fullest."""
     dtype = next(name for name, known in DTYPES.items() if known == forward.model.dtype)
     is_cuda = forward.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.empty_cache()  # what loading has left in the allocator is free too
     options = {
         "max_tokens": 16384 if is_cuda else 4096,
         "head_bytes": CUDA_HEAD_BYTES if is_cuda else 0,
-        "is_captured": is_cuda and spec.kernels != "plain" and len(forward.devices) == 1,
+        "is_captured": is_cuda and spec.kernels != "plain" and not forward.is_spread,
     }
     free = {device: int(memory_bytes(device)[0] * spec.memory_fraction) for device in forward.devices}
     rooms = [(num_layers, free[device]) for device, num_layers in Counter(forward.layer_devices).items()]
