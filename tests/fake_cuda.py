@@ -7,7 +7,6 @@ host wait is counted; a capture runs nothing, and refuses what CUDA refuses. Mem
 
 from __future__ import annotations
 
-import math
 import traceback
 import weakref
 from collections import Counter
@@ -16,16 +15,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from cuda_kernels import TWINS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from two_devices import COPIES, Elsewhere, _Literals, run
 
-from qwen_eval.models import fused
+from qwen_eval.models import attention, fused
 from qwen_eval.models.quant import kernels
 
 COUNTS_ON_HOST = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::bincount",
                   "aten::_local_scalar_dense", "aten::equal")  # fmt: skip
+CAPTURING = -1  # the stream of a capture
 RUBBISH = -7777  # in host memory that a copy has not reached yet
 
 
@@ -38,15 +39,17 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.count, self.total_bytes, self.capability = count, total_bytes, capability
         self.waits: Counter[str] = Counter()
-        self.drained: list[int] = []  # operations launched since the fetched value was made, at each wait for a copy
         self.current = 0
-        self.launched = 0
+        self.launched: Counter[int] = Counter()  # operations, by device
+        self.num_captures = 0
+        self.kernels: set[str] = set()  # those of cuda_kernels.py that ran
+        self.streams = dict(enumerate(range(count)))  # the current one of each device
+        self.num_arrived = 0
         self.pending: list[tuple[Tensor, Tensor]] = []  # host memory and what will come into it
         self.capture: Capture | None = None
         self.live: Counter[int] = Counter()
         self.reserved: Counter[int] = Counter()
         self.pools: Counter[int] = Counter()  # of captured graphs
-        self._made_at: dict[int, int] = {}  # by memory: the operation that wrote it last
         self._pinned: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._counted: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -68,15 +71,13 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._refuse(func, name, args)
         if name in COPIES and not self._is_within(name, args, kwargs):
             return self._crossing(func, name, args, kwargs)
-        self.launched += 1
         twin = TWINS.get(name)
+        if twin is not None:
+            self.kernels.add(name.removeprefix("aten::"))
         if self.capture is not None:
             self.capture.keep(func, args)
         result = run(func, args, kwargs) if twin is None else _wrapped(twin, args)
-        for x in tree_leaves(result):
-            if isinstance(x, Elsewhere):
-                self._made_at[_memory(x)] = self.launched
-                self._count(x)
+        self._made(result)
         if self.capture is not None:
             assert all(x.device.index == self.current for x in tree_leaves(result) if isinstance(x, Elsewhere)), (
                 f"{func} of another device than the current one, cuda:{self.current}, is captured"
@@ -108,17 +109,18 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.wait("a copy from memory that is not pinned")
         elif target.type == "cpu":
             return self._to_host(func, name, args, kwargs, source, is_async=is_async)
-        self.launched += 1
         result = run(func, args, kwargs)
+        self._made(result)
+        return result
+
+    def _made(self, result: Any) -> None:
         for x in tree_leaves(result):
             if isinstance(x, Elsewhere):
-                self._made_at[_memory(x)] = self.launched
+                self.launched[x.device.index or 0] += 1
                 self._count(x)
-        return result
 
     def _to_host(self, func: Any, name: str, args: Any, kwargs: Any, source: Elsewhere, *, is_async: bool) -> Any:
         if not is_async:
-            self.drained.append(self.launched - self._made_at.get(_memory(source), 0))
             self.wait("a copy to the host")
             return run(func, args, kwargs)
         assert name == "aten::copy_", f"{func}: a copy that is under way in memory that is not pinned"
@@ -131,12 +133,19 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The host waits for all that was launched."""
         assert self.capture is None, f"{what} makes the host wait while steps are captured"
         self.waits[f"{what} in {_place()}"] += 1
-        self.arrive(len(self.pending))
+        self.arrive(self.num_copies)
+
+    @property
+    def num_copies(self) -> int:
+        """To the host, begun so far."""
+        return self.num_arrived + len(self.pending)
 
     def arrive(self, count: int) -> None:
-        for host, value in self.pending[:count]:
+        """The first `count` of all copies are done."""
+        while self.num_arrived < count:
+            host, value = self.pending.pop(0)
             host.copy_(value)
-        del self.pending[:count]
+            self.num_arrived += 1
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
@@ -160,10 +169,11 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.free_bytes(index) < num_bytes:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {num_bytes} bytes")
         self._counted[id(storage)] = weakref.ref(storage)
+        if self.capture is not None:  # as large as all that was made, since the operations keep it
+            self.capture.num_bytes += num_bytes
+            return
         weakref.finalize(storage, self._drop, index, num_bytes)
         self.live[index] += num_bytes
-        if self.capture is not None:
-            self.capture.num_bytes += num_bytes
         self.reserved[index] = max(self.reserved[index], self.live[index])
 
     def _drop(self, index: int, num_bytes: int) -> None:
@@ -200,6 +210,7 @@ GUARDED: dict[Any, Any] = {
     Tensor.__invert__: torch.ops.aten.bitwise_not,
     Tensor.copy_: torch.ops.aten.copy_,
     Tensor.contiguous: torch.ops.aten.contiguous,
+    Tensor.nonzero: torch.ops.aten.nonzero,
     Tensor.__int__: lambda x: int(x.item()),
     Tensor.__float__: lambda x: float(x.item()),
 }
@@ -210,7 +221,7 @@ class _Python(_Literals):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = GUARDED.get(func, func)
-        args = tuple(_numbered(x) for x in args)
+        args = args if func is torch.device else tuple(_numbered(x) for x in args)
         kwargs = {key: _numbered(x) if key == "device" else x for key, x in (kwargs or {}).items()}
         if func is Tensor.__getitem__ and isinstance(args[0], Elsewhere):
             view, indices = _basic(args[0], args[1])
@@ -253,9 +264,6 @@ def _basic(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
     return x, indices if any(part is not None for part in indices) else []
 
 
-# --- kernels that exist on CUDA alone -------------------------------------------------------------------------------
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
 def _wrapped(twin: Callable[..., Any], args: Any) -> Any:
@@ -263,108 +271,6 @@ def _wrapped(twin: Callable[..., Any], args: Any) -> Any:
     assert all(x.device == where for x in args if isinstance(x, Elsewhere)), f"{twin.__name__}: several devices"
     held = [x.held if isinstance(x, Elsewhere) else x for x in args]
     return tree_map(lambda x: Elsewhere(x, where) if isinstance(x, Tensor) else x, twin(*held))
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """As the kernels lay it out: outputs [B,T,H,D] seen as [B,H,T,D]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1).float(), v.repeat_interleave(group, 1).float()
-    scores = q.float() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias.float()
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf)
-    lse = scores.logsumexp(-1)
-    out = torch.exp(scores - lse.clamp(min=-3e38)[..., None]) @ v
-    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
-
-
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, debug: bool = False
-) -> tuple[Any, ...]:
-    assert q.dtype in (torch.float16, torch.bfloat16), f"flash attention takes no {q.dtype}"
-    assert q.dtype == k.dtype == v.dtype
-    assert q.shape[-1] % 8 == 0, "heads of a multiple of 8 channels"
-    assert q.shape[-1] <= 256
-    assert all(x.stride(-1) == 1 for x in (q, k, v)), "channels lie behind one another"
-    assert not causal or q.shape[2] == k.shape[2]
-    assert q.shape[2] > 0, "a grid of no blocks"
-    assert q.shape[1] % k.shape[1] == 0
-    out, lse = _attention(q, k, v, None, causal)
-    return out, lse, None, None, q.shape[2], k.shape[2], torch.zeros(2), torch.zeros(()), torch.zeros(0)
-
-
-def _efficient(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    want_lse: bool,
-    dropout: float = 0.0,
-    causal: bool = False,
-) -> tuple[Any, ...]:
-    align = 16 // q.element_size() if q.element_size() == 2 else 4
-    assert q.dtype == k.dtype == v.dtype
-    assert q.shape[1] == k.shape[1], "this kernel groups no heads"
-    assert q.shape[2] > 0, "a grid of no blocks"
-    for x in (q, k, v):
-        assert x.stride(-1) == 1, "channels lie behind one another"
-        assert all(stride % align == 0 for size, stride in zip(x.shape[1:3], x.stride()[1:3]) if size > 1)
-    if bias is not None:
-        assert bias.dtype == q.dtype
-        assert tuple(bias.shape) == (*q.shape[:3], k.shape[2])
-        assert bias.stride(-1) == 1
-        assert all(stride % align == 0 for size, stride in zip(bias.shape[:3], bias.stride()) if size > 1), "alignment"
-        assert not causal
-    out, lse = _attention(q, k, v, bias, causal)
-    padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)
-    return out, padded, torch.zeros(()), torch.zeros(())
-
-
-def _pack(pairs: Tensor, inner_tiles: int) -> Tensor:
-    """The layout of tinygemm: lane 4 n + l of a tile of 8 outputs holds inputs 2 l, 2 l + 1, 2 l + 8, 2 l + 9 ..."""
-    assert pairs.dtype == torch.uint8
-    assert pairs.is_contiguous()
-    outputs, inputs = pairs.shape[0], 2 * pairs.shape[1]
-    assert outputs % 8 == 0
-    assert inputs % (inner_tiles * 16) == 0
-    # outputs, super tiles, words of two tiles, four groups of four bytes each
-    grouped = pairs.view(outputs // 8, 8, inputs // (16 * inner_tiles), inner_tiles // 2, 4, 4).long()
-    bytes_ = grouped.transpose(-1, -2)  # [..., lane, which of its four bytes]
-    shifts = torch.arange(0, 16, 4)
-    words = ((bytes_ >> 4) << shifts).sum(-1) | ((bytes_ & 15) << (shifts + 16)).sum(-1)
-    words = torch.where(words >= 1 << 31, words - (1 << 32), words)
-    return words.permute(0, 2, 1, 4, 3).reshape(outputs // 8, -1, 32, inner_tiles // 2).int()
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    """[outputs, inputs]"""
-    blocks, strips, _, half = packed.shape
-    words = packed.view(blocks, strips, 8, 4, half).permute(0, 2, 1, 4, 3)[..., None]  # block, n, strip, word, lane
-    high, low = (words >> torch.arange(0, 16, 4)) & 15, (words >> torch.arange(16, 32, 4)) & 15
-    return torch.stack([high, low], -1).transpose(4, 5).reshape(blocks * 8, -1)
-
-
-def _int4_product(x: Tensor, packed: Tensor, group: int, scale_zero: Tensor) -> Tensor:
-    assert x.dtype == scale_zero.dtype == torch.bfloat16
-    assert x.is_contiguous()
-    assert packed.is_contiguous()
-    assert scale_zero.is_contiguous()
-    assert len(x) > 0, "a grid of no blocks: CUDA says invalid configuration argument"
-    assert group in (32, 64, 128, 256)
-    weight = _unpack(packed)
-    assert x.shape[1] == weight.shape[1]
-    assert tuple(scale_zero.shape) == (x.shape[1] // group, len(weight), 2)
-    scale, zero = scale_zero.float().repeat_interleave(group, 0).unbind(-1)  # [inputs, outputs]
-    return (x.float() @ ((weight.t() - 8) * scale + zero).bfloat16().float()).bfloat16()
-
-
-TWINS: dict[str, Callable[..., Any]] = {
-    "aten::_scaled_dot_product_flash_attention": _flash,
-    "aten::_scaled_dot_product_efficient_attention": _efficient,
-    "aten::_convert_weight_to_int4pack": _pack,
-    "aten::_weight_int4pack_mm": _int4_product,
-}
 
 
 # --- torch.cuda -----------------------------------------------------------------------------------------------------
@@ -399,27 +305,27 @@ def _graph_classes(cuda: FakeCuda) -> tuple[Any, Any]:
         def replay(self) -> None:
             assert cuda.capture is None
             for func, args, kwargs, recorded in self.captured.operations:
-                cuda.launched += 1
                 twin = TWINS.get(func._schema.name)
                 fresh = run(func, args, kwargs) if twin is None else _wrapped(twin, args)
                 for old, new in zip(tree_leaves(recorded), tree_leaves(fresh)):
                     if isinstance(old, Elsewhere) and _memory(old) != _memory(new):
+                        cuda.launched[old.device.index or 0] += 1
                         with torch.inference_mode():
                             old.held.copy_(new.held)
-                        cuda._made_at[_memory(old)] = cuda.launched
 
     @contextmanager
     def graph(graph: Any, pool: Any = None) -> Iterator[None]:
         cuda.empty_cache()
-        cuda.arrive(len(cuda.pending))
-        cuda.capture, index = graph.captured, cuda.current
-        live = cuda.live[index]
+        cuda.arrive(cuda.num_copies)
+        cuda.num_captures += 1
+        index, before = cuda.current, cuda.streams[cuda.current]
+        cuda.capture, cuda.streams[index] = graph.captured, CAPTURING
         try:
             yield
+            cuda.streams[index] = before  # after a failure torch stays on the stream of the capture
         finally:
             cuda.capture = None
             graph.captured.undo()
-            cuda.reserved[index] = min(cuda.reserved[index], live)
             cuda.pools[index] += graph.captured.num_bytes
             weakref.finalize(graph, cuda.pools.subtract, {index: graph.captured.num_bytes})
 
@@ -439,17 +345,18 @@ def _functions(cuda: FakeCuda) -> dict[str, Any]:
         def __init__(self, enable_timing: bool = False) -> None:
             self.count: int | None = None
 
-        def record(self, stream: Any = None) -> None:
-            assert stream is None or stream < cuda.count
-            self.stream = index(None) if stream is None else stream
-            self.count, self.at = len(cuda.pending), cuda.launched
+        def record(self, stream: int | None = None) -> None:
+            self.device = cuda.current if stream is None else stream
+            self.count, self.at = cuda.num_copies, cuda.launched[self.device]
 
         def synchronize(self) -> None:
             assert cuda.capture is None
             assert self.count is not None, "an event that was never recorded"
             cuda.arrive(self.count)
 
-        def elapsed_time(self, end: Any) -> float:
+        def elapsed_time(self, end: Event) -> float:
+            """What its device did meanwhile: nothing, if the work was on another."""
+            assert self.device == end.device
             return float(end.at - self.at)
 
     @contextmanager
@@ -484,8 +391,8 @@ def _functions(cuda: FakeCuda) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda where=None: None,
         "empty_cache": cuda.empty_cache,
         "synchronize": lambda where=None: cuda.wait("torch.cuda.synchronize"),
-        "current_stream": index,
-        "set_stream": lambda stream: None,
+        "current_stream": lambda where=None: cuda.streams[index(where)],
+        "set_stream": lambda stream: cuda.streams.update({stream: stream}),
         "Event": Event,
         "CUDAGraph": CUDAGraph,
         "graph": graph,
@@ -514,10 +421,14 @@ def fake_cuda(
         for name, function in _functions(cuda).items():
             stack.enter_context(_replaced(torch.cuda, name, function))
         stack.enter_context(_replaced(fused, "can_compile", lambda: False))
-        kernels._learnt_order.cache_clear()
+        stack.callback(_forget)
+        _forget()
         stack.enter_context(cuda)
         stack.enter_context(_Python())
-        try:
-            yield cuda
-        finally:
-            kernels._learnt_order.cache_clear()
+        yield cuda
+
+
+def _forget() -> None:
+    """What was learnt about a device of this name."""
+    kernels._learnt_order.cache_clear()
+    attention._has_flash.cache_clear()

@@ -21,6 +21,7 @@ from qwen_eval.core import (
     Choose,
     Completion,
     Completions,
+    EngineError,
     Generate,
     ModelError,
     Prompt,
@@ -31,6 +32,7 @@ from qwen_eval.core import (
     ids_sha256,
 )
 from qwen_eval.engines.native.generation import Generator, Row, completion_of, refuse_empty
+from qwen_eval.engines.native.scheduler import is_out_of_memory
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.engines.native.workspace import MakeGraphs
 from qwen_eval.models import fused
@@ -120,7 +122,7 @@ class NativeEngine:
             self._score([(i, r) for i, r in enumerate(requests) if isinstance(r, Score)]),
             self._generate([(i, r) for i, r in enumerate(requests) if isinstance(r, Generate)]),
         )
-        for index, answer in answers:
+        for index, answer in _within_memory(answers):
             self._busy_s += time.perf_counter() - start
             yield index, answer
             start = time.perf_counter()
@@ -207,6 +209,19 @@ class NativeEngine:
                 sampling=request.sampling,
                 k=k,
             )
+
+
+def _within_memory(answers: Iterator[tuple[int, Answer]]) -> Iterator[tuple[int, Answer]]:
+    """EngineError where not even one sequence at a time fits: what can be halved has been by then."""
+    try:
+        yield from answers
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EngineError(
+            "out of memory with a single sequence; use model.kv_cache=int8, a smaller engine.prefill_chunk, quantized "
+            "weights or a larger device"
+        ) from None
 
 
 def _packed(requests: Sequence[tuple[int, Choose]]) -> Iterator[tuple[int, Choose]]:

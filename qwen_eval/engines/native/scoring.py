@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_eval.core import EngineError
-from qwen_eval.engines.native.scheduler import Counters, halved, is_out_of_memory, walk
+from qwen_eval.engines.native.scheduler import Counters, halved, walk
 from qwen_eval.models.attend import Fetched, upload
 from qwen_eval.models.cost import CUDA_HEAD_BYTES
 from qwen_eval.models.kv_cache import Prefix
@@ -148,10 +147,6 @@ class Scorer:
         return max(1, min(most, self.max_batch_tokens // max(lengths[-1], 1)))
 
     def _shrink(self, error: RuntimeError, batch: int) -> None:
-        if batch == 1 and is_out_of_memory(error):
-            raise EngineError(
-                "out of memory with a single sequence; use a smaller engine.prefill_chunk or model"
-            ) from None
         self.max_batch_tokens = halved(error, self.max_batch_tokens, batch, self.counters)
 
     def _run_batch(self, chosen: Sequence[_Suffix], on_hidden: OnHidden | None) -> list[_Found]:
