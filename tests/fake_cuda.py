@@ -19,7 +19,7 @@ from cuda_kernels import TWINS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from two_devices import COPIES, Elsewhere, _Literals, run
+from two_devices import COPIES, Elsewhere, _Literals, _tensors, run
 
 from qwen_eval.models import attention, fused
 from qwen_eval.models.quant import kernels
@@ -34,6 +34,10 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`waits`: by what the host was made to wait. `total_bytes`: of the memory of each device."""
 
     _mode_key = torch._C._TorchDispatchModeKey.FAKE  # torch lets no other mode make tensors of an absent CUDA
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would be imported, for seconds
 
     def __init__(self, count: int, total_bytes: int, capability: tuple[int, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,7 +66,7 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ("aten::_pin_memory", "aten::pin_memory"):
             return self._pin(args[0].clone())
         is_pinned = kwargs.pop("pin_memory", None)
-        if not any(isinstance(x, Elsewhere) for x in tree_leaves((args, kwargs))) and not _is_cuda(kwargs):
+        if not _is_cuda(kwargs) and next(_there((args, list(kwargs.values()))), None) is None:
             result = func(*args, **kwargs)
             return self._pin(result) if is_pinned else result
         return self._on_device(func, name, args, kwargs)
@@ -79,7 +83,7 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = run(func, args, kwargs) if twin is None else _wrapped(twin, args)
         self._made(result)
         if self.capture is not None:
-            assert all(x.device.index == self.current for x in tree_leaves(result) if isinstance(x, Elsewhere)), (
+            assert all(x.device.index == self.current for x in _there((result,))), (
                 f"{func} of another device than the current one, cuda:{self.current}, is captured"
             )
             self.capture.operations.append((func, args, kwargs, result))
@@ -87,7 +91,7 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _refuse(self, func: Any, name: str, args: Any) -> None:
         """What counts on the host makes it wait."""
-        has_mask = any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:2]))
+        has_mask = any(isinstance(x, Tensor) and x.dtype == torch.bool for x in _tensors(args[1:2]))
         if name in COUNTS_ON_HOST or (name.startswith("aten::index") and "fill" not in name and has_mask):
             self.wait(str(func))
 
@@ -114,10 +118,9 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _made(self, result: Any) -> None:
-        for x in tree_leaves(result):
-            if isinstance(x, Elsewhere):
-                self.launched[x.device.index or 0] += 1
-                self._count(x)
+        for x in _there((result,)):
+            self.launched[x.device.index or 0] += 1
+            self._count(x)
 
     def _to_host(self, func: Any, name: str, args: Any, kwargs: Any, source: Elsewhere, *, is_async: bool) -> Any:
         if not is_async:
@@ -186,6 +189,10 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert self.capture is None, "the cache is emptied while steps are captured"
         for index in range(self.count):
             self.reserved[index] = self.live[index]
+
+
+def _there(values: Any) -> Iterator[Elsewhere]:
+    return (x for x in _tensors(values) if isinstance(x, Elsewhere))
 
 
 def _is_cuda(kwargs: Any) -> bool:
@@ -367,8 +374,19 @@ def _functions(cuda: FakeCuda) -> dict[str, Any]:
         finally:
             cuda.current = before
 
+    def numbered(where: Any) -> int:
+        """As the functions of torch that take no bare "cuda"."""
+        found = where if isinstance(where, int) else torch.device(where).index
+        if found is None:
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got: {where}")
+        return int(found)
+
     def set_device(where: Any) -> None:
-        cuda.current = index(where)
+        cuda.current = numbered(where)
+
+    def set_per_process_memory_fraction(fraction: float, where: Any) -> None:
+        assert numbered(where) < cuda.count
+        cuda.total_bytes = int(cuda.total_bytes * fraction)
 
     def mem_get_info(where: Any = None) -> tuple[int, int]:
         return cuda.free_bytes(index(where)), cuda.total_bytes
@@ -388,6 +406,7 @@ def _functions(cuda: FakeCuda) -> dict[str, Any]:
         "memory_allocated": lambda where=None: cuda.live[index(where)],
         "max_memory_allocated": lambda where=None: cuda.reserved[index(where)],
         "max_memory_reserved": lambda where=None: cuda.reserved[index(where)],
+        "set_per_process_memory_fraction": set_per_process_memory_fraction,
         "reset_peak_memory_stats": lambda where=None: None,
         "empty_cache": cuda.empty_cache,
         "synchronize": lambda where=None: cuda.wait("torch.cuda.synchronize"),

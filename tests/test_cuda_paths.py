@@ -39,6 +39,7 @@ from qwen_eval.models.transformer import Transformer
 from qwen_eval.profile.cells import cells
 from qwen_eval.profile.child import _open, runner, warm_up
 from qwen_eval.profile.config import ProfileSpec, check
+from qwen_eval.profile.memory import limit_memory
 
 GPU, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 DRAWN = Sampling(temperature=0.9, top_p=0.9, top_k=50, repetition_penalty=1.1, seed=3)
@@ -327,6 +328,12 @@ def test_what_is_measured_was_captured_while_warming_up() -> None:
         measured = repeat(cell.new_tokens)
         assert (captured, cuda.num_captures) == (1, 1)
     assert len(measured.steps_s) == cell.new_tokens - 1
+
+
+def test_a_limit_of_memory_holds_for_a_device_without_a_number() -> None:
+    with fake_cuda() as cuda:
+        limit_memory(torch.device("cuda"), 0.5)
+        assert cuda.total_bytes == 1 << 29
 
 
 @pytest.mark.parametrize(("asked", "device", "long"), [(None, "cuda", 8192), (None, "cpu", 1024), (512, "cuda", 512)])
