@@ -296,12 +296,42 @@ class Capture:
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, Elsewhere):
                 self.before.setdefault(id(given), (given, given.held.clone()))
 
+    def seal(self) -> None:
+        """Tensors from outside are known by their memory alone: a graph keeps nothing alive."""
+        inside: set[int] = set()
+        outside: set[int] = set()
+        for _, args, kwargs, result in self.operations:
+            outside |= {_memory(x) for x in _there((args, list(kwargs.values())))} - inside
+            inside |= {_memory(x) for x in _there((result,))} - outside
+        self.operations = [
+            (func, *(_by_memory(part, outside) for part in parts)) for func, *parts in self.operations
+        ]  # fmt: skip
+
     def undo(self) -> None:
         """A capture runs nothing."""
         with torch.inference_mode():
             for given, value in reversed(self.before.values()):
                 given.held.copy_(value)
         self.before.clear()
+
+
+class Outside:
+    """A tensor as a graph knows it: where it lay."""
+
+    def __init__(self, x: Elsewhere) -> None:
+        self.memory, self.device, self.dtype = weakref.ref(x.held.untyped_storage()), x.device, x.dtype
+        self.place = x.held.storage_offset(), x.held.shape, x.held.stride()
+
+    def tensor(self) -> Elsewhere:
+        storage = self.memory()
+        assert storage is not None, "a replay reads memory that was freed"
+        with torch.inference_mode(False):
+            return Elsewhere(torch.empty(0, dtype=self.dtype).set_(storage, *self.place), self.device)
+
+
+def _by_memory(values: Any, outside: set[int]) -> Any:
+    is_outside = lambda x: isinstance(x, Elsewhere) and _memory(x) in outside  # noqa: E731
+    return tree_map(lambda x: Outside(x) if is_outside(x) else x, values)
 
 
 def _graph_classes(cuda: FakeCuda) -> tuple[Any, Any]:
@@ -311,7 +341,8 @@ def _graph_classes(cuda: FakeCuda) -> tuple[Any, Any]:
 
         def replay(self) -> None:
             assert cuda.capture is None
-            for func, args, kwargs, recorded in self.captured.operations:
+            for func, *given, recorded in self.captured.operations:
+                args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, Outside) else x, tuple(given))
                 twin = TWINS.get(func._schema.name)
                 fresh = run(func, args, kwargs) if twin is None else _wrapped(twin, args)
                 for old, new in zip(tree_leaves(recorded), tree_leaves(fresh)):
@@ -333,6 +364,7 @@ def _graph_classes(cuda: FakeCuda) -> tuple[Any, Any]:
         finally:
             cuda.capture = None
             graph.captured.undo()
+            graph.captured.seal()
             cuda.pools[index] += graph.captured.num_bytes
             weakref.finalize(graph, cuda.pools.subtract, {index: graph.captured.num_bytes})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.decode import COARSE
 from qwen_eval.models.graph import cuda_graphs
-from qwen_eval.models.kv_cache import Int8Codec
+from qwen_eval.models.kv_cache import Int8Codec, Prefix
 from qwen_eval.models.load import choose_dtype, open_forward
 from qwen_eval.models.quant import gptq, kernels
 from qwen_eval.models.rope import Rope, RowTables
@@ -46,10 +47,12 @@ DRAWN = Sampling(temperature=0.9, top_p=0.9, top_k=50, repetition_penalty=1.1, s
 MIB = 2**20
 
 
-def model_on(device: torch.device, config: ModelConfig = CONFIG, **elsewhere: torch.device) -> Transformer:
-    """That of `engine_of`; some units on other devices: embed=SECOND."""
+def model_on(
+    device: torch.device, config: ModelConfig = CONFIG, *, elsewhere: Mapping[str, torch.device] | None = None
+) -> Transformer:
+    """That of `engine_of`; some units on other devices: {"embed": SECOND}."""
     here = Placement(device=device, dtype=torch.float32)
-    units = {name: replace(here, device=there) for name, there in elsewhere.items()}
+    units = {name: replace(here, device=there) for name, there in (elsewhere or {}).items()}
     model = random_model(config, replace(here, elsewhere=units), 0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -90,7 +93,7 @@ def test_answers_on_cuda_are_those_of_a_cpu_and_the_host_waits_for_tables_only(t
         engine = NativeEngine(ModelRunner(model_on(GPU, config), codec=codec, prefill_chunk=150), TOKENIZER)
         cuda.waits.clear()
         found = answers(engine, work())
-        assert "captured" in engine.info["decode_steps"]
+        assert "captured" in str(engine.info["decode_steps"])
     assert plainly(found) == plainly(wanted)
     for a, b in zip(found, wanted):
         if not hasattr(a, "completions"):
@@ -189,7 +192,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was() -> None:
 def test_no_step_is_captured_where_the_embeddings_lie_on_another_device() -> None:
     asks = [replace(ask, max_new_tokens=5) for ask in generations(2)]
     with fake_cuda(2):
-        engine = NativeEngine(ModelRunner(model_on(SECOND, embed=GPU)), TOKENIZER)
+        engine = NativeEngine(ModelRunner(model_on(SECOND, elsewhere={"embed": GPU})), TOKENIZER)
         assert plainly(answers(engine, asks)) == plainly(answers(engine_of(), asks))
         assert engine.info["decode_steps"] == "plain: the model lies on 2 devices"
 
@@ -201,7 +204,7 @@ def test_the_device_of_a_model_is_the_current_one_where_auto_passes_over_a_full_
         assert {*engine.forward.layer_devices} == {SECOND}
         assert torch.cuda.current_device() == 1
         answers(engine, requests())  # a capture fails where the current device is another
-        assert "captured" in engine.info["decode_steps"]
+        assert "captured" in str(engine.info["decode_steps"])
 
 
 def test_the_decode_kernel_is_tried_on_the_device_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +214,7 @@ def test_the_decode_kernel_is_tried_on_the_device_of_each_layer(monkeypatch: pyt
     twin.why_not = lambda device, *_, **__: tried.append((device, torch.cuda.current_device()))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qwen_eval.models.triton_decode", twin)
     with fake_cuda(2):
-        model = model_on(GPU, **{"layers.2": SECOND, "norm": SECOND, "head": SECOND})
+        model = model_on(GPU, elsewhere={"layers.2": SECOND, "norm": SECOND, "head": SECOND})
         monkeypatch.setattr(fused, "can_compile", lambda: True)
         assert choose_decode_kernel(model, "fused") == "triton"
     assert tried == [(GPU, 0), (SECOND, 1)]
@@ -270,14 +273,15 @@ def test_running_out_of_memory_while_a_batch_is_made_halves_it_too() -> None:
     engine, planted = engine_of(), [True]
     grown = engine.forward.grown
 
-    def small_memory(*args: Any) -> Any:
+    def small_memory(*args: Any) -> Prefix:
         if planted:
             planted.pop()
             raise torch.OutOfMemoryError("planted")
         return grown(*args)
 
-    asks = [replace(ask, prompt=Prompt.raw("a head that all share, " + ask.prompt.text)) for ask in generations(5)]
-    engine.forward.grown = small_memory  # type: ignore[method-assign]
+    heads = [replace(ask, prompt=Prompt.raw(f"a head that all share, {i}")) for i, ask in enumerate(generations(4))]
+    asks = [replace(ask, max_new_tokens=4) for ask in heads]
+    engine.forward.grown = small_memory  # type: ignore
     assert answers(engine, asks) == answers(engine_of(), asks)
     assert engine.info["num_oom"] == 1
 
@@ -365,6 +369,19 @@ def test_what_makes_the_host_wait_is_counted_and_not_captured(read: Any) -> None
         assert cuda.waits.total() == 1
         with pytest.raises(AssertionError, match="captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             read(x)
+
+
+def test_a_replay_reads_the_memory_that_was_captured_also_when_it_was_freed() -> None:
+    with fake_cuda():
+        graphs: Any = cuda_graphs(GPU)
+        tables = {"cos": torch.ones(3, device=GPU)}
+        for _ in range(2):
+            assert graphs.run("a step", lambda: tables["cos"][1:] * 2).cpu().tolist() == [2.0, 2.0]
+        tables["cos"].fill_(5)
+        assert graphs.run("a step", lambda: torch.zeros(1)).cpu().tolist() == [10.0, 10.0]
+        tables["cos"] = torch.ones(9, device=GPU)  # has grown
+        with pytest.raises(AssertionError, match="memory that was freed"):
+            graphs.run("a step", lambda: tables["cos"] * 2)
 
 
 def test_two_devices_do_not_meet_and_memory_ends() -> None:
