@@ -98,7 +98,7 @@ def test_answers_on_cuda_are_those_of_a_cpu_and_the_host_waits_for_tables_only(t
     for a, b in zip(found, wanted):
         if not hasattr(a, "completions"):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3, rel=1e-3)
-    assert all("models/rope.py" in wait for wait in cuda.waits), cuda.waits
+    assert all(wait.endswith(("models/rope.py:_build", "models/rope.py:logn")) for wait in cuda.waits), cuda.waits
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda:1", "cuda:0+cuda:1"])
