@@ -53,13 +53,13 @@ def efficient(
     dropout: float = 0.0,
     causal: bool = False,
 ) -> tuple[Any, ...]:
-    align = 16 // q.element_size() if q.element_size() == 2 else 4
+    align = 16 // q.element_size()
     assert q.dtype == k.dtype == v.dtype
     assert q.shape[1] == k.shape[1], "this kernel groups no heads"
     assert q.shape[2] > 0, "a grid of no blocks"
     for x in (q, k, v):
         assert x.stride(-1) == 1, "channels lie behind one another"
-        assert all(stride % align == 0 for size, stride in zip(x.shape[1:3], x.stride()[1:3]) if size > 1)
+        assert all(stride % 4 == 0 for size, stride in zip(x.shape[1:3], x.stride()[1:3]) if size > 1), "alignment"
     if bias is not None:
         assert bias.dtype == q.dtype
         assert tuple(bias.shape) == (*q.shape[:3], k.shape[2])

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from two_devices import COPIES, Elsewhere, _Literals, _tensors, run
 
-from qwen_eval.models import attention, fused
+from qwen_eval.models import attention, fused, graph
 from qwen_eval.models.quant import kernels
 
 COUNTS_ON_HOST = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::bincount",
@@ -46,6 +46,7 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.current = 0
         self.launched: Counter[int] = Counter()  # operations, by device
         self.num_captures = 0
+        self.capture_stream: int | None = None
         self.kernels: set[str] = set()  # those of cuda_kernels.py that ran
         self.streams = dict(enumerate(range(count)))  # the current one of each device
         self.num_arrived = 0
@@ -352,17 +353,20 @@ def _graph_classes(cuda: FakeCuda) -> tuple[Any, Any]:
                             old.held.copy_(new.held)
 
     @contextmanager
-    def graph(graph: Any, pool: Any = None) -> Iterator[None]:
+    def graph(graph: Any, pool: Any = None, stream: int | None = None) -> Iterator[None]:
         cuda.empty_cache()
         cuda.arrive(cuda.num_copies)
         cuda.num_captures += 1
-        index, before = cuda.current, cuda.streams[cuda.current]
+        if stream is None:  # torch makes one for all captures of the process
+            stream = cuda.capture_stream = cuda.current if cuda.capture_stream is None else cuda.capture_stream
+        index, before = stream, cuda.streams[stream]
+        elsewhere, cuda.current = cuda.current, stream
         cuda.capture, cuda.streams[index] = graph.captured, CAPTURING
         try:
             yield
             cuda.streams[index] = before  # after a failure torch stays on the stream of the capture
         finally:
-            cuda.capture = None
+            cuda.capture, cuda.current = None, elsewhere
             graph.captured.undo()
             graph.captured.seal()
             cuda.pools[index] += graph.captured.num_bytes
@@ -442,6 +446,7 @@ def _functions(cuda: FakeCuda) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda where=None: None,
         "empty_cache": cuda.empty_cache,
         "synchronize": lambda where=None: cuda.wait("torch.cuda.synchronize"),
+        "Stream": index,
         "current_stream": lambda where=None: cuda.streams[index(where)],
         "set_stream": lambda stream: cuda.streams.update({stream: stream}),
         "Event": Event,
@@ -483,3 +488,4 @@ def _forget() -> None:
     """What was learnt about a device of this name."""
     kernels._learnt_order.cache_clear()
     attention._has_flash.cache_clear()
+    graph._capture_stream.cache_clear()

@@ -207,6 +207,27 @@ def test_the_device_of_a_model_is_the_current_one_where_auto_passes_over_a_full_
         assert "captured" in str(engine.info["decode_steps"])
 
 
+def test_models_on_two_devices_take_turns() -> None:
+    """Captures and Triton are of the current device: each forward makes it that of its layers."""
+    asks = [replace(ask, max_new_tokens=5) for ask in generations(2)]
+    wanted = plainly(answers(engine_of(), asks))
+    with fake_cuda(2):
+        engines = [NativeEngine(ModelRunner(model_on(device)), TOKENIZER) for device in (GPU, SECOND)]
+        for turn in (0, 1, 0):
+            assert plainly(answers(engines[turn], asks)) == wanted
+            assert torch.cuda.current_device() == turn
+            assert "captured" in str(engines[turn].info["decode_steps"])
+
+
+def test_heads_that_flash_attention_does_not_take_go_to_the_other_kernel() -> None:
+    with fake_cuda() as cuda:
+        q = torch.randn(1, 2, 3, 12).bfloat16().to(GPU)
+        found, _ = partial(q, q, q, causal=True, kernel="fused")
+        wanted, _ = partial(q.cpu(), q.cpu(), q.cpu(), causal=True, kernel="eager")
+        assert torch.allclose(found.cpu().float(), wanted.float(), atol=2e-2)
+        assert cuda.kernels == {"_scaled_dot_product_efficient_attention"}
+
+
 def test_the_decode_kernel_is_tried_on_the_device_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device, also where the tensors lie on another: an illegal access."""
     tried = []

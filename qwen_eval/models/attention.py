@@ -67,7 +67,8 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return _cpu(q, k, v, causal, mask)
-    if mask is None and q.dtype in (torch.float16, torch.bfloat16) and _has_flash(q.device):
+    is_flash = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and _has_flash(q.device)
+    if is_flash and mask is None:
         return _cuda_flash(q, k, v, causal)
     return _cuda_efficient(q, k, v, causal, mask)
 

@@ -6,6 +6,7 @@ must read and write the same memory each time and read nothing back; where that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -69,6 +70,12 @@ class StepGraphs(Generic[T]):
         return True
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of this device. torch's own is of the device that was captured first: elsewhere a graph would stay empty."""
+    return torch.cuda.Stream(device)
+
+
 def cuda_graphs(device: torch.device, max_bytes: int = MAX_GRAPH_BYTES) -> StepGraphs[T] | None:
     """Graphs of this device, all in one memory pool; None where there are none."""
     if device.type != "cuda":
@@ -78,7 +85,7 @@ def cuda_graphs(device: torch.device, max_bytes: int = MAX_GRAPH_BYTES) -> StepG
     def capture(compute: Compute[T]) -> tuple[Replay, T]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(device)):
                 outputs = compute()
         except RuntimeError:
             torch.cuda.set_stream(stream)  # torch stays on the stream of a capture that fails when it ends
