@@ -327,12 +327,16 @@ class Outside:
         storage = self.memory()
         assert storage is not None, "a replay reads memory that was freed"
         with torch.inference_mode(False):
-            return Elsewhere(torch.empty(0, dtype=self.dtype).set_(storage, *self.place), self.device)
+            held = torch.empty(0, dtype=self.dtype)
+            held.set_(storage, *self.place)
+            return Elsewhere(held, self.device)
 
 
 def _by_memory(values: Any, outside: set[int]) -> Any:
-    is_outside = lambda x: isinstance(x, Elsewhere) and _memory(x) in outside  # noqa: E731
-    return tree_map(lambda x: Outside(x) if is_outside(x) else x, values)
+    def known(x: Any) -> Any:
+        return Outside(x) if isinstance(x, Elsewhere) and _memory(x) in outside else x
+
+    return tree_map(known, values)
 
 
 def _graph_classes(cuda: FakeCuda) -> tuple[Any, Any]:

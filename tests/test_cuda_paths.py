@@ -118,6 +118,15 @@ def test_half_precision_obeys_the_rules_of_the_kernels(dtype: str, tiny: Path) -
     assert all(a.completions[0].finish_reason != "non-finite" for a in found if hasattr(a, "completions"))
 
 
+def test_rows_of_different_alphas_are_looked_up_without_a_wait() -> None:
+    with fake_cuda() as cuda:
+        rope, positions = Rope(CONFIG, GPU), torch.arange(3, device=GPU)
+        for waits in (True, False):  # the first makes tables
+            cuda.waits.clear()
+            rope.rotations(positions, [10, 100, 300], 4)
+            assert bool(cuda.waits) == waits
+
+
 # --- quantized weights -----------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ class StepGraphs(Generic[T]):
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Of this device. torch's own is of the device that was captured first: elsewhere a graph would stay empty."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def cuda_graphs(device: torch.device, max_bytes: int = MAX_GRAPH_BYTES) -> StepGraphs[T] | None:
