@@ -24,6 +24,7 @@ from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import ConfigError, EngineError, Prompt, Sampling, Score
 from qwen_eval.engines.native.engine import NativeEngine, memory_limits, open_engine
 from qwen_eval.engines.native.generation import Generator
+from qwen_eval.engines.native.scheduler import is_out_of_memory
 from qwen_eval.models import fused
 from qwen_eval.models.attend import Fetched, band
 from qwen_eval.models.attention import partial
@@ -324,6 +325,17 @@ def test_a_single_sequence_that_does_not_fit_is_an_error_of_one_line(asks: list[
         cuda.total_bytes = cuda.reserved[0] + 8192
         with pytest.raises(EngineError, match="out of memory with a single sequence"):
             answers(engine, asks)
+
+
+@pytest.mark.parametrize(("text", "is_memory"), [
+    ("CUDA error: out of memory", True),  # of the driver, past torch's allocator
+    ("Triton Error [CUDA]: out of memory", True),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("out of resource: shared memory, Required: 262144, Hardware limit: 232448", False),
+    ("CUDA error: an illegal memory access was encountered", False),
+])  # fmt: skip
+def test_every_way_to_say_that_memory_ended_is_known(text: str, is_memory: bool) -> None:
+    assert is_out_of_memory(RuntimeError(text)) == is_memory
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
