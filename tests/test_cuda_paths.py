@@ -363,9 +363,13 @@ def test_a_gpu_without_bf16_takes_fp16_and_the_kernel_that_it_has(tiny: Path) ->
 # --- profile ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_measured_was_captured_while_warming_up() -> None:
+@pytest.mark.parametrize("sizes", [
+    {"mode": ["generate"], "seq": [12], "batch": [2]},
+    {"mode": ["serve"], "seq": [8], "new_tokens": 8, "batch": [6], "max_batch_tokens": 8},  # prefilled one by one
+], ids=["together", "one by one"])  # fmt: skip
+def test_what_is_measured_was_captured_while_warming_up(sizes: dict[str, Any]) -> None:
     model = ModelSpec(name="tiny", asset="qwen-tiny", weights="random", device="cuda", dtype="bf16")
-    spec = check(ProfileSpec(model=model, seq=[24], batch=[2], warmup_tokens=4))
+    spec = check(ProfileSpec(model=model, warmup_tokens=4, **sizes))
     (cell,) = cells(spec)
     with fake_cuda() as cuda:
         repeat = runner(_open(spec, cell), spec, cell)

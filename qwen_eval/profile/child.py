@@ -153,7 +153,7 @@ def runner(
 ) -> Callable[..., Repetition]:
     """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early.
 
-    `run(new_tokens, stop_after=n)` raises after n steps.
+    `run(new_tokens, stop_after=n)` raises after n steps of all sequences.
     """
     recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.head_device))
 
@@ -161,7 +161,7 @@ def runner(
         if counters.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
             raise MemoryError(f"{cell.batch} sequences do not fit at once")
         recorder.step(num_rows)
-        if len(recorder.events) == recorder.most_steps:
+        if recorder.num_whole_steps == recorder.most_steps:
             raise _Warm
 
     generator = Generator(

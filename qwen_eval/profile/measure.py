@@ -49,6 +49,11 @@ class Recorder:
     def step(self, num_rows: int) -> None:
         self.events.append((self.clock(), num_rows))
 
+    @property
+    def num_whole_steps(self) -> int:
+        """In which every sequence got a token: a large batch is prefilled in several forwards."""
+        return sum(num_rows == self.batch for _, num_rows in self.events)
+
     def stop(self) -> Repetition:
         self.synchronise()
         end_s = self.clock()
