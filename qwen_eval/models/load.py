@@ -188,8 +188,9 @@ def choose_dtype(
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """GPUs before Ampere (T4, V100) have not."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
+    """GPUs before Ampere (T4, V100) have not. A plan may be for a GPU that is not here."""
+    is_here = device.type == "cuda" and torch.cuda.is_available()
+    return not is_here or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def read_quant(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) -> StoredQuant | None:
