@@ -10,7 +10,7 @@ from qwen_eval.models import fused
 
 
 def test_a_cpu_runs_them_as_written_and_says_so() -> None:
-    assert fused.name(torch.device("cpu")) == "plain"
+    assert fused.name(torch.device("cpu"), torch.float32) == "plain"
     assert not fused.uses_triton(torch.ones(3))
 
 

@@ -336,7 +336,7 @@ def test_a_kernel_that_is_off_is_not_used_and_the_result_says_why() -> None:
     placement = Placement(device=torch.device("cpu"), dtype=torch.bfloat16)
     runner = ModelRunner(random_model(config, placement, seed=0))
     assert runner.decode_kernel.startswith("plain (attend is off by ")
-    assert fused.name(DEVICE) == runner.decode_kernel
+    assert fused.name(DEVICE, torch.bfloat16) == runner.decode_kernel
 
 
 @pytest.mark.usefixtures("kernels")

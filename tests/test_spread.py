@@ -201,7 +201,7 @@ def test_a_model_on_two_devices_answers_as_on_one(name: str, plain: Path, tmp_pa
         assert not seen.crossings, "weights go straight to their device"
         assert {*map(str, engine.forward.layer_devices)} == {str(FIRST), str(SECOND)}
         found = answers(engine, requests())
-        assert engine.info["decode_steps"] == "plain: layers lie on 2 devices"
+        assert engine.info["decode_steps"] == "plain: the model lies on 2 devices"
     assert found == wanted  # to the last bit: the same operations on the same numbers
     assert min(seen.operations[FIRST], seen.operations[SECOND]) > 200
     assert seen.crossings[FIRST, SECOND] > 10

@@ -116,6 +116,10 @@ def two_devices() -> Iterator[TwoDevices]:
 class TwoDevices(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Where tensors can be made on `FIRST` and `SECOND`; counts the operations of each and the copies between them."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would be imported, for seconds
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: Counter[torch.device] = Counter()

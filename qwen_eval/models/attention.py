@@ -9,6 +9,7 @@ share is attended to once, as one dense product, and chunks of a long prefill ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,8 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return _cpu(q, k, v, causal, mask)
-    if mask is None and q.dtype in (torch.float16, torch.bfloat16):
+    is_flash = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and _has_flash(q.device)
+    if is_flash and mask is None:
         return _cuda_flash(q, k, v, causal)
     return _cuda_efficient(q, k, v, causal, mask)
 
@@ -83,6 +85,12 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> 
     return out, lse.float().masked_fill(~mask.any(-1), float("-inf"))  # the kernel says 0 where there is no key
 
 
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """GPUs before Ampere (T4, V100) have the other kernel only."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     out, lse = _pair(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False))
     return out, lse.float()[..., : q.shape[2]]
@@ -91,11 +99,11 @@ def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, 
 def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     bias = None
     if mask is not None:
-        # the kernel wants rows aligned to 8 elements: pad the keys' axis of the storage, not of the view
+        # the kernel wants rows aligned to 8 elements: pad the keys' axis of the storage, not of the view; heads, and
+        # rows that see the same, share what is in memory once
         keys = k.shape[2]
-        shape = (q.shape[0], q.shape[1], q.shape[2], (keys + 7) // 8 * 8)
-        bias = torch.zeros(shape, dtype=q.dtype, device=q.device)[..., :keys]
-        bias.masked_fill_(~mask, float("-inf"))
+        bias = torch.zeros((*mask.shape[:3], (keys + 7) // 8 * 8), dtype=q.dtype, device=q.device)[..., :keys]
+        bias = bias.masked_fill_(~mask, float("-inf")).expand(*q.shape[:3], keys)
     out, lse = _pair(torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal))
     return out, lse.float()[..., : q.shape[2]]
 

@@ -16,6 +16,7 @@ from qwen_eval.models.quant.formats import ELEMENT_BYTES, quant_format
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspace beside the tensors; an assumption, said as such
 CUDA_HEAD_BYTES = 512 * 2**20  # of logits of scoring at a time
+PREFILL_CHUNK = 1024  # tokens of a prompt that are read together with other prompts; of a longer one at a time
 MAX_CHUNK = 8192  # tokens of a prompt in one forward: more make no product faster
 MAX_GRAPH_BYTES = 2 * 2**30  # that captured decode steps keep
 MAX_POOL_BYTES = 4 * 2**30  # of copies of prefixes for them
@@ -163,7 +164,7 @@ class Cost:
     kv_cache: str = "auto"
     is_packed: bool = True
     is_copied: bool = True  # an int8 cache is read through a copy; False where a kernel reads it as it is
-    prefill_chunk: int = 1024
+    prefill_chunk: int = PREFILL_CHUNK
     max_batch_tokens: int = 4096  # tokens of one packed prefill
 
     @property

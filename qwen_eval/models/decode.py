@@ -45,6 +45,12 @@ class Buckets:
             return needed
         return next((size for size in (1, 2, 4) if size >= needed), -(-needed // 8) * 8)
 
+    def rows_within(self, wanted: int, room: int) -> int:
+        """`wanted` rows, or as many as `room` rows of memory hold: padding takes memory too."""
+        if self.rows(min(wanted, room)) <= room:
+            return min(wanted, room)
+        return next((size for size in range(room, 0, -1) if self.rows(size) <= room), 1)
+
 
 EXACT = Buckets(num_keys=1, is_exact_rows=True)
 COARSE = Buckets(num_keys=256, is_exact_rows=False)

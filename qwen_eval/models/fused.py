@@ -30,23 +30,20 @@ class Norm(NamedTuple):
     eps: float
 
 
-class _Choice:
-    """Of this process. `wanted`: `engine.kernels`; `flaw`: why kernels that are there are not used."""
-
-    wanted: str = "auto"
-    flaw: str | None = None
+_wanted = ["auto"]  # `engine.kernels`, for all models of this process
+_flaws: dict[tuple[torch.device, torch.dtype], str] = {}  # why kernels that are there are not used
 
 
 def choose(kernels: str) -> None:
     """For all models of this process; ConfigError where Triton's kernels are asked for and cannot run."""
     if kernels == "triton" and not can_launch():
         raise ConfigError("engine.kernels=triton needs CUDA and the triton package; use auto")
-    _Choice.wanted, _Choice.flaw = kernels, None
+    _wanted[0] = kernels
 
 
-def distrust(flaw: str) -> None:
-    """Use no kernel of Triton until `choose` is called again: one was tried and failed."""
-    _Choice.flaw = flaw
+def distrust(device: torch.device, dtype: torch.dtype, flaw: str) -> None:
+    """Use no kernel of Triton there any more: one was tried and failed."""
+    _flaws[device, dtype] = flaw
 
 
 def can_launch() -> bool:
@@ -65,19 +62,20 @@ def _is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def name(device: torch.device) -> str:
+def name(device: torch.device, dtype: torch.dtype) -> str:
     """How the small functions run on this device, for the result."""
-    is_asked = device.type == "cuda" and _Choice.wanted != "plain" and _has_triton()
-    if not (is_asked or _Choice.wanted == "triton"):
+    is_asked = device.type == "cuda" and _wanted[0] != "plain" and _has_triton()
+    if not (is_asked or _wanted[0] == "triton"):
         return "plain"
-    return "triton" if _Choice.flaw is None else f"plain ({_Choice.flaw})"
+    flaw = _flaws.get((device, dtype))
+    return "triton" if flaw is None else f"plain ({flaw})"
 
 
 def uses_triton(x: Tensor) -> bool:
     """Whether `x` goes through a kernel: not in training, since kernels have no gradients."""
-    if x.device.type != "cuda" and _Choice.wanted != "triton":
+    if x.device.type != "cuda" and _wanted[0] != "triton":
         return False
-    return not torch.is_grad_enabled() and name(x.device) == "triton"
+    return not torch.is_grad_enabled() and name(x.device, x.dtype) == "triton"
 
 
 def has_kernel(plain: Callable[P, T]) -> Callable[P, T]:

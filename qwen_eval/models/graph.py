@@ -6,6 +6,7 @@ must read and write the same memory each time and read nothing back; where that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -69,6 +70,12 @@ class StepGraphs(Generic[T]):
         return True
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of this device. torch's own is of the device that was captured first: elsewhere a graph would stay empty."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def cuda_graphs(device: torch.device, max_bytes: int = MAX_GRAPH_BYTES) -> StepGraphs[T] | None:
     """Graphs of this device, all in one memory pool; None where there are none."""
     if device.type != "cuda":
@@ -76,9 +83,17 @@ def cuda_graphs(device: torch.device, max_bytes: int = MAX_GRAPH_BYTES) -> StepG
     pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Compute[T]) -> tuple[Replay, T]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            outputs = compute()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(device)):
+                outputs = compute()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # torch stays on the stream of a capture that fails when it ends
+            raise
         return graph.replay, outputs
 
-    return StepGraphs(capture, used_bytes=lambda: torch.cuda.memory_reserved(device), max_bytes=max_bytes)
+    def used_bytes() -> int:
+        torch.cuda.empty_cache()  # as a capture does: what it gives back would hide what the graph keeps
+        return torch.cuda.memory_reserved(device)
+
+    return StepGraphs(capture, used_bytes=used_bytes, max_bytes=max_bytes)

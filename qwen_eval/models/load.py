@@ -45,6 +45,7 @@ class Opened:
 
 def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: int = 1024) -> Opened:
     """Load `spec`; ModelError or ConfigError names what is wrong. Quantized layers name the kernel they got."""
+    torch.set_float32_matmul_precision("highest")  # some containers switch TF32 on: fp32 would be 10 bits
     directory = checkpoint_dir(spec)
     base = base_of(directory)
     fields = read_config(base, spec)
@@ -77,9 +78,7 @@ def spread_placement(spec: ModelSpec, config: ModelConfig, fields: Mapping[str, 
     """`placement_of`, and where `model.device` leaves a choice of devices, each layer's own."""
     devices, first = choose_devices(spec.device), placement_of(spec, fields, directory)
     if len(devices) == 1:
-        if first.device.index is not None and first.device.type == "cuda":
-            torch.cuda.set_device(first.device)  # captured steps and Triton's kernels are of the current device
-        return first
+        return _made_current(first)
     dtype = next(name for name, known in DTYPES.items() if known == first.dtype)
     is_packed = kernels.has_packed(first.dtype, first.device)
     units = unit_bytes(config, first.quant, dtype, is_packed=is_packed)
@@ -88,7 +87,14 @@ def spread_placement(spec: ModelSpec, config: ModelConfig, fields: Mapping[str, 
     same = replace(spec, dtype=dtype)
     of = {device: placement_of(same, fields, directory, device) for device in dict.fromkeys(places.values())}
     elsewhere = {unit: of[device] for unit, device in places.items()} if len(of) > 1 else {}
-    return replace(of[places["embed"]], elsewhere=elsewhere)
+    return _made_current(replace(of[places["embed"]], elsewhere=elsewhere))
+
+
+def _made_current(placement: Placement) -> Placement:
+    """Captured steps and Triton's kernels are of the current device, which may be another GPU than the first."""
+    if placement.device.index is not None and placement.device.type == "cuda":
+        torch.cuda.set_device(placement.device)
+    return placement
 
 
 def rooms_of(devices: Sequence[torch.device]) -> list[Room]:
@@ -165,7 +171,8 @@ def choose_device(device: str) -> torch.device:
 def choose_dtype(
     dtype: str, fields: Mapping[str, Any], device: torch.device, *, is_packed: bool = False
 ) -> torch.dtype:
-    """auto: on CUDA the checkpoint's own, bf16 where it names none; on CPU bf16 if native there, else fp32.
+    """auto: on CUDA the checkpoint's own, bf16 where it names none (fp16 where the GPU has no bf16); on CPU bf16 if
+    native there, else fp32.
 
     A GPTQ checkpoint is bf16 wherever that keeps it packed: the kernels take nothing else, and in fp32 or the fp16
     that its config names every layer would be dequantized, to four or eight times its size.
@@ -173,13 +180,21 @@ def choose_dtype(
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype={dtype}: one of auto, {', '.join(DTYPES)}")
+        if dtype == "bf16" and not _has_bf16(device):
+            raise ConfigError(f"model.dtype={dtype}: this GPU has no kernels for bf16; use fp16 or fp32")
         return DTYPES[dtype]
     if is_packed and kernels.has_packed(torch.bfloat16, device):
         return torch.bfloat16
     if device.type == "cpu":
         return kernels.dense_dtype()
     named = str(fields.get("dtype") or fields.get("torch_dtype") or ("float16" if fields.get("fp16") else "bfloat16"))
-    return torch.float16 if named == "float16" else torch.bfloat16
+    return torch.float16 if named == "float16" or not _has_bf16(device) else torch.bfloat16
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """GPUs before Ampere (T4, V100) have not. A plan may be for a GPU that is not here."""
+    is_here = device.type == "cuda" and torch.cuda.is_available()
+    return not is_here or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def read_quant(spec: ModelSpec, fields: Mapping[str, Any], directory: Path) -> StoredQuant | None:

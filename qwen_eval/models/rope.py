@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen_eval.models.attend import upload
 from qwen_eval.models.config import ModelConfig, Yarn
 
 
@@ -119,7 +120,7 @@ class Rope:
             tables = RowTables(self, [lengths], max(longest, lengths))
             return tables.rotations(positions_N, None, longest)
         tables = RowTables(self, lengths, longest)
-        return tables.rotations(positions_N, torch.tensor(tables.offsets(lengths), device=self.device), longest)
+        return tables.rotations(positions_N, upload(torch.tensor(tables.offsets(lengths)), self.device), longest)
 
     def table(self, alpha: int, num_positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin [P,R] with P >= `num_positions`."""
@@ -127,15 +128,15 @@ class Rope:
             self._tables[alpha] = self._build(alpha, _rounded(num_positions))
         return self._tables[alpha]
 
-    def logn(self, positions_N: Tensor, window: int | None, longest: int) -> Tensor | None:
-        """Factors [N] of queries at these positions, all below `longest`; None where every factor is 1."""
+    def logn(self, window: int | None, longest: int) -> Tensor | None:
+        """Factors [P] of queries by position, P >= `longest`; None where every factor below `longest` is 1."""
         train_length = self.config.train_length
         if not self.config.logn or (window is not None and window <= train_length) or longest <= train_length:
             return None
         if window not in self._logn_tables or len(self._logn_tables[window]) < longest:
             steps = torch.arange(_rounded(longest))
             self._logn_tables[window] = logn_factors(steps, train_length, window).to(self.device)
-        return self._logn_tables[window][positions_N]
+        return self._logn_tables[window]
 
     def _build(self, alpha: int, length: int) -> tuple[Tensor, Tensor]:
         c, factor = self.config, 1.0
@@ -165,6 +166,7 @@ class RowTables:
             cos, sin = zip(*tables)
             self._tables[window] = (cos[0], sin[0]) if len(tables) == 1 else (torch.cat(cos), torch.cat(sin))
         self._stride = num_positions
+        self._logn: dict[int | None, Tensor] = {}  # kept as long as this: captured steps read them where they lie
 
     @property
     def is_single(self) -> bool:
@@ -184,10 +186,19 @@ class RowTables:
         by_window = {}
         for w, (window, (cos, sin)) in enumerate(self._tables.items()):
             index_N = positions_N if offsets_WN is None else positions_N + offsets_WN[w]
-            logn = self.rope.logn(positions_N, window, longest)
-            by_window[window] = Rotation(cos=cos[index_N], sin=sin[index_N], logn=logn)
+            by_window[window] = Rotation(
+                cos=cos[index_N], sin=sin[index_N], logn=self._factors(positions_N, window, longest)
+            )
         config = self.rope.config
         return [by_window[config.window(i)] for i in range(config.num_layers)]
+
+    def _factors(self, positions_N: Tensor, window: int | None, longest: int) -> Tensor | None:
+        table = self.rope.logn(window, longest)
+        if table is None:
+            return None
+        if window not in self._logn or len(self._logn[window]) < longest:
+            self._logn[window] = table
+        return self._logn[window][positions_N]
 
 
 def _rounded(num_positions: int) -> int:

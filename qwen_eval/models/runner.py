@@ -8,6 +8,7 @@ This is where positions, NTK alphas, caches and the model meet; engines schedule
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -65,12 +66,22 @@ class ModelRunner:
         return tuple(self.ropes)
 
     @property
+    def is_spread(self) -> bool:
+        """Some part of the model lies on another device than the rest; the embeddings or the head count too."""
+        return len(set(self.model.places)) > 1
+
+    @property
     def chunk(self) -> int:
         """Tokens of a prompt beyond which it is prefilled alone, in chunks of `long_chunk`.
 
         The original's int8 cache has one scale a call: then a prompt is one call.
         """
         return 2**31 if self.codec.is_chunked else self.prefill_chunk
+
+    def use_long_chunk(self, num_tokens: int) -> None:
+        """On a GPU, read a prompt beyond one chunk in chunks of so many tokens, if that is more."""
+        if self.device.type == "cuda":
+            self.long_chunk = max(self.prefill_chunk, num_tokens)
 
     def empty_prefix(self) -> Prefix:
         return Prefix(self.config, self.codec, self.model.dtype, self.layer_devices)
@@ -223,14 +234,17 @@ class ModelRunner:
 
 def choose_decode_kernel(model: Transformer, kernel: str) -> str:
     """ "triton" on CUDA where it is there and gives the plain twin's numbers, else "plain", with the reason."""
-    if kernel == "eager" or fused.name(model.device) == "plain":
+    if kernel == "eager" or fused.name(model.device, model.dtype) == "plain":
         return "plain"
     from qwen_eval.models.gpu.check import flaw
 
     for device in dict.fromkeys(model.layer_devices):
-        found = flaw(device, model.dtype, model.config)
+        if fused.name(device, model.dtype) == "plain":
+            return f"plain (layers lie on {device})"
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches its kernels
+            found = flaw(device, model.dtype, model.config)
         if found is not None:
-            fused.distrust(found)
+            fused.distrust(device, model.dtype, found)
             return f"plain ({found})"
     return "triton"
 

@@ -184,11 +184,18 @@ class Transformer(nn.Module):
         self._moves: dict[int, torch.device] = {}
 
     def settled(self) -> Transformer:
-        """In inference mode, once its weights are loaded; notes where hidden states go from one device to another."""
-        places = [self.device, *self.layer_devices, self.norm.weight.device, self.head.weight.device]
-        moves = {i: there for i, (here, there) in enumerate(pairwise(places)) if here != there}
-        self._moves = {0: places[1], **moves} if moves else {}
+        """In inference mode, once its weights are loaded; notes where hidden states go from one device to another.
+
+        On CUDA a forward starts on the device of its layers: another model may have been there since.
+        """
+        moves = {i: there for i, (here, there) in enumerate(pairwise(self.places)) if here != there}
+        self._moves = {0: self.places[1], **moves} if moves or self.device.type == "cuda" else {}
         return self.eval().requires_grad_(False)
+
+    @property
+    def places(self) -> tuple[torch.device, ...]:
+        """The device of the embeddings, of each layer, of the norm, of the head."""
+        return (self.device, *self.layer_devices, self.norm.weight.device, self.head.weight.device)
 
     @property
     def device(self) -> torch.device:

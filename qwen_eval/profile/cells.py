@@ -10,7 +10,7 @@ from typing import Any
 from qwen_eval.config import ModelSpec, RopeSpec
 from qwen_eval.core import JSON, ConfigError
 from qwen_eval.models.config import ModelConfig, read_fields
-from qwen_eval.models.cost import Cost
+from qwen_eval.models.cost import PREFILL_CHUNK, Cost
 from qwen_eval.models.hub import asset_dir, local_dir
 from qwen_eval.models.lora import base_of
 from qwen_eval.models.quant.formats import detected
@@ -103,8 +103,16 @@ def quant_of(model: ModelSpec) -> str:
 
 
 def cost_of(
-    spec: ProfileSpec, cell: GridCell, config: ModelConfig, *, dtype: str, is_packed: bool, is_copied: bool = True
+    spec: ProfileSpec,
+    cell: GridCell,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    is_packed: bool,
+    is_copied: bool = True,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Cost:
+    """`prefill_chunk`: where `spec` leaves it open."""
     return Cost(
         config=config,
         quant=quant_of(spec.model),
@@ -112,7 +120,7 @@ def cost_of(
         kv_cache=cell.kv_cache,
         is_packed=is_packed,
         is_copied=is_copied,
-        prefill_chunk=spec.prefill_chunk,
+        prefill_chunk=spec.prefill_chunk or prefill_chunk,
         max_batch_tokens=spec.max_batch_tokens,
     )
 

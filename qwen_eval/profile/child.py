@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 
-from qwen_eval.config import ModelSpec
+from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import JSON, QwenEvalError, Sampling
+from qwen_eval.engines.native.engine import memory_limits
 from qwen_eval.engines.native.generation import Generator, Row
 from qwen_eval.engines.native.scheduler import Counters, is_out_of_memory
 from qwen_eval.models import fused
 from qwen_eval.models.config import read_fields
+from qwen_eval.models.cost import PREFILL_CHUNK
 from qwen_eval.models.device import DTYPES, EnergyMeter, probe, synchroniser
 from qwen_eval.models.hub import checkpoint_dir
 from qwen_eval.models.load import Opened, choose_devices, open_forward
@@ -86,7 +88,7 @@ def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
     repeat = runner(opened, spec, cell)
     if spec.method == "measured":
         if spec.warmup_tokens:
-            repeat(min(cell.new_tokens, spec.warmup_tokens + 1))
+            warm_up(repeat, spec, cell, is_captured=device.type == "cuda")
         memory.reset()
     energy = EnergyMeter(device)
     repetitions = [repeat(cell.new_tokens) for _ in range(spec.repetitions)]
@@ -104,13 +106,27 @@ def measure_cell(spec: ProfileSpec, cell: GridCell) -> dict[str, JSON]:
     }  # fmt: skip
 
 
+def warm_up(repeat: Callable[..., Repetition], spec: ProfileSpec, cell: GridCell, *, is_captured: bool) -> None:
+    """A few steps. Where steps are captured, in the memory that is measured next: else they would be captured anew."""
+    most = min(cell.new_tokens, spec.warmup_tokens + 1)
+    if not is_captured:
+        repeat(most)
+        return
+    with contextlib.suppress(_Warm):
+        repeat(cell.new_tokens, stop_after=most)
+
+
+class _Warm(Exception):
+    """Enough steps were taken."""
+
+
 def _kernels(opened: Opened) -> dict[str, JSON]:
     """What computed, by name, beside the kernels of the linears."""
     forward = opened.forward
     return {
         "attention": forward.kernel,
         "decode_attention": forward.decode_kernel,
-        "small_kernels": fused.name(forward.device),
+        "small_kernels": fused.name(forward.device, forward.model.dtype),
         "kv_cache": forward.codec.name,
     }
 
@@ -125,19 +141,28 @@ def _warm_up(spec: ProfileSpec) -> None:
 def _open(spec: ProfileSpec, cell: GridCell) -> Opened:
     model = replace(spec.model, kv_cache=cell.kv_cache, attention=cell.attention)
     protocol = "upstream" if spec.method == "readme" else "robust"
-    return open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk)
+    opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk or PREFILL_CHUNK)
+    if spec.prefill_chunk is None:
+        limits = memory_limits(opened.forward, EngineSpec(), model.kv_cache)
+        opened.forward.use_long_chunk(limits.chunk_tokens)
+    return opened
 
 
 def runner(
     opened: Opened, spec: ProfileSpec, cell: GridCell, clock: Callable[[], float] = time.perf_counter
-) -> Callable[[int], Repetition]:
-    """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early."""
+) -> Callable[..., Repetition]:
+    """`run(new_tokens)`: the whole batch once through the engine's own generator; nothing ends a sequence early.
+
+    `run(new_tokens, stop_after=n)` raises after n steps of all sequences.
+    """
     recorder = Recorder(cell.batch, clock=clock, synchronise=synchroniser(opened.forward.head_device))
 
     def step(num_rows: int, counters: Counters) -> None:
         if counters.num_oom:  # the engine would go on with fewer sequences at a time; a cell is its batch or nothing
             raise MemoryError(f"{cell.batch} sequences do not fit at once")
         recorder.step(num_rows)
+        if recorder.num_whole_steps == recorder.most_steps:
+            raise _Warm
 
     generator = Generator(
         opened.forward,
@@ -150,12 +175,12 @@ def runner(
     prompt = tuple(opened.tokenizer.encode(PROMPT)[:1]) * cell.prompt_tokens
     sampling = published_sampling(spec) if spec.method == "readme" else Sampling()
 
-    def once(new_tokens: int) -> Repetition:
+    def once(new_tokens: int, *, stop_after: int | None = None) -> Repetition:
         rows = [
             Row(index=i, prompt=prompt, max_new_tokens=new_tokens, end_ids=frozenset(), sampling=sampling, k=i)
             for i in range(cell.batch)
         ]
-        recorder.start()
+        recorder.start(most_steps=stop_after)
         deque(generator.run(rows), maxlen=0)
         return recorder.stop()
 
@@ -181,7 +206,10 @@ def _ceilings(
     """What the cost model predicts, and which share of the device's bandwidth or FLOP/s each phase reached."""
     is_packed = has_packed(opened.forward.model.dtype, opened.forward.device)
     is_copied = opened.forward.decode_kernel != "triton"
-    cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed, is_copied=is_copied)
+    cost = cost_of(
+        spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed, is_copied=is_copied,
+        prefill_chunk=opened.forward.long_chunk,
+    )  # fmt: skip
     prefill_s, step_s = floor_s(cost, cell, device)
     steps = [step for repetition in repetitions for step in repetition.steps_s]
     ttft_s = sorted(repetition.ttft_s for repetition in repetitions)[len(repetitions) // 2]

@@ -25,7 +25,7 @@ class ProfileSpec:
     method: str = "measured"  # or readme: the published protocol (profile=readme sets it)
     repetitions: int = 3
     warmup_tokens: int = 8  # decode steps of the unmeasured run before the measured ones
-    prefill_chunk: int = 1024  # tokens of one chunk of a long prompt
+    prefill_chunk: int | None = None  # tokens of one chunk of a long prompt; null: 1024, or what fits on a GPU
     max_batch_tokens: int = 4096  # tokens of one packed prefill of a batch
     num_threads: int | None = None
     memory_gib: float | None = None  # what a cell may take, and what the plan must fit; null: what the device has

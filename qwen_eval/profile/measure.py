@@ -40,13 +40,19 @@ class Recorder:
     ) -> None:
         self.batch, self.clock, self.synchronise = batch, clock, synchronise
 
-    def start(self) -> None:
+    def start(self, *, most_steps: int | None = None) -> None:
+        self.most_steps = most_steps
         self.events: list[tuple[float, int]] = []
         self.synchronise()
         self.start_s = self.clock()
 
     def step(self, num_rows: int) -> None:
         self.events.append((self.clock(), num_rows))
+
+    @property
+    def num_whole_steps(self) -> int:
+        """In which every sequence got a token: a large batch is prefilled in several forwards."""
+        return sum(num_rows == self.batch for _, num_rows in self.events)
 
     def stop(self) -> Repetition:
         self.synchronise()

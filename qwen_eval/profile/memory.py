@@ -70,7 +70,8 @@ def limit_memory(device: torch.device, memory_gib: float | None) -> None:
     free, total = memory_bytes(device)
     if device.type == "cuda":
         if memory_gib is not None:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total), device)
+            index = torch.cuda.current_device() if device.index is None else device.index  # torch takes no bare "cuda"
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total), index)
         return
     allowed = int(free * MARGIN) if memory_gib is None else int(memory_gib * 2**30)
     held = status_bytes("VmData")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.cost import (
     CUDA_CONTEXT_BYTES,
+    MAX_CHUNK,
+    PREFILL_CHUNK,
     Cost,
     checkpoint_bytes,
     kv_token_bytes,
@@ -82,7 +84,8 @@ def _cells(spec: ProfileSpec, config: ModelConfig, device: Device, is_packed: bo
 def _row(
     spec: ProfileSpec, cell: GridCell, config: ModelConfig, device: Device, memory: int, is_packed: bool
 ) -> tuple[Cell, ...]:
-    cost = cost_of(spec, cell, config, dtype=device.dtype, is_packed=is_packed)
+    chunk = MAX_CHUNK if device.kind == "cuda" else PREFILL_CHUNK
+    cost = cost_of(spec, cell, config, dtype=device.dtype, is_packed=is_packed, prefill_chunk=chunk)
     size = (cell.batch, cell.prompt_tokens, cell.new_tokens)
     peak = cost.peak_bytes(*size)
     fits = peak <= memory

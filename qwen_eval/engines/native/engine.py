@@ -21,6 +21,7 @@ from qwen_eval.core import (
     Choose,
     Completion,
     Completions,
+    EngineError,
     Generate,
     ModelError,
     Prompt,
@@ -31,10 +32,11 @@ from qwen_eval.core import (
     ids_sha256,
 )
 from qwen_eval.engines.native.generation import Generator, Row, completion_of, refuse_empty
+from qwen_eval.engines.native.scheduler import is_out_of_memory
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.engines.native.workspace import MakeGraphs
 from qwen_eval.models import fused
-from qwen_eval.models.cost import CUDA_HEAD_BYTES, BatchLimits, spread_limits
+from qwen_eval.models.cost import CUDA_HEAD_BYTES, PREFILL_CHUNK, BatchLimits, spread_limits
 from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.graph import cuda_graphs
 from qwen_eval.models.hidden import HiddenStates
@@ -42,7 +44,6 @@ from qwen_eval.models.load import DTYPES, open_forward
 from qwen_eval.models.runner import ModelRunner
 from qwen_eval.models.tokenizer import ChatTokenizer
 
-PREFILL_CHUNK = 1024
 RENDER_CACHE = 4096  # prompts: the loop renders each again when it stores the record
 
 
@@ -101,7 +102,7 @@ class NativeEngine:
             "prompt_tokens": scored.prompt_tokens + generated.prompt_tokens,
             "generated_tokens": generated.generated_tokens,
             "busy_s": self._busy_s,
-            "small_kernels": fused.name(self.forward.device),
+            "small_kernels": fused.name(self.forward.device, self.forward.model.dtype),
             "decode_attention": self.forward.decode_kernel,
             "decode_steps": self.generator.steps,
             "num_oom": scored.num_oom + generated.num_oom,
@@ -121,7 +122,7 @@ class NativeEngine:
             self._score([(i, r) for i, r in enumerate(requests) if isinstance(r, Score)]),
             self._generate([(i, r) for i, r in enumerate(requests) if isinstance(r, Generate)]),
         )
-        for index, answer in answers:
+        for index, answer in _within_memory(answers):
             self._busy_s += time.perf_counter() - start
             yield index, answer
             start = time.perf_counter()
@@ -210,6 +211,19 @@ class NativeEngine:
             )
 
 
+def _within_memory(answers: Iterator[tuple[int, Answer]]) -> Iterator[tuple[int, Answer]]:
+    """EngineError where not even one sequence at a time fits: what can be halved has been by then."""
+    try:
+        yield from answers
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EngineError(
+            "out of memory with a single sequence; use model.kv_cache=int8, a smaller engine.prefill_chunk, quantized "
+            "weights or a larger device"
+        ) from None
+
+
 def _packed(requests: Sequence[tuple[int, Choose]]) -> Iterator[tuple[int, Choose]]:
     """The requests, while their prompts are tokenised: of a whole benchmark that takes a while."""
     with stage("packing the prompts", is_brief=True):
@@ -253,8 +267,8 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
     opened = open_forward(model, protocol=protocol, prefill_chunk=spec.prefill_chunk or PREFILL_CHUNK)
     limits = memory_limits(opened.forward, spec, model.kv_cache)
     opened.forward.pool_bytes = limits.pool_bytes
-    if spec.prefill_chunk is None and opened.forward.device.type == "cuda":
-        opened.forward.long_chunk = max(PREFILL_CHUNK, limits.chunk_tokens)
+    if spec.prefill_chunk is None:
+        opened.forward.use_long_chunk(limits.chunk_tokens)
     return NativeEngine(
         opened.forward,
         opened.tokenizer,
@@ -273,10 +287,12 @@ def memory_limits(forward: ModelRunner, spec: EngineSpec, kv_cache: str) -> Batc
     """What fits beside the loaded weights, by the cost model; of several devices, on the fullest."""
     dtype = next(name for name, known in DTYPES.items() if known == forward.model.dtype)
     is_cuda = forward.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.empty_cache()  # what loading has left in the allocator is free too
     options = {
         "max_tokens": 16384 if is_cuda else 4096,
         "head_bytes": CUDA_HEAD_BYTES if is_cuda else 0,
-        "is_captured": is_cuda and spec.kernels != "plain" and len(forward.devices) == 1,
+        "is_captured": is_cuda and spec.kernels != "plain" and not forward.is_spread,
     }
     free = {device: int(memory_bytes(device)[0] * spec.memory_fraction) for device in forward.devices}
     rooms = [(num_layers, free[device]) for device, num_layers in Counter(forward.layer_devices).items()]

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
 from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
 from qwen_eval.engines.native.scheduler import Counters, halved, walk
-from qwen_eval.engines.native.workspace import Fetched, MakeGraphs, Need, Workspace, make_workspace
+from qwen_eval.engines.native.workspace import MakeGraphs, Need, Workspace, make_workspace
+from qwen_eval.models.attend import Fetched
 from qwen_eval.models.cost import choice_bytes
-from qwen_eval.models.decode import RunningRow, StepResult
+from qwen_eval.models.decode import RunningRow, StepResult, buckets_for
 from qwen_eval.models.device import DTYPES
 from qwen_eval.models.graph import StepGraphs, cuda_graphs
 from qwen_eval.models.kv_cache import Prefix
@@ -110,10 +111,10 @@ class Generator:
         while waiting:
             capacity = _capacity(waiting, self.forward.chunk)
             num_slots = self._num_slots(waiting, capacity)
-            batch = _Batch(self, waiting, num_slots, capacity)
             try:
-                yield from batch.run()
+                yield from _Batch(self, waiting, num_slots, capacity).run()
             except RuntimeError as error:
+                self.release()
                 self.max_slots = halved(error, num_slots, num_slots, self.counters)
             waiting = deque(_restarted(row) for row in waiting if row.finish_reason is None)
 
@@ -142,8 +143,8 @@ class Generator:
 
     def note_steps(self, graphs: StepGraphs[StepResult] | None) -> None:
         """How the steps of a run were launched, for the result."""
-        if len(self.forward.devices) > 1:
-            self.steps = f"plain: layers lie on {len(self.forward.devices)} devices"
+        if self.forward.is_spread:
+            self.steps = f"plain: the model lies on {len(set(self.forward.model.places))} devices"
         if graphs is not None:
             why = f"; {graphs.stopped}" if graphs.stopped else ""
             self.steps = f"{graphs.num_captured} shapes captured, {graphs.num_replays} replays{why}"
@@ -151,8 +152,8 @@ class Generator:
     def _num_slots(self, rows: Sequence[Row], capacity: int) -> int:
         if self.max_cached_tokens is None:
             return min(len(rows), self.max_slots)
-        room = self.max_cached_tokens // (capacity + self._choice_tokens(rows))
-        return min(len(rows), self.max_slots, max(1, room))
+        room = max(1, self.max_cached_tokens // (capacity + self._choice_tokens(rows)))
+        return buckets_for(self.forward.device).rows_within(min(len(rows), self.max_slots), room)
 
     def _choice_tokens(self, rows: Sequence[Row]) -> int:
         """What choosing a row's token takes, in tokens of the cache; captured steps keep it a second time."""
@@ -304,7 +305,8 @@ class _Batch:
         return _Flight(rows=list(self.active), tokens=Fetched(tokens_B))
 
     def _accept(self, flight: _Flight) -> None:
-        running = [(row, token) for row, token in zip(flight.rows, flight.tokens.wait()) if row.finish_reason is None]
+        tokens: list[int] = flight.tokens.wait().tolist()
+        running = [(row, token) for row, token in zip(flight.rows, tokens) if row.finish_reason is None]
         for row, token in running:
             if token == NON_FINITE:
                 row.finish_reason = "non-finite"

@@ -12,7 +12,13 @@ from qwen_eval.engines.native.prefix_tree import Node, build
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
 
-NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
+NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "status_alloc_failed",
+)
 
 
 @dataclass(kw_only=True)
@@ -131,6 +137,6 @@ def halved(error: RuntimeError, size: int, num_sequences: int, counters: Counter
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The ways in which CUDA, cuBLAS and the CPU allocator say it."""
+    """The ways in which CUDA, cuBLAS, Triton and the CPU allocator say it."""
     said = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in said for words in NO_MEMORY)

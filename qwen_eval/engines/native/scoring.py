@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_eval.core import EngineError
-from qwen_eval.engines.native.scheduler import Counters, halved, is_out_of_memory, walk
-from qwen_eval.models.attend import upload
+from qwen_eval.engines.native.scheduler import Counters, halved, walk
+from qwen_eval.models.attend import Fetched, upload
 from qwen_eval.models.cost import CUDA_HEAD_BYTES
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
@@ -113,17 +112,17 @@ class Scorer:
             counters=self.counters,
             wave_tokens=self.max_batch_tokens,
         )
-        under_way: deque[list[_Found]] = deque()
+        under_way: deque[_Fetching] = deque()
         for wave in waves:
             suffixes = [
                 _Suffix(index=members[m], job=jobs[members[m]], prefix=b.prefix) for b in wave for m in b.members
             ]
             for found in self._run_wave(suffixes, on_hidden):
-                under_way.append(found)
+                under_way.append(_Fetching(found))
                 if len(under_way) > self._batches_under_way:
-                    yield from _fetched(under_way.popleft())
-        for found in under_way:
-            yield from _fetched(found)
+                    yield from under_way.popleft().scores()
+        for flight in under_way:
+            yield from flight.scores()
 
     @property
     def _batches_under_way(self) -> int:
@@ -148,10 +147,6 @@ class Scorer:
         return max(1, min(most, self.max_batch_tokens // max(lengths[-1], 1)))
 
     def _shrink(self, error: RuntimeError, batch: int) -> None:
-        if batch == 1 and is_out_of_memory(error):
-            raise EngineError(
-                "out of memory with a single sequence; use a smaller engine.prefill_chunk or model"
-            ) from None
         self.max_batch_tokens = halved(error, self.max_batch_tokens, batch, self.counters)
 
     def _run_batch(self, chosen: Sequence[_Suffix], on_hidden: OnHidden | None) -> list[_Found]:
@@ -278,11 +273,21 @@ class _Found:
     hits_R: Tensor | None
 
 
-def _fetched(found: Sequence[_Found]) -> Iterator[tuple[int, Scores]]:
-    """One transfer for all scores of a batch."""
-    pieces = [t for f in found for t in (f.logits, f.logsumexp, f.hits_R) if t is not None]
-    values = iter(torch.split(torch.cat(pieces).cpu(), [len(piece) for piece in pieces]))
-    for f in found:
-        logits, logsumexp = next(values), next(values)
-        num_greedy = 0 if f.hits_R is None else int(next(values).sum())
-        yield f.index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=num_greedy)
+class _Fetching:
+    """The scores of one batch on their way to the host, in one transfer that is begun when they are launched.
+
+    A copy asked for later would wait for the batches launched meanwhile too.
+    """
+
+    def __init__(self, found: Sequence[_Found]) -> None:
+        pieces = [t for f in found for t in (f.logits, f.logsumexp, f.hits_R) if t is not None]
+        self.owners = [(f.index, f.hits_R is not None) for f in found]
+        self.lengths = [len(piece) for piece in pieces]
+        self.values = Fetched(torch.cat(pieces))
+
+    def scores(self) -> Iterator[tuple[int, Scores]]:
+        values = iter(torch.split(self.values.wait(), self.lengths))
+        for index, has_hits in self.owners:
+            logits, logsumexp = next(values), next(values)
+            num_greedy = int(next(values).sum()) if has_hits else 0
+            yield index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=num_greedy)

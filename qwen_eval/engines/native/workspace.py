@@ -54,7 +54,7 @@ def make_workspace(
     num_slots = buckets_for(runner.device).rows(need.num_slots)  # rows of padding have slots too
     slots = runner.slots(num_slots, need.capacity)
     choice = TokenChoice(samplings, num_slots, runner.config.vocab_size, runner.head_device)
-    graphs = make_graphs(runner.device) if len(runner.devices) == 1 else None  # a graph is of one device
+    graphs = None if runner.is_spread else make_graphs(runner.device)  # a graph is of one device
     with stage("warming up", is_brief=True):
         decoding = runner.decoding(
             slots,
@@ -69,21 +69,3 @@ def make_workspace(
 def _chosen(model: Transformer, choice: TokenChoice, hidden_BE: Tensor) -> StepResult:
     tokens_B = choice(model.logits(hidden_BE))
     return tokens_B, tokens_B
-
-
-class Fetched:
-    """Tokens on their way to the host: what the device computes next does not wait for `wait`."""
-
-    def __init__(self, tokens_B: Tensor) -> None:
-        is_cuda = tokens_B.device.type == "cuda"
-        self._host = torch.empty(len(tokens_B), dtype=tokens_B.dtype, pin_memory=is_cuda)
-        self._host.copy_(tokens_B, non_blocking=True)
-        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(tokens_B.device))
-
-    def wait(self) -> list[int]:
-        if self._event is not None:
-            self._event.synchronize()
-        tokens: list[int] = self._host.tolist()
-        return tokens

@@ -57,14 +57,15 @@ def _has_choice(weight_NK: Tensor) -> bool:
 def cuda_seconds(product: Product, weights_NK: Sequence[Tensor]) -> float:
     """The least of several replays of a graph of all products: Python's launches would take longer than the kernels."""
     x_1K = torch.ones(1, weights_NK[0].shape[1], dtype=weights_NK[0].dtype, device=weights_NK[0].device)
-    for weight_NK in weights_NK:  # the first call sets the kernel up
-        product(x_1K, weight_NK)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
-            for weight_NK in weights_NK:
+    with torch.cuda.device(x_1K.device):
+        for weight_NK in weights_NK:  # the first call sets the kernel up
+            product(x_1K, weight_NK)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(x_1K.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(graph, stream=stream):
+            for weight_NK in list(weights_NK) * REPEATS:
                 product(x_1K, weight_NK)
-    return min(_replayed(graph) for _ in range(REPEATS))
+        return min(_replayed(graph) for _ in range(REPEATS))
 
 
 def _replayed(graph: torch.cuda.CUDAGraph) -> float:

@@ -119,6 +119,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.dtype == torch.bfloat16, f"packed int4 takes bfloat16, got {x.dtype}"
+        if x.numel() == 0:  # as the last layer of a prefix has it: CUDA launches no empty grid
+            return x.new_empty(*x.shape[:-1], self.out_features)
         x_RK = x.reshape(-1, self.in_features)
         if self.permutation is not None:
             x_RK = x_RK[:, self.permutation]
@@ -265,8 +267,8 @@ def unpack_cpu(blocks_BKh: Tensor, dtype: torch.dtype) -> Tensor:
 def unpack_tiles(packed: Tensor, order: Tensor) -> Tensor:
     """The codes 0..15 as [K, N] uint8, from tinygemm's layout [N/8, K/(16 tiles), 32, tiles/2] of int32 words."""
     blocks, strips = packed.shape[:2]
-    shifts = torch.arange(0, 32, 4, device=packed.device)
-    nibbles = ((packed.reshape(blocks, strips, -1, 1) >> shifts) & 15).to(torch.uint8).flatten(2)
+    pairs = packed.reshape(blocks, strips, -1).view(torch.uint8)  # lowest byte first; a byte a code, never a word
+    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(2)
     tiles = nibbles[:, :, order].view(blocks, strips, TILE_N, -1)
     return tiles.permute(1, 3, 0, 2).reshape(-1, blocks * TILE_N)
 
@@ -323,13 +325,14 @@ def crossover(seconds: Callable[[bool, int], float]) -> int | None:
 def _cuda_seconds(linear: PackedLinear, is_dense: bool, rows: int) -> float:
     x_RK = torch.ones(rows, linear.in_features, dtype=torch.bfloat16, device=linear.packed.device)
     product = linear._dense if is_dense else linear._packed
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    product(x_RK)  # the first call sets the kernel up
-    start.record()
-    for _ in range(3):
-        product(x_RK)
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(x_RK.device):  # events are of the current one
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        product(x_RK)  # the first call sets the kernel up
+        start.record()
+        for _ in range(3):
+            product(x_RK)
+        end.record()
+        end.synchronize()
     return float(start.elapsed_time(end)) / 3e3
 
 
