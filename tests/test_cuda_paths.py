@@ -26,7 +26,7 @@ from qwen_eval.engines.native.engine import NativeEngine, memory_limits, open_en
 from qwen_eval.engines.native.generation import Generator
 from qwen_eval.engines.native.scheduler import is_out_of_memory
 from qwen_eval.models import fused
-from qwen_eval.models.attend import Fetched, band
+from qwen_eval.models.attend import band
 from qwen_eval.models.attention import partial
 from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
@@ -37,6 +37,7 @@ from qwen_eval.models.load import choose_dtype, open_forward
 from qwen_eval.models.quant import gptq, kernels
 from qwen_eval.models.rope import Rope, RowTables
 from qwen_eval.models.runner import ModelRunner, choose_decode_kernel
+from qwen_eval.models.transfer import Fetched
 from qwen_eval.models.transformer import Transformer
 from qwen_eval.profile.cells import cells
 from qwen_eval.profile.child import _open, runner, warm_up

@@ -19,28 +19,7 @@ from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.heads import Heads
 from qwen_eval.models.kv_cache import KvCodec, Prefix, Slots, Stored
 from qwen_eval.models.prefix_pool import Pooled
-
-
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; the host does not wait for a GPU."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-class Fetched:
-    """Values on their way to the host: what the device computes next does not wait for `wait`."""
-
-    def __init__(self, values: Tensor) -> None:
-        is_cuda = values.device.type == "cuda"
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=is_cuda)
-        self._host.copy_(values, non_blocking=True)
-        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(values.device))
-
-    def wait(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
+from qwen_eval.models.transfer import upload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qwen_eval.models.attend import DecodeAttend, PrefixGroup, by_layer, upload
+from qwen_eval.models.attend import DecodeAttend, PrefixGroup, by_layer
 from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import Prefix, Slots
 from qwen_eval.models.prefix_pool import Pool, Pooled, PrefixPools
 from qwen_eval.models.rope import Rope, Rotation, RowTables
+from qwen_eval.models.transfer import upload
 from qwen_eval.models.transformer import Transformer
 
 # hidden states [B,E] -> what a step gives [B,*], and the tokens [B] that are fed next, where they are known by then

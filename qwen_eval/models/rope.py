@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_eval.models.attend import upload
 from qwen_eval.models.config import ModelConfig, Yarn
+from qwen_eval.models.transfer import upload
 
 
 def ntk_alpha(length: int, train_length: int) -> int:

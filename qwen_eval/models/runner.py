@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen_eval.models import fused
-from qwen_eval.models.attend import PackedAttend, by_layer, upload
+from qwen_eval.models.attend import PackedAttend, by_layer
 from qwen_eval.models.attention import choose_kernel
 from qwen_eval.models.cost import MAX_POOL_BYTES
 from qwen_eval.models.decode import Buckets, Decoding, Finish, StepResult, buckets_for
@@ -23,6 +23,7 @@ from qwen_eval.models.graph import StepGraphs
 from qwen_eval.models.kv_cache import KvCodec, PlainCodec, Prefix, Slots
 from qwen_eval.models.prefix_pool import GATHERED_BYTES, PrefixPools
 from qwen_eval.models.rope import Rope
+from qwen_eval.models.transfer import upload
 from qwen_eval.models.transformer import Residual, Transformer
 
 NO_ROWS: list[int] = []

@@ -16,13 +16,13 @@ from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Toke
 from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
 from qwen_eval.engines.native.scheduler import Counters, halved, walk
 from qwen_eval.engines.native.workspace import MakeGraphs, Need, Workspace, make_workspace
-from qwen_eval.models.attend import Fetched
 from qwen_eval.models.cost import choice_bytes
 from qwen_eval.models.decode import RunningRow, StepResult, buckets_for
 from qwen_eval.models.device import DTYPES
 from qwen_eval.models.graph import StepGraphs, cuda_graphs
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
+from qwen_eval.models.transfer import Fetched
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen_eval.core import Sampling
-from qwen_eval.models.attend import upload
+from qwen_eval.models.transfer import upload
 
 # of SplitMix64 (Steele, Lea, Flood, 2014), as signed numbers
 GOLDEN, MIX_1, MIX_2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from qwen_eval.engines.native.scheduler import Counters, halved, walk
-from qwen_eval.models.attend import Fetched, upload
 from qwen_eval.models.cost import CUDA_HEAD_BYTES
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
+from qwen_eval.models.transfer import Fetched, upload
 
 HEAD_BYTES = 48 * 2**20  # of logits at a time, fp32 copy included; 64 took 44 MiB more, 32 a third more time
 BATCHES_UNDER_WAY = 4  # on a GPU, before the scores of the first are fetched
