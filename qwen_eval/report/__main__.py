@@ -190,7 +190,8 @@ def _forms(spec: ReportSpec) -> list[tuple[Path | None, str]]:
     for name in spec.out:
         form = ENDINGS.get(Path(name).suffix, "") if spec.format == "auto" else spec.format
         if not form:
-            raise ConfigError(f"out={name}: which format? end it in {', '.join(ENDINGS)} or pass format=")
+            one = f"; one file with a comma is written \"out='{','.join(spec.out)}'\"" if len(spec.out) > 1 else ""
+            raise ConfigError(f"out={name}: which format? end it in {', '.join(ENDINGS)} or pass format={one}")
         forms.append((Path(name), form))
     if any(form == "junit" for _, form in forms) and not spec.gate:
         raise ConfigError("format=junit: only the gate has verdicts; pass gate=DIR")
