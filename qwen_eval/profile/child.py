@@ -182,6 +182,9 @@ def _ceilings(
     is_packed = has_packed(opened.forward.model.dtype, opened.forward.device)
     is_copied = opened.forward.decode_kernel != "triton"
     cost = cost_of(spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed, is_copied=is_copied)
+    copied = opened.facts.get("head_copy_bytes", 0)
+    assert isinstance(copied, int), copied
+    cost = replace(cost, head_copy_bytes=copied)
     prefill_s, step_s = floor_s(cost, cell, device)
     steps = [step for repetition in repetitions for step in repetition.steps_s]
     ttft_s = sorted(repetition.ttft_s for repetition in repetitions)[len(repetitions) // 2]
