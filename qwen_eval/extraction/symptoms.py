@@ -10,7 +10,6 @@ from qwen_eval.core import Completion, Completions, Turn
 LOOP_TAIL = 2_000  # characters of the end that are looked at
 LOOP_CHARACTERS = 80  # a repetition shorter than this is emphasis, a table rule or a round number
 LOOP_REPEATS = 4
-GRADING_TIMEOUT = "grading_timeout"  # a flag: reading the reply was stopped, and it counts as wrong
 READ_CHARACTERS = 20_000  # of the end of an answer: a bound on what a hostile or looping reply costs its reader
 
 _NEXT_QUESTION = re.compile(r"\s*\**(?:Question|Q|Human|User|问题|题目|问)\s?\d{0,4}\**[:：]")

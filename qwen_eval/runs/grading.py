@@ -15,8 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
-from qwen_eval.core import Answer, Completions, Grade, GradesElsewhere, GradesInBatches, Record, Sample, Task, Turn
-from qwen_eval.extraction.symptoms import GRADING_TIMEOUT
+from qwen_eval.core import (
+    GRADING_TIMEOUT,
+    Answer,
+    Completions,
+    Grade,
+    GradesElsewhere,
+    GradesInBatches,
+    Record,
+    Sample,
+    Task,
+    Turn,
+)
 
 GRADING_SECONDS = 60.0  # more than the comparison of one MATH answer takes, which has a limit of its own
 BATCH_SAMPLES = 16  # a kill loses the grades of one batch, and Ctrl-C waits for it

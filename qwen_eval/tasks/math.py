@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_eval.config import TaskSpec
-from qwen_eval.core import ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
+from qwen_eval.core import GRADING_TIMEOUT, ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
 from qwen_eval.data.rows import Source
 from qwen_eval.extraction.math import boxed, concluded_answer, is_same, is_same_upstream, upstream_answer
 from qwen_eval.extraction.math_verifier import ComparisonStopped
-from qwen_eval.extraction.symptoms import GRADING_TIMEOUT, completions_of, flags
+from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask, prompt_text
 
