@@ -279,6 +279,9 @@ class Sample:
     cluster: str = ""
 
 
+GRADING_TIMEOUT = "grading_timeout"  # a flag: reading the reply was stopped, and it counts as wrong
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grade:
     """The score of one sample (1.0 / 0.0 for right / wrong) and the extracted answer.

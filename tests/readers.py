@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from qwen_eval.core import Completion, Completions, Generate, Grade, Prompt, Sample, Task, Tokenizer, Turn
-from qwen_eval.extraction import short_answers
+from qwen_eval.extraction import leval, short_answers
+from qwen_eval.tasks import code_interpreter, function_calls
 from qwen_eval.tasks.nano import read as read_nano
 from qwen_eval.tasks.registry import TaskContext, build, task_class
 
@@ -67,4 +68,9 @@ READERS: dict[str, Callable[[str], object]] = {
     "nano fact": partial(read_nano, "fact"),
     "nano recall": partial(read_nano, "recall"),
     "plugin": of_task("plugin", PLUGIN),
+    "function call": lambda reply: function_calls.read_call(f"<tool_call>{reply}"),
+    "code of a call": lambda reply: code_interpreter.read_call(
+        f"\nAction: code_interpreter\nAction Input: {reply}", is_upstream=False
+    ),
+    "several letters": leval.concluded_letters,
 }

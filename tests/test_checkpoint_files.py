@@ -395,6 +395,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: zip_of(path, {"m/data.pkl": b"\0" * 10**8}, zipfile.ZIP_DEFLATED),
         "holds compressed entries",
     ),
+    "the format before torch 1.6": (
+        lambda path: torch.save({"x": torch.ones(2)}, path, _use_new_zipfile_serialization=False),
+        "written by torch before 1.6, which cannot be mapped; read it with torch.load",
+    ),
     "a pickle of lists": (lambda path: zip_of(path, {"m/data.pkl": b"]" * 10**8}), "a pickle of 100000000 bytes"),
 }
 

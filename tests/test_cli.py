@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import toy
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from unhurried import SAYS_NO_STAGES
 
 from qwen_eval import __version__
 from qwen_eval.__main__ import main
-from qwen_eval.cli import bracket_lists, conf_dir, list_keys, model_first
+from qwen_eval.cli import bracket_lists, compose, conf_dir, list_keys, model_first, text_keys
 from qwen_eval.config import EvalSpec
 from qwen_eval.quantize.__main__ import main as quantize
+from qwen_eval.quantize.config import QuantizeSpec
+from qwen_eval.report.__main__ import main as report
+from qwen_eval.report.config import ReportSpec
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         (["model.dtype=fp17"], 'model.dtype=fp17: unknown; did you mean "fp16"? one of auto, bf16, fp16, fp32'),
         (["model.dtyp=fp16"], 'model.dtyp: no such key; did you mean "model.dtype"?'),
         (["task.max_new_token=3"], 'task.max_new_token: no such key; did you mean "task.max_new_tokens"?'),
+        (["experiment=x"], "experiment=x: unknown; one of bnb_table, long_context_ablation, quantization_table"),
+        (["+tricks=x"], "tricks=x: unknown; one of ntk, ntk_logn, ntk_logn_window, plain"),
+        (["precision=x"], "precision=x: unknown; one of "),
+        (["engine=~x"], "engine=~x: unknown; one of "),
+        (["experimnt=x"], 'experimnt: no such key; did you mean "experiment"?'),
+        (
+            ["tag=a,b"],
+            "tag=a,b: several values; add -m to run each of them. One value with a comma is written \"tag='a,b'\"",
+        ),
         (["engine=nativ"], 'engine=nativ: unknown; did you mean "native"?'),
         (["engine.max_batch_size=0"], "engine.max_batch_size=0: must be at least 1"),
         (["limit=many"], "task.limit=many: a number of samples, at least 1, or a share"),
@@ -175,6 +188,70 @@ def test_a_system_message_is_a_sentence_and_no_grammar(tmp_path: Path, command: 
     assert done.returncode == 0, done.stderr
     model = json.loads((tmp_path / "r" / "spec.json").read_text())["config"]["model"]
     assert (model["system"], model["thinking"]) == (None if text == "null" else text, "off")
+
+
+TEXTS = ("a=b", "a b", "a$x", "a[1]", "[1]x", "a(1)", "数据/ü", "-x", "it's", 'a"b', "a\\b", "#a", "~x", "1e5", "1.10",
+         "007", "true", "inf", "a;b|c&d", "<a>", "{a}")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["model.name", "model.path", "model.revision", "engine.base_url", "task.hub_id"])
+def test_a_text_arrives_as_it_was_written(key: str) -> None:
+    lists, texts = list_keys(EvalSpec), text_keys(EvalSpec)
+    parser = OverridesParser.create()
+    for text in TEXTS:
+        (word,) = bracket_lists([f"{key}={text}"], lists, texts)
+        assert parser.parse_override(word).value() == text, word
+
+
+def test_a_comma_in_a_path_is_part_of_it_and_parts_two_in_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "x,y").mkdir()
+    for command, key, given, expected in (
+        ("quantize", "out", "a,b", "a,b"),
+        ("report", "out", "a.md,b.md", ["a.md", "b.md"]),
+        ("report", "out", "'a,b.md'", ["a,b.md"]),
+        ("report", "out", '"a,b.md"', ["a,b.md"]),
+        ("report", "out", "'a,b.md',c.xml", ["a,b.md", "c.xml"]),
+        ("report", "runs", "x,y", ["x,y"]),  # the directory that is there
+        ("report", "compare", "~/a,b c", ["/home/me/a", "b c"]),
+        ("report", "gate", "~/a=b", "/home/me/a=b"),
+        ("report", "title", "So, it's done", "So, it's done"),
+    ):
+        schema = {"quantize": QuantizeSpec, "report": ReportSpec}[command]
+        assert getattr(compose([f"{key}={given}"], config_name=command, schema=schema), key) == expected
+
+
+def test_a_grid_parts_paths_at_commas_but_for_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x,y").touch()
+    given = ["-m", "task.path=x,y", "run_dir=a b,c", "model.name=m,n o"]
+    expected = ["-m", "task.path='x,y'", "run_dir='a b',c", "model.name=m,'n o'"]
+    assert bracket_lists(given, list_keys(EvalSpec), text_keys(EvalSpec)) == expected
+
+
+def test_a_report_tells_how_one_file_with_a_comma_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(["out=a,b.md"]) == 2
+    assert capsys.readouterr().err.endswith("one file with a comma is written \"out='a,b.md'\"\n")
+
+
+def test_a_group_of_another_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(["model=qwen-nano"]) == 2
+    assert capsys.readouterr().err.startswith("model: no such key; one of runs, compare")
+    assert report(["experiment=bnb_table"]) == 2
+    assert capsys.readouterr().err == "experiment=bnb_table: sets task=, which this command does not have\n"
+
+
+def test_an_experiment_needs_no_plus(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "short.yaml").write_text("# @package _global_\ntask:\n  num: 3\n")
+    done = command("hydra.searchpath=[file://conf]", "task=toy", "model=toy", "engine=fake", "experiment=short")
+    assert "n=3" in done.stdout, done.stderr
 
 
 def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path, command: Command) -> None:

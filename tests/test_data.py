@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from qwen_eval.__main__ import main as evaluate
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import ConfigError, DataError, Sample
 from qwen_eval.data import sources as data
 from qwen_eval.data.files import files_at
 from qwen_eval.data.rows import Source
 from qwen_eval.data.sources import draw, open_source
+from qwen_eval.report.__main__ import main as report
 
 COLUMNS = ("question", "A", "B", "answer")
 
@@ -180,6 +182,32 @@ def test_without_the_hub_the_bundled_sample_is_taken_and_said(
     found = open_source(TaskSpec(name="exam", hub_id="someone/exam"), bundled="exam")
     assert (found.origin, found.is_bundled) == ("bundled:exam", True)
     assert "bundled sample" in caplog.text
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_sample_in_place_of_the_benchmark_is_told_everywhere(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """CI with quiet=true and no network must not take its number for one of the benchmark."""
+    monkeypatch.chdir(tmp_path)
+    data._warn_once.cache_clear()
+    for name in ("a", "b"):
+        assert evaluate(["task=mmlu", "model=qwen-nano", "engine=fake", "limit=4", "quiet=true", f"tag={name}"]) == 0
+        assert capsys.readouterr().out.endswith(", bundled sample\n")
+    assert [record.message.count("scoring the small bundled sample") for record in caplog.records] == [1]
+    a, b = (f"runs/eval/mmlu/qwen-nano/{name}" for name in "ab")
+    words = "mmlu: of the sample in the package"
+    for arguments, said in (
+        ([f"runs={a}", "layout=models"], "mmlu: the sample in the package"),
+        ([f"compare={a},{b}"], words),
+        ([f"accept={a}", "gate=base"], "(new), of the sample in the package"),
+        ([f"runs={a}", "gate=base"], words),
+    ):
+        assert report(arguments) == 0
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_hub")

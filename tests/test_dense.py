@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qwen_eval.models import dense
+from qwen_eval.models.config import ModelConfig
+from qwen_eval.models.cost import Cost, head_copy_bytes
 from qwen_eval.models.dense import (
     IS_PACKED,
     PADDED,
@@ -96,6 +99,35 @@ def test_a_weight_that_others_read_is_kept_and_small_or_fp32_layers_are_left_alo
     assert sum(counts.values()) == 1
     assert kept.weight.shape == (600, 1024)
     assert small.kernel == full.kernel == PLAIN
+
+
+SHAPE = ModelConfig.from_hf({
+    "model_type": "qwen2", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 768, "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+})  # fmt: skip
+
+
+@needs_prepacking
+def test_a_copy_of_the_head_takes_what_the_cost_model_says() -> None:
+    head = linear_of(num_outputs=SHAPE.vocab_size, num_inputs=SHAPE.hidden_size)
+    head(torch.ones(4, SHAPE.hidden_size, dtype=torch.bfloat16))
+    before = psutil.Process().memory_info().rss
+    head.use(PADDED, keep_weight=True)
+    head(torch.ones(4, SHAPE.hidden_size, dtype=torch.bfloat16))
+    taken = psutil.Process().memory_info().rss - before
+    assert head_copy_bytes(SHAPE, "bf16", "cpu", 2**40) == pytest.approx(taken, rel=0.1)
+
+
+def test_a_copy_of_the_head_is_counted_only_where_one_may_be_made() -> None:
+    table = SHAPE.vocab_size * SHAPE.hidden_size * 2
+    assert head_copy_bytes(SHAPE, "bf16", "cpu", 8 * table) == table
+    assert head_copy_bytes(SHAPE, "bf16", "cpu", 8 * table - 1) == 0  # it must fit into an eighth of what is left
+    assert head_copy_bytes(SHAPE, "fp32", "cpu", 2**40) == head_copy_bytes(SHAPE, "bf16", "cuda", 2**40) == 0
+    plain = Cost(config=SHAPE)
+    copied = plain.with_head_copy("cpu", 2**40)
+    assert copied.peak_bytes(2, 8, 4) == plain.peak_bytes(2, 8, 4) + table
+    assert copied.read_bytes == plain.read_bytes  # it is read instead of the other one
 
 
 @needs_prepacking

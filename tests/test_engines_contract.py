@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +32,8 @@ from qwen_eval.core import (
 )
 from qwen_eval.engines import open_engine
 from qwen_eval.engines.fake import FakeEngine
+from qwen_eval.engines.hf.engine import HfEngine
+from qwen_eval.models.tokenizer import load_tokenizer
 
 SAMPLED = Sampling(temperature=1.0, top_p=0.9, seed=7)
 
@@ -265,6 +270,49 @@ def test_hf_greedy_is_greedy_though_the_checkpoint_wants_a_penalty(checkpoint: P
         with torch.inference_mode():
             assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token
         ids.append(token)
+
+
+def test_hf_ends_a_text_at_the_tokens_at_which_native_ends_it(checkpoint: Path) -> None:
+    model = ModelSpec(name="t", path=str(checkpoint), dtype="fp32", device="cpu")
+    engine, native = open_engine(EngineSpec(name="hf"), model), load_tokenizer(checkpoint)
+    assert isinstance(engine, HfEngine)
+    marks = native.special_tokens
+    for prompt in (Prompt.raw("Hi"), Prompt.user("Hi"), Prompt(ids=(5, 6)), Prompt(ids=(5, marks["<|im_start|>"]))):
+        request = Generate(prompt=prompt, max_new_tokens=1)
+        assert engine._ends(request) == native.end_ids(prompt)
+    raw, chat = (engine._ends(Generate(prompt=p, max_new_tokens=1)) for p in (Prompt.raw("Hi"), Prompt.user("Hi")))
+    assert marks["<|im_start|>"] in chat - raw
+
+
+def test_hf_does_not_punish_a_text_for_the_padding_of_its_batch(checkpoint: Path) -> None:
+    engine = open_engine(EngineSpec(name="hf"), ModelSpec(name="t", path=str(checkpoint), dtype="fp32", device="cpu"))
+    assert isinstance(engine, HfEngine)
+    sampling = Sampling(temperature=0.0, repetition_penalty=1e6)
+    short = Generate(prompt=Prompt.raw("Go"), max_new_tokens=4, sampling=sampling)
+    long = dataclasses.replace(short, prompt=Prompt.raw("Go on and on and on"))
+    (alone,) = answers(engine, [short])
+    assert isinstance(alone, Completions)
+    engine._pad_id = alone.completions[0].token_ids[0]  # as <|endoftext|> pads, and is what the text would end on
+    assert answers(engine, [short, long])[0] == alone
+
+
+def test_hf_scores_a_text_whose_positions_follow_its_length_in_one_piece(checkpoint: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(checkpoint, tmp_path / "stretched")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = ModelSpec(name="t", path=str(folder), dtype="fp32", device="cpu")
+    ids = tuple(torch.randint(0, 90, (700,), generator=torch.Generator().manual_seed(0)).tolist())
+    (answer,) = answers(open_engine(EngineSpec(name="hf"), model), [Score(prompt=Prompt(ids=ids))])
+    assert isinstance(answer, TokenLogprobs)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logprobs_TV = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = logprobs_TV[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+    assert answer.logprobs == pytest.approx(expected, abs=1e-3)
 
 
 def test_hf_says_in_one_line_what_it_cannot_load(tmp_path: Path) -> None:

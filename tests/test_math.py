@@ -9,9 +9,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from readers import replied
 
 from qwen_eval.core import Completion, Completions, Generate, Turn
 from qwen_eval.extraction import math_verifier
@@ -160,28 +162,61 @@ def test_a_linear_substitution_gives_what_the_plain_one_gives(pattern: str, end:
         assert sub_in_lines(pattern, end, text) == re.sub(pattern, r"\2", text), text
 
 
-def test_a_comparison_that_takes_too_long_counts_as_different_and_the_next_one_works() -> None:
-    verifier = math_verifier.Verifier(limit_s=2.5)
+ENDLESS = "9^{9^{9^{9}}}"
+EIGENVECTORS = r"\begin{pmatrix} 1/\sqrt{2} & 1/\sqrt{2} \\ -1/\sqrt{2} & 1/\sqrt{2} \end{pmatrix}"
+
+
+@pytest.fixture(scope="module")
+def brief() -> math_verifier.Verifier:
+    """Gives each comparison one second of processor."""
+    return math_verifier.Verifier(cpu_s=1)
+
+
+def test_a_comparison_that_takes_too_long_is_stopped_and_the_next_one_works(brief: math_verifier.Verifier) -> None:
+    assert brief.same("2(x+1)", "2x+2")
     begin = time.monotonic()
-    assert not verifier.same("9^{9^{9^{9}}}", "3")
-    assert time.monotonic() - begin < 60  # the start of the process counts here, and a busy machine
-    assert verifier.same("2(x+1)", "2x+2")
+    with pytest.raises(math_verifier.ComparisonStopped):
+        brief.same(ENDLESS, "3")
+    assert time.monotonic() - begin < 30  # a second of processor, on a busy machine
+    assert brief.same("2(x+1)", "2x+2")
 
 
-def test_a_comparison_that_is_interrupted_leaves_no_answer_to_the_next_question() -> None:
-    verifier = math_verifier.Verifier()
-    assert verifier.same("2(x+1)", "2x+2")
+def test_a_comparison_that_gets_no_processor_is_stopped_by_the_clock() -> None:
+    verifier = math_verifier.Verifier(limit_s=0.2)
+    os.kill(verifier.pid, signal.SIGSTOP)
+    with pytest.raises(math_verifier.ComparisonStopped):
+        verifier.same("2(x+1)", "2x+2")
+
+
+def test_a_comparison_that_waits_for_the_processor_keeps_its_answer(brief: math_verifier.Verifier) -> None:
+    pid = brief.pid
+    threading.Timer(0.03, os.kill, (pid, signal.SIGSTOP)).start()
+    threading.Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
+    assert brief.same(EIGENVECTORS, EIGENVECTORS.replace(r"\\", r"\\ "))
+    assert brief.pid == pid
+
+
+def test_an_answer_whose_comparison_is_stopped_is_wrong_and_flagged(
+    brief: math_verifier.Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_eval.extraction.math.verifier", brief)
+    sample = replace(math().samples()[0], target="3")
+    grade = math().grade(sample, replied(rf"\boxed{{{ENDLESS}}}"))
+    assert (grade.score, grade.score_upstream, grade.extracted) == (0.0, 0.0, ENDLESS)
+    assert "grading_timeout" in grade.flags
+
+
+def test_a_comparison_that_is_interrupted_leaves_no_answer_to_the_next_question(brief: math_verifier.Verifier) -> None:
+    assert brief.same("2(x+1)", "2x+2")
     with pytest.raises(GradingTimeout), time_limit(0.5):
-        verifier.same("9^{9^{9^{9}}}", "3")
-    assert verifier.same("2(x+1)", "2x+2")
+        brief.same(ENDLESS, "3")
+    assert brief.same("2(x+1)", "2x+2")
 
 
-def test_a_verifier_that_is_killed_from_outside_is_started_again() -> None:
-    verifier = math_verifier.Verifier()
-    assert verifier.same("2(x+1)", "2x+2")
-    os.kill(verifier.pid, signal.SIGKILL)
-    assert verifier.same("2(x+1)", "2x+2")
-    os.kill(verifier.pid, signal.SIGKILL)
+def test_a_verifier_that_is_killed_from_outside_is_started_again(brief: math_verifier.Verifier) -> None:
+    assert brief.same("2(x+1)", "2x+2")
+    os.kill(brief.pid, signal.SIGKILL)
+    assert brief.same("2(x+1)", "2x+2")
 
 
 # --- the task -------------------------------------------------------------------------------------------------------

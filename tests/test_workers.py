@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from qwen_eval.engines.kinds import deciding_keys, open_engine
 from qwen_eval.engines.workers.batches import BatchQueue
 from qwen_eval.engines.workers.cluster import Cluster, connect
 from qwen_eval.engines.workers.engine import WorkersEngine
+from qwen_eval.engines.workers.handle import ActorHandle
 from qwen_eval.engines.workers.worker import EngineWorker
 from qwen_eval.runs.evaluate import evaluate
 from qwen_eval.runs.run import Run
@@ -87,6 +90,16 @@ def test_what_is_given_back_is_asked_next() -> None:
     queue.take()
     queue.give_back(first[3:])
     assert queue.take()[0] == first[3]
+
+
+def test_what_a_worker_died_over_is_asked_apart_in_small_batches() -> None:
+    queue = BatchQueue([asked(f"{i:03d}") for i in range(100)], num_workers=2)
+    died_over, other = queue.take(), queue.take()
+    queue.give_back(died_over, most=4)
+    batches = emptied(queue)
+    assert all(set(batch) <= set(died_over) or not set(batch) & set(died_over) for batch in batches)
+    assert {len(batch) for batch in batches if batch[0] in died_over} <= {4, len(died_over) % 4}
+    assert sorted(index for batch in [*batches, other] for index in batch) == list(range(100))
 
 
 class Stumbling(FakeEngine):
@@ -323,28 +336,90 @@ def test_what_a_killed_worker_held_is_asked_again(fakes: WorkersEngine) -> None:
     assert "2 workers died" in fakes.info["warnings"][-1]  # type: ignore[index]
 
 
-def test_a_worker_that_always_dies_ends_the_run_in_one_line(cluster: Cluster) -> None:
-    engine = open_engine(EngineSpec(name="fake", workers=2, fake_delay_s=30.0), ModelSpec(name="m"))
-    assert isinstance(engine, WorkersEngine)
-    killed, spared = set(), list(engine.holding)[1]
+@contextmanager
+def killing(engine: WorkersEngine, is_due: Callable[[ActorHandle], bool]) -> Iterator[list[int]]:
+    """Kill each worker that has loaded its model and `is_due`; the processes that were killed."""
+    killed: list[int] = []
     is_over = threading.Event()
 
-    def kill_one() -> None:
-        while not is_over.wait(0.05):
-            for pid in set(engine.holding) - killed - {spared}:
-                killed.add(pid)
-                os.kill(pid, signal.SIGKILL)
+    def kill() -> None:
+        while not is_over.wait(0.02):
+            for handle in engine._handles:
+                if (opened := handle.opened) and opened.pid not in killed and is_due(handle):
+                    killed.append(opened.pid)
+                    os.kill(opened.pid, signal.SIGKILL)
 
-    thread = threading.Thread(target=kill_one)
+    thread = threading.Thread(target=kill)
     thread.start()
     try:
-        with pytest.raises(EngineError, match=r"^worker 0 died 3 times in a row"):
-            list(engine.run([asked(str(i)) for i in range(8)]))
+        yield killed
     finally:
         is_over.set()
         thread.join()
-        engine.close()
+
+
+@pytest.fixture
+def slow_fakes(cluster: Cluster) -> Iterator[WorkersEngine]:
+    """Longer for an answer than `killing` needs to see what they hold."""
+    engine = open_engine(dataclasses.replace(FAKE, fake_delay_s=0.1), ModelSpec(name="m"))
+    assert isinstance(engine, WorkersEngine)
+    yield engine
+    engine.close()
+
+
+def test_workers_that_are_killed_before_a_large_batch_is_done_finish_with_small_ones(slow_fakes: WorkersEngine) -> None:
+    requests: list[Request] = [asked(f"question {i}") for i in range(40)]
+    with killing(slow_fakes, lambda handle: len(handle.held) > 4) as killed:
+        found = dict(slow_fakes.run(requests))
+    assert found == dict(FakeEngine().run(requests))
+    assert killed
+    assert not slow_fakes.failures
+
+
+def test_a_request_that_kills_its_worker_has_no_answer_and_the_others_have(slow_fakes: WorkersEngine) -> None:
+    requests: list[Request] = [asked(f"question {i}") for i in range(20)]
+    with killing(slow_fakes, lambda handle: 13 in handle.held) as killed:
+        found = dict(slow_fakes.run(requests))
+    expected = dict(FakeEngine().run(requests))
+    assert found == {index: answer for index, answer in expected.items() if index != 13}
+    assert slow_fakes.failures == {13: "3 workers died while they answered it alone"}
+    assert len(killed) <= 5
+
+
+def test_a_worker_that_always_dies_ends_the_run_in_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_eval.engines.workers.handle.MAX_DEATHS", 3)
+    engine = open_engine(EngineSpec(name="fake", workers=2, fake_delay_s=30.0), ModelSpec(name="m"))
+    assert isinstance(engine, WorkersEngine)
+    with (
+        killing(engine, lambda handle: handle.number == 0 and bool(handle.held)) as killed,
+        pytest.raises(EngineError, match=r'^worker 0 died 3 times .*, at last over the request that ends on "\d"'),
+    ):
+        list(engine.run([asked(str(i)) for i in range(8)]))
+    engine.close()
     assert len(killed) == 3
+
+
+def test_workers_that_die_while_they_load_the_model_end_the_run(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_eval.engines.workers.handle.MAX_STARTS", 2)
+    is_over = threading.Event()
+
+    def kill() -> None:
+        while not is_over.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.cmdline()[:1] in (["ray::EngineWorker.__init__"], ["ray::EngineWorker.open"]):
+                        process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        with pytest.raises(EngineError, match=r"^worker \d died 2 times in a row while it loaded the model"):
+            open_engine(EngineSpec(name="fake", workers=2), ModelSpec(name="m"))
+    finally:
+        is_over.set()
+        thread.join()
 
 
 # --- whole processes -------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ Every command is a call of `run` with its schema and its job. Other modules do n
 not imported before the configuration is valid.
 """
 
-from qwen_eval.cli.arguments import bracket_lists, model_first, quoted
+from qwen_eval.cli.arguments import bracket_lists, model_first, quoted, text
 from qwen_eval.cli.command import asked_of_itself, guarded, run
 from qwen_eval.cli.composing import compose
 from qwen_eval.cli.grid import cell_tag
-from qwen_eval.cli.schemas import conf_dir, list_keys
+from qwen_eval.cli.schemas import conf_dir, list_keys, text_keys
 
 __all__ = [
     "asked_of_itself",
@@ -21,4 +21,6 @@ __all__ = [
     "model_first",
     "quoted",
     "run",
+    "text",
+    "text_keys",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from qwen_eval.config import not_one_of
 from qwen_eval.core import ConfigError
@@ -12,16 +12,21 @@ from qwen_eval.core import ConfigError
 NUMBER_LIST = re.compile(r"\d+(,\d+)+")
 FOREIGN = re.compile(r"[^\x00-\x7f]|[ =]")
 SYNTAX = re.compile(r"[\[\]{}()'\",$]")  # a list, a sweep or quotes: the writer knows the grammar
+LIST = re.compile(r"\[.*\]", re.DOTALL)
 PLAIN_KEY = re.compile(r"[+~]*[a-z_]\w*([./]\w+)*")
 SHARES = ("limit", "task.limit")  # "10%" in them is 0.1
 PER_CENT = re.compile(r"(\d+(?:\.\d+)?)%")
 LISTS_IN_TEXT = ("model.window",)  # text to Hydra, but "2048,4096" in it is one value and no sweep
-TEXTS = ("model.system", "task.template", "reply")  # a sentence: no comma, quote or bracket in it is grammar
-# A path: no bracket or equal sign in it is grammar, and no comma but in a sweep
-PATHS = ("task.path", "task.file", "model.path", "run_dir", "runs_dir", "engine.prices", "engine.tokenizer", "text",
-         "calibration", "verify", "gate", "run")  # fmt: skip
+# Sentences: no comma, quote or bracket in them is grammar
+SENTENCES = ("model.system", "task.template", "task.needle", "task.question", "engine.fake_reply", "reply", "title")
+# Paths: no bracket or equal sign in them is grammar, and no comma but in a sweep
+PATH = re.compile(r"(?:\w+\.)*(?:path|file|prices|tokenizer)|run_dir|runs_dir|text|calibration|verify|gate|run|out")
+PATH_LISTS = ("runs", "compare", "accept", "out", "tokenizers")  # here a comma parts two, unless the whole is there
+PLAIN = re.compile(r"(?:[A-Za-z_/]|\.(?!\d))[\w/.:-]*", re.ASCII)  # Hydra takes it as the text that it is
+NO_TEXTS = ("null", "true", "false", "inf", "nan")  # to Hydra, but for their case
 ENGINE_GROUPS = ("model", "engine", "protocol")
-GRAMMAR = ("'", '"', "[", "{", "${", "choice(", "range(")  # how a value begins that is written in Hydra's grammar
+NO_LIST = ("'", '"', "${", "choice(", "range(")  # how a text begins that is written in Hydra's grammar
+GRAMMAR = (*NO_LIST, "[", "{")  # how any other value does
 MULTIRUN = ("-m", "--multirun")
 # Hydra's own flags, and the number of words that follow each
 FLAGS = {
@@ -50,38 +55,68 @@ def refuse_unknown_flags(argv: Sequence[str]) -> None:
             raise not_one_of(name, value, CFG)
 
 
-def bracket_lists(argv: Sequence[str], keys: Collection[str]) -> list[str]:
-    """`["task.subjects=a,b"]` -> `["task.subjects=[a,b]"]` for list-typed keys: a bare comma there is a list, with and
-    without -m. A sweep over lists is written with the brackets: `-m task.subjects=[a],[b,c]`.
+def bracket_lists(argv: Sequence[str], lists: Collection[str], texts: Collection[str] = ()) -> list[str]:
+    """`["task.subjects=a,b"]` -> `["task.subjects=[a,b]"]` for the keys of `lists`: a bare comma there is a list, with
+    and without -m. A sweep over lists is written with the brackets: `-m task.subjects=[a],[b,c]`.
+
+    The values of `texts` are text whatever they look like: `tag=1e5` is no number, `model.name=it's` no open quote.
     """
     is_grid = bool(set(MULTIRUN) & set(argv))
-    return [_ready(argument, keys, is_grid=is_grid) for argument in argv]
+    return [_ready(argument, lists, texts, is_grid=is_grid) for argument in argv]
 
 
-def _ready(argument: str, keys: Collection[str], *, is_grid: bool) -> str:
+def _ready(argument: str, lists: Collection[str], texts: Collection[str], *, is_grid: bool) -> str:
     key, equals, value = argument.partition("=")
     name = key.lstrip("+~")
     if name in SHARES:
         return f"{key}={PER_CENT.sub(lambda found: repr(float(found[1]) / 100), value)}"
     if name in LISTS_IN_TEXT and NUMBER_LIST.fullmatch(value):
         return f"{key}='{value}'"
-    if name in TEXTS and value and value != "null" and value[0] not in "'\"":
+    if name in SENTENCES and value and value != "null" and value[0] not in "'\"":
         return f"{key}={quoted(value)}"
-    if not equals or not PLAIN_KEY.fullmatch(key):
+    if not equals or not PLAIN_KEY.fullmatch(key) or value in ("", "null"):
         return argument
-    is_plain = value and value != "null" and not value.startswith(GRAMMAR)
-    if name in keys and is_plain:
-        return f"{key}=[{','.join(map(_quote, value.split(',')))}]"
-    if name in PATHS and is_plain:
-        return f"{key}={_path(value, is_grid=is_grid)}"
-    return f"{key}={_quote(value)}"
+    if name in lists:
+        return f"{key}={_list(name, value, is_text=name in texts)}"
+    is_text = (name in texts or PATH.fullmatch(name) is not None) and not LIST.fullmatch(value)
+    if value.startswith(NO_LIST if is_text else GRAMMAR):
+        return argument
+    if PATH.fullmatch(name):
+        parts = value.split(",") if is_grid and not _is_there(value) else [value]
+        return f"{key}={','.join(text(_at_home(part)) for part in parts)}"
+    return f"{key}={_several_texts(value) if name in texts else _quote(value)}"
 
 
-def _path(value: str, *, is_grid: bool) -> str:
-    """One path; in a grid a comma parts two, unless the whole is there."""
-    parts = value.split(",") if is_grid and not Path(value).expanduser().exists() else [value]
-    needs_quotes = FOREIGN.search(value) or SYNTAX.search(value)
-    return ",".join(map(quoted, parts)) if needs_quotes else value
+def _list(name: str, value: str, *, is_text: bool) -> str:
+    """A list in brackets. A quoted value is one element, or several: `'a,b'`, `'a','b'`."""
+    if value.startswith(("'", '"')):
+        return f"[{value}]"
+    if value.startswith(GRAMMAR):
+        return value
+    if name in PATH_LISTS:
+        parts = value.split(",")
+        is_one = _is_there(value) and not all(map(_is_there, parts))
+        return f"[{','.join(text(_at_home(part)) for part in ([value] if is_one else parts))}]"
+    return f"[{_several_texts(value) if is_text else ','.join(map(_quote, value.split(',')))}]"
+
+
+def _several_texts(value: str) -> str:
+    parts = value.split(",")
+    return ",".join(text(part.strip()) for part in parts) if len(parts) > 1 else text(value)
+
+
+def _is_there(path: str) -> bool:
+    return os.path.exists(_at_home(path))
+
+
+def _at_home(path: str) -> str:
+    """A shell leaves the `~` of `key=~/x` as it is."""
+    return os.path.expanduser(path)
+
+
+def text(value: str) -> str:
+    """A value that is text, in quotes where Hydra's grammar would read something else in it."""
+    return value if PLAIN.fullmatch(value) and value.lower() not in NO_TEXTS else quoted(value)
 
 
 def quoted(value: str) -> str:

@@ -10,7 +10,17 @@ from typing import Any
 
 from qwen_eval.cli.arguments import MULTIRUN, bracket_lists, key_of, model_first, refuse_doubled, refuse_unknown_flags
 from qwen_eval.cli.mistakes import explain, refuse_unknown_keys
-from qwen_eval.cli.schemas import conf_dir, given_folders, is_open, list_keys, named, register
+from qwen_eval.cli.schemas import (
+    conf_dir,
+    default_groups,
+    given_folders,
+    groups_in,
+    is_open,
+    list_keys,
+    named,
+    register,
+    text_keys,
+)
 from qwen_eval.config import EngineSpec, ModelSpec, check_values, not_one_of
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.kinds import kind as engine_kind
@@ -67,10 +77,16 @@ def _sweep_folder(arguments: Sequence[str], scratch: str) -> list[str]:
 
 
 def ready(argv: Sequence[str], config_name: str, schema: type) -> list[str]:
-    """The arguments in Hydra's grammar, once it knows the schemas that they need."""
+    """The arguments in Hydra's grammar, once it knows the schemas that they need. A group that has no default
+    (`experiment=`) gets the plus that Hydra asks for.
+    """
     argv = with_task_file(argv)
-    register(config_name, schema, [conf_dir(), *given_folders(argv)], argv)
-    return bracket_lists(argv, list_keys(schema, tasks=named(argv, "task", TASKS)))
+    folders = [conf_dir(), *given_folders(argv)]
+    register(config_name, schema, folders, argv)
+    tasks, groups = named(argv, "task", TASKS), groups_in(folders)
+    words = bracket_lists(argv, list_keys(schema, tasks=tasks), text_keys(schema, tasks=tasks) | groups)
+    added = groups - default_groups(config_name)
+    return [f"+{word}" if word.partition("=")[0] in added and "=" in word else word for word in words]
 
 
 def with_task_file(argv: Sequence[str]) -> list[str]:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from qwen_eval.cli.arguments import quoted
 from qwen_eval.cli.schemas import conf_dir
 from qwen_eval.config import nearest, not_one_of
 from qwen_eval.core import ConfigError
 from qwen_eval.engines.kinds import ENGINES
 from qwen_eval.tasks.registry import TASKS
 
+NO_DEFAULT = re.compile(r"(?:In '([^']+)': )?Could not override '([^']+)'")
 AMBIGUOUS = re.compile(r"Ambiguous value for argument '([^=]+=.*?)'\s")
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 
@@ -65,21 +67,32 @@ def explain(error: Exception, schema: type) -> str:
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     if isinstance(error, HydraException):
-        several = AMBIGUOUS.match(str(error))
+        several, absent = AMBIGUOUS.match(str(error)), NO_DEFAULT.match(str(error))
+        if absent:
+            return _no_default(absent[1], absent[2])
         return _several(several[1]) if several else str(error)
     raise error
 
 
+def _no_default(file: str | None, group: str) -> str:
+    """For a group that this command does not have, named by an option of another group or on the command line."""
+    if file is None:
+        return f"{group}: no such key; a group of your own that has no default is written +{group}="
+    return f"{'='.join(file.rsplit('/', 1))}: sets {group}=, which this command does not have"
+
+
 def _several(argument: str) -> str:
     key, _, value = argument.partition("=")
-    quoted = f"\"{key}='{value}'\""
-    return f"{argument}: several values; add -m to run each of them. One value with a comma is written {quoted}"
+    value = re.sub(r"(?<!\\)'", "", value).replace(r"\'", "'")
+    one = f'"{key}={quoted(value)}"'
+    return f"{key}={value}: several values; add -m to run each of them. One value with a comma is written {one}"
 
 
 def _unknown_option(missing: str, options: Iterable[str]) -> str:
     group, _, name = missing.rpartition("/")
     known = {option for option in options if not option.endswith("_schema")}
     known |= set({"task": TASKS, "engine": ENGINES}.get(group, ()))  # Hydra knows only those that were named
+    known |= {path.stem for path in (conf_dir() / group).glob("*.yaml")}  # and lists none for `model=[x]`
     return str(not_one_of(group or "config", name, sorted(known)))
 
 
@@ -95,7 +108,8 @@ def _bad_key(error: Any, schema: type) -> str:
 
 def _no_such_key(key: str, prefix: str, known: Sequence[str]) -> str:
     """`'modle: no such key; did you mean "model"?'`; at the top the groups of `conf/` are keys too."""
-    words = [*known, *(() if prefix else (path.name for path in conf_dir().iterdir() if path.is_dir()))]
+    groups = () if prefix else (path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != key)
+    words = [*known, *groups]
     guess = nearest(key, words)
     hint = f'did you mean "{prefix}{guess}"?' if guess else f"one of {', '.join(prefix + name for name in known)}"
     return f"{prefix}{key}: no such key; {hint}"

@@ -37,6 +37,20 @@ def groups_text() -> str:
     return "\n".join(f"{name}: {listed}" for name, listed in options.items() if listed)
 
 
+def groups_in(folders: Iterable[Path]) -> set[str]:
+    """The names of all groups."""
+    found = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()}
+    return found - {"hydra"}
+
+
+def default_groups(config_name: str) -> set[str]:
+    """The groups of which a command takes an option by itself, as its yaml names them: `model`, `model@reference`."""
+    import yaml
+
+    defaults = yaml.safe_load((conf_dir() / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {name for entry in defaults if isinstance(entry, dict) for name in entry}
+
+
 def register(config_name: str, schema: type, folders: Sequence[Path], words: Sequence[str]) -> None:
     """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `engine/<engine>_schema`,
     `task/<task>_schema`."""
@@ -112,6 +126,11 @@ def _task_spec(name: str) -> Any:
 def list_keys(schema: type, *, tasks: Iterable[str] = ()) -> set[str]:
     """The dotted keys of a schema whose type is `list[...]`: `{"task.subjects"}`; those of each task are `task.KEY`."""
     return {key for key, kind in typed_keys(schema, tasks=tasks) if typing.get_origin(kind) is list}
+
+
+def text_keys(schema: type, *, tasks: Iterable[str] = ()) -> set[str]:
+    """The dotted keys whose value, or every element of it, is text."""
+    return {key for key, kind in typed_keys(schema, tasks=tasks) if kind is str or kind == list[str]}
 
 
 def typed_keys(schema: type, prefix: str = "", *, tasks: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:

@@ -64,8 +64,8 @@ def _bundled(spec: TaskSpec, name: str, why: str = "") -> Source:
 
 @lru_cache(maxsize=64)
 def _warn_once(message: str) -> None:
-    """A task may be built several times in one run."""
-    logger.warning("%s", message)
+    """A task may be built several times in one run. An error, since `quiet=true` keeps warnings back, and not this."""
+    logger.error("%s", message)
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

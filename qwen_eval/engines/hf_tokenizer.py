@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qwen_eval.core import JSON, ConfigError, EngineError, Prompt
 from qwen_eval.models.segments import pattern_of, texts_of
 from qwen_eval.models.template import ChatTemplate, named_tokens, templates_of
-from qwen_eval.models.tokenizer import is_control
+from qwen_eval.models.tokenizer import IM_END, completion_ends, is_chat, is_control
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +71,13 @@ class HfTokenizer:
 
     def render_text(self, prompt: Prompt) -> str:
         return self.decode(self.render(prompt))
+
+    def end_ids(self, prompt: Prompt, named: frozenset[int]) -> frozenset[int]:
+        """What ends a completion, as in the native engine. `named`: by the checkpoint's generation_config.json."""
+        own = self.inner.eos_token_id
+        ends = completion_ends(prompt, self.special_tokens, named if own is None else named | {int(own)})
+        mark = self.special_tokens.get(IM_END)  # of a model without <|endoftext|> that was tuned on ChatML
+        return ends | {mark} if mark is not None and is_chat(prompt, self.special_tokens) else ends
 
     @cached_property
     def beginning_ids(self) -> list[int]:

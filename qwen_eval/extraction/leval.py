@@ -11,7 +11,7 @@ from qwen_eval.extraction.symptoms import READ_CHARACTERS, answer_part
 
 PARTIAL = 0.25  # of a question with several right letters, where only right ones are named
 GUESS = "A"  # the official reading where no letter is found
-OPTION_LINE = re.compile(r"^\s*\(?([A-D])[.)]\s*(.*\S)", re.MULTILINE)
+OPTION_LINE = re.compile(r"^[^\S\n]*\(?([A-D])[.)]\s*(.*\S)", re.MULTILINE)
 TRUTH = re.compile(r"\b(not\s+)?(true|false)\b")
 
 _ONE = r"[(（]?[A-D][)）]?[.:：]?"

@@ -210,7 +210,10 @@ UNIT_WORD = re.compile(
 
 
 def is_same(answer: str | None, gold: str) -> bool:
-    """Whether two answers mean the same: equal after normalisation, or by symbolic comparison within a time limit."""
+    """Whether two answers mean the same: equal after normalisation, or by symbolic comparison.
+
+    ComparisonStopped where the symbolic comparison takes too long.
+    """
     if answer is None or not answer.strip() or max(len(answer), len(gold)) > MAX_CHARACTERS:
         return False
     if (clock := CLOCK.fullmatch(normalised(answer))) and (other_clock := CLOCK.fullmatch(normalised(gold))):

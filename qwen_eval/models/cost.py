@@ -20,6 +20,8 @@ PREFILL_CHUNK = 1024  # tokens of a prompt that are read together with other pro
 MAX_CHUNK = 8192  # tokens of a prompt in one forward: more make no product faster
 MAX_GRAPH_BYTES = 2 * 2**30  # that captured decode steps keep
 MAX_POOL_BYTES = 4 * 2**30  # of copies of prefixes for them
+MEASURED_BYTES = 1 << 20  # a bf16 weight on a CPU from which on kernels are measured: models/dense.py
+HEAD_COPY_SHARE = 1 / 8  # of the memory beside the weights: what a packed copy of the head may take on a CPU
 GENERATE_EXTRA_BYTES = int(0.05 * 2**30)  # of the published law
 
 
@@ -67,6 +69,15 @@ def unit_bytes(config: ModelConfig, quant: str, dtype: str, *, is_packed: bool =
     layers = {f"layers.{i}": block for i in range(config.num_layers)}
     head = 0 if config.tie_embeddings else table
     return {"embed": table, **layers, "norm": config.hidden_size * element, "head": head}
+
+
+def head_copy_bytes(config: ModelConfig, dtype: str, device: str, left_bytes: int) -> int:
+    """The most that the head takes a second time, packed for oneDNN, on a CPU in bf16: the rows of choices and a tied
+    embedding read the plain one. Whether it is made is measured at load. `left_bytes`: free beside the weights.
+    """
+    table = config.vocab_size * config.hidden_size * ELEMENT_BYTES[dtype]
+    is_made = device == "cpu" and dtype == "bf16" and MEASURED_BYTES <= table <= HEAD_COPY_SHARE * left_bytes
+    return table if is_made else 0
 
 
 def checkpoint_bytes(config: ModelConfig, quant: str) -> int:
@@ -166,10 +177,21 @@ class Cost:
     is_copied: bool = True  # an int8 cache is read through a copy; False where a kernel reads it as it is
     prefill_chunk: int = PREFILL_CHUNK
     max_batch_tokens: int = 4096  # tokens of one packed prefill
+    head_copy_bytes: int = 0  # of the head's packed copy beside it
+
+    def with_head_copy(self, device: str, free_bytes: int) -> Cost:
+        """With the most that a copy of the head may take on this kind of device."""
+        left = free_bytes - self.weight_bytes
+        return replace(self, head_copy_bytes=head_copy_bytes(self.config, self.dtype, device, left))
 
     @property
     def weight_bytes(self) -> int:
         return weight_bytes(self.config, self.quant, self.dtype, is_packed=self.is_packed)
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights and what is made of them at load."""
+        return self.weight_bytes + self.head_copy_bytes
 
     @property
     def kv_token_bytes(self) -> int:
@@ -202,7 +224,7 @@ class Cost:
     def peak_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
         """Weights, cache at its longest and activations; the memory of a CUDA context is not included."""
         cache = self.kv_bytes(batch, prompt_tokens + new_tokens)
-        return self.weight_bytes + cache + self.activation_bytes(batch, prompt_tokens, new_tokens)
+        return self.held_bytes + cache + self.activation_bytes(batch, prompt_tokens, new_tokens)
 
     def max_batch(self, memory_bytes: int, prompt_tokens: int, new_tokens: int) -> int:
         """The largest batch whose peak fits; 0 when not even one sequence does."""

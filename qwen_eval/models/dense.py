@@ -3,8 +3,8 @@
 On a CPU a bf16 product has four ways: `linear`, a matrix-vector product for one row, oneDNN's prepacked weight, and the
 same with one to three rows padded to four (its kernel for one row is slower than that for four on some processors).
 Which is fastest depends on the processor and the shape, by up to a factor of 3.5, and no list of CPU features says it:
-`prepare` measures each shape once, at load. Layers below `MIN_BYTES` are left alone, so small models always take the
-same kernel and give the same numbers. On a GPU one row may go through a kernel of ours: gpu/measure.py chooses.
+`prepare` measures each shape once, at load. Layers below `MEASURED_BYTES` are left alone, so small models always take
+the same kernel and give the same numbers. On a GPU one row may go through a kernel of ours: gpu/measure.py chooses.
 """
 
 # R rows, N outputs, K inputs
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen_eval.models.cost import MEASURED_BYTES
+
 Kernel: TypeAlias = Literal["linear", "linear, mv for one row", "oneDNN prepacked", "oneDNN prepacked, at least 4 rows"]
 PLAIN: Kernel = "linear"
 VECTOR: Kernel = "linear, mv for one row"
@@ -29,7 +31,6 @@ PREPACKED: Kernel = "oneDNN prepacked"
 PADDED: Kernel = "oneDNN prepacked, at least 4 rows"
 IS_PACKED = (PREPACKED, PADDED)
 
-MIN_BYTES = 1 << 20
 MIN_ROWS = 4  # of a padded product
 ROWS = (1, 32)  # what is measured: decoding one sequence, and a small batch
 MARGIN = 0.95  # another kernel than `linear` must be this much faster: noise must not choose
@@ -107,7 +108,7 @@ def fastest(times: Mapping[Kernel, Sequence[float]]) -> Kernel:
 
 
 def _has_choice(weight_NK: Tensor) -> bool:
-    return weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16 and weight_NK.nbytes >= MIN_BYTES
+    return weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16 and weight_NK.nbytes >= MEASURED_BYTES
 
 
 def _times(linears: Sequence[Linear], *, can_pack: bool) -> dict[Kernel, list[float]]:

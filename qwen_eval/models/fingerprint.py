@@ -1,6 +1,7 @@
 """The digest that identifies a checkpoint, of the files that the engines read. No torch: finished runs are found by it.
 
-"sample:…" holds small files whole and at least 4 KiB of every tensor; "full:…" (`model.digest=full`) every byte. Names,
+"sample:…" holds at least 4 KiB of every tensor, and whole the small files and those whose tensors cannot be found
+(torch before 1.6, GGUF: about a second a gigabyte); "full:…" (`model.digest=full`) every byte. Names,
 sizes, headers and times are the same for two fine-tunes of one model, so none of them is enough.
 """
 
@@ -34,7 +35,6 @@ TEMPLATES = "additional_chat_templates"
 WHOLE_FILE_BYTES = 16 << 20  # up to here a file is read whole
 WHOLE_TENSOR_BYTES = 32 << 10
 NUM_BLOCKS, BLOCK_BYTES = 8, 1 << 10  # of a larger tensor: 8 KiB, from its first byte to its last
-STRIDE_BYTES, STRIDE_BLOCK_BYTES = 256 << 10, 4 << 10  # of a large file whose tensors cannot be found
 HEADER_BYTES = 100 << 20  # the most that safetensors itself takes for a header
 LOCAL_HEADER_BYTES = 256  # of an entry of a zip archive with its name and padding: at most so many
 READ_BYTES = 1 << 20
@@ -109,7 +109,7 @@ def _parts(file: BinaryIO, path: Path, size: int, is_full: bool) -> Iterator[tup
     if is_full or size <= WHOLE_FILE_BYTES or path.suffix not in WEIGHTS:
         return iter([(0, size)])
     spans = _safetensors_spans(file, size) if path.suffix == ".safetensors" else _torch_spans(file)
-    return iter(spans if spans is not None else list(_strided(size)))
+    return iter(spans if spans is not None else [(0, size)])
 
 
 def _safetensors_spans(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
@@ -152,9 +152,3 @@ def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
         return
     for i in range(NUM_BLOCKS):
         yield start + i * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1), BLOCK_BYTES
-
-
-def _strided(size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, size, STRIDE_BYTES):
-        yield start, STRIDE_BLOCK_BYTES
-    yield max(0, size - STRIDE_BLOCK_BYTES), STRIDE_BLOCK_BYTES

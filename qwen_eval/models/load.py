@@ -15,7 +15,7 @@ from qwen_eval.core import JSON, ConfigError, ModelError
 from qwen_eval.models import dense
 from qwen_eval.models.checkpoint import Placement, load, num_parameters, random_model
 from qwen_eval.models.config import ModelConfig
-from qwen_eval.models.cost import unit_bytes
+from qwen_eval.models.cost import HEAD_COPY_SHARE, unit_bytes
 from qwen_eval.models.device import memory_bytes
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.generation_config import read_json, sampling_of
@@ -32,7 +32,6 @@ from qwen_eval.models.spread import Room, layer_map
 from qwen_eval.models.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_eval.models.transformer import Transformer
 
-HEAD_COPY_SHARE = 1 / 8  # of the free memory: what a packed copy of the head may take
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -67,6 +66,8 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     spare = int(HEAD_COPY_SHARE * memory_bytes(torch.device("cpu"))[0])
     # choices read rows of the head, and a tied one is the embedding
     facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head], spare_bytes=spare)
+    if model.head.packed is not None:
+        facts["head_copy_bytes"] = model.head.weight.nbytes
     if forward.decode_kernel == "triton":
         from qwen_eval.models.gpu.measure import choose_vector_kernels
 

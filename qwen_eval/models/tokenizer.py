@@ -40,6 +40,21 @@ _MAX_BLANKS = 500_000
 _TOO_BLANK = re.compile(rf"\s{{{_MAX_BLANKS}}}")
 
 
+def is_chat(prompt: Prompt, special: Mapping[str, int]) -> bool:
+    """Exact ids are a chat when ChatML's mark is among them. `special`: the tokenizer's special tokens."""
+    return bool(prompt.messages) or (prompt.ids is not None and special.get(IM_START) in prompt.ids)
+
+
+def completion_ends(prompt: Prompt, special: Mapping[str, int], named: frozenset[int]) -> frozenset[int]:
+    """The ids that end a completion in every engine: those that the checkpoint names, `<|endoftext|>`, and, in a chat
+    of a model that has this token, ChatML's marks.
+    """
+    if ENDOFTEXT not in special:
+        return named
+    ends = (ENDOFTEXT, IM_START, IM_END) if is_chat(prompt, special) else (ENDOFTEXT,)
+    return named | {special[token] for token in ends if token in special}
+
+
 class ChatTokenizer:
     """The shared part of both tokenizers: prompts to ids, ids to text. Implements `core.Tokenizer`.
 
@@ -90,10 +105,8 @@ class ChatTokenizer:
         return frozenset(self.special_tokens[token] for token in ends if token in self.special_tokens)
 
     def end_ids(self, prompt: Prompt) -> frozenset[int]:
-        """The ids that end a completion of this prompt. Exact ids are a chat when ChatML's mark is among them."""
-        mark = self.special_tokens.get(IM_START)
-        is_chat = prompt.messages or (prompt.ids is not None and mark in prompt.ids)
-        return self.eos_ids if is_chat else frozenset((self.endoftext_id,))
+        """The ids that end a completion of this prompt."""
+        return self.eos_ids if is_chat(prompt, self.special_tokens) else frozenset((self.endoftext_id,))
 
     def decode(self, ids: Sequence[int], *, errors: Errors = "replace", skip_special: bool = False) -> str:
         """Bytes that are not UTF-8 (a character cut in two) follow `errors`; ids without a meaning vanish."""
@@ -255,7 +268,7 @@ class JsonTokenizer(ChatTokenizer):
         return super().eos_ids | self._ends
 
     def end_ids(self, prompt: Prompt) -> frozenset[int]:
-        ends = self._ends | (super().end_ids(prompt) if ENDOFTEXT in self.special_tokens else self._ends)
+        ends = completion_ends(prompt, self.special_tokens, self._ends)
         if not ends:
             raise ModelError("the checkpoint names no end token: neither its tokenizer nor generation_config.json does")
         return ends

@@ -20,6 +20,7 @@ from qwen_eval.models.config import read_fields, shown
 from qwen_eval.models.hub import ORDER
 
 NO_WEIGHTS = ("training_args", "adapter_model", "optimizer", "scheduler", "rng_state")
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch before 1.6 begins
 MAX_INDEX_BYTES = 64 << 20
 MAX_HEADER_BYTES = 16 << 20  # of a safetensors file; the 72B's is 0.1 MiB
 MAX_PICKLE_BYTES = 2 << 20  # of a .bin without its tensors; 1,000 tensors take 0.2 MiB
@@ -89,6 +90,12 @@ def _check_header(file: Path) -> None:
 
 def _check_archive(file: Path) -> None:
     """torch stores its entries uncompressed: a compressed one can only be there to blow up."""
+    with file.open("rb") as stream:
+        if stream.read(len(OLD_TORCH)) == OLD_TORCH:
+            raise ModelError(
+                f"{file}: written by torch before 1.6, which cannot be mapped; read it with torch.load(FILE, "
+                "weights_only=True) and save it again, or use engine=hf"
+            )
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:

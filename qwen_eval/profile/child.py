@@ -210,6 +210,9 @@ def _ceilings(
         spec, cell, opened.forward.config, dtype=device.dtype, is_packed=is_packed, is_copied=is_copied,
         prefill_chunk=opened.forward.long_chunk,
     )  # fmt: skip
+    copied = opened.facts.get("head_copy_bytes", 0)
+    assert isinstance(copied, int), copied
+    cost = replace(cost, head_copy_bytes=copied)
     prefill_s, step_s = floor_s(cost, cell, device)
     steps = [step for repetition in repetitions for step in repetition.steps_s]
     ttft_s = sorted(repetition.ttft_s for repetition in repetitions)[len(repetitions) // 2]

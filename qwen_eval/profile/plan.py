@@ -86,13 +86,14 @@ def _row(
 ) -> tuple[Cell, ...]:
     chunk = MAX_CHUNK if device.kind == "cuda" else PREFILL_CHUNK
     cost = cost_of(spec, cell, config, dtype=device.dtype, is_packed=is_packed, prefill_chunk=chunk)
+    cost = cost.with_head_copy(device.kind, memory)
     size = (cell.batch, cell.prompt_tokens, cell.new_tokens)
     peak = cost.peak_bytes(*size)
     fits = peak <= memory
     prefill_s, step_s = floor_s(cost, cell, device)
     at_most = None if step_s is None or cell.new_tokens == 1 else cell.batch / step_s
     return (
-        text_cell(cell.name), *(number_cell(n, 0) for n in size), _gib(cost.weight_bytes),
+        text_cell(cell.name), *(number_cell(n, 0) for n in size), _gib(cost.held_bytes),
         _gib(cost.kv_bytes(cell.batch, cell.length)), _gib(cost.activation_bytes(*size)), _gib(peak),
         text_cell("yes" if fits else "no", tone="good" if fits else "bad"),
         number_cell(cost.max_batch(memory, cell.prompt_tokens, cell.new_tokens), 0),

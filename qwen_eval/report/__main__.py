@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from qwen_eval.tables import Table, print_tables, render
 if TYPE_CHECKING:
     from qwen_eval.report.comparison import Margins
     from qwen_eval.report.verdict import Judgement
+    from qwen_eval.runs.run import Run
 
 USAGE = """
 python -m qwen_eval.report [key=value ...]
@@ -158,9 +159,16 @@ def _overview(spec: ReportSpec) -> Report:
         raise ConfigError(f"{asked} under {', '.join(spec.runs)}; run an evaluation first or pass runs=DIR")
     margins = _margins(spec)
     return Report(
-        title=spec.title or "Evaluation report", tables=tables, roots=roots,
+        title=spec.title or "Evaluation report", tables=_with_samples_told(tables, runs.evals), roots=roots,
         judgements=lambda: against_references(runs.finished, margins),
     )  # fmt: skip
+
+
+def _with_samples_told(tables: list[Table], runs: Sequence[Run]) -> list[Table]:
+    """The first table says which scores are of the rows in the package."""
+    names = dict.fromkeys(run.task for run in runs if run.is_bundled_sample)
+    note = f"{', '.join(names)}: the sample in the package, not the whole benchmark."
+    return [replace(tables[0], notes=(*tables[0].notes, note)), *tables[1:]] if names else tables
 
 
 def _accept(spec: ReportSpec) -> int:
@@ -190,7 +198,8 @@ def _forms(spec: ReportSpec) -> list[tuple[Path | None, str]]:
     for name in spec.out:
         form = ENDINGS.get(Path(name).suffix, "") if spec.format == "auto" else spec.format
         if not form:
-            raise ConfigError(f"out={name}: which format? end it in {', '.join(ENDINGS)} or pass format=")
+            one = f"; one file with a comma is written \"out='{','.join(spec.out)}'\"" if len(spec.out) > 1 else ""
+            raise ConfigError(f"out={name}: which format? end it in {', '.join(ENDINGS)} or pass format={one}")
         forms.append((Path(name), form))
     if any(form == "junit" for _, form in forms) and not spec.gate:
         raise ConfigError("format=junit: only the gate has verdicts; pass gate=DIR")

@@ -68,9 +68,10 @@ class Accepted:
 
     @property
     def note(self) -> str:
+        sample = ", of the sample in the package" if self.now.run.is_bundled_sample else ""
         if isinstance(self.before, Unreadable):
-            return f" (the one before could not be read: {self.before.reason})"
-        return " (new)" if self.before is None else ""
+            return f" (the one before could not be read: {self.before.reason}){sample}"
+        return f" (new){sample}" if self.before is None else sample
 
 
 def key_of(run: Run) -> Key:

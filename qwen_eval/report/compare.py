@@ -125,6 +125,8 @@ def _compare_answers(base: Comparison, first: Side, second: Side, margins: Margi
     gains = sum(flip.is_gain for flip in same)
     if _differs_in_tokens(a, b):
         notes.append("token ids of the prompts differ though their text does not: another tokenizer or special tokens")
+    if first.run.is_bundled_sample:
+        notes.append("of the sample in the package, not of the whole benchmark")
     kld, why_not = _divergence(first, second)
     return replace(
         base,

@@ -159,7 +159,7 @@ def judgement_table(
     notes: tuple[str, ...] = (
         "would show: the smallest change for the worse found four times of five at this n and spread.",
     )
-    notes += tuple(f"{j.comparison.task}: {note}" for j in judgements for note in j.comparison.notes)
+    notes += tuple(dict.fromkeys(f"{j.comparison.task}: {note}" for j in judgements for note in j.comparison.notes))
     optional = ("would show", "lost / gained", "p (Holm)", *sides)
     return Table(name="verdicts", title=title, columns=columns, rows=rows, notes=notes, optional=optional, num_keys=2)
 

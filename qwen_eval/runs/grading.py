@@ -15,10 +15,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
-from qwen_eval.core import Answer, Completions, Grade, GradesElsewhere, GradesInBatches, Record, Sample, Task, Turn
+from qwen_eval.core import (
+    GRADING_TIMEOUT,
+    Answer,
+    Completions,
+    Grade,
+    GradesElsewhere,
+    GradesInBatches,
+    Record,
+    Sample,
+    Task,
+    Turn,
+)
 
-GRADING_SECONDS = 60.0  # more than the comparisons of one MATH answer take, which have limits of their own
-TIMED_OUT = "grading_timeout"  # a flag of a record
+GRADING_SECONDS = 60.0  # more than the comparison of one MATH answer takes, which has a limit of its own
 BATCH_SAMPLES = 16  # a kill loses the grades of one batch, and Ctrl-C waits for it
 
 
@@ -154,7 +164,7 @@ def graded(task: Task, sample: Sample, turns: Sequence[Turn], *, seconds: float 
             grade,
             score=None if grade.score is None else 0.0,
             score_upstream=None if grade.score_upstream is None else 0.0,
-            flags=(*grade.flags, TIMED_OUT),
+            flags=(*grade.flags, GRADING_TIMEOUT),
         )
 
 
@@ -162,8 +172,9 @@ def graded(task: Task, sample: Sample, turns: Sequence[Turn], *, seconds: float 
 def time_limit(seconds: float) -> Iterator[None]:
     """GradingTimeout after so many seconds, in regular expressions too.
 
-    Without effect outside the main thread. What is graded there waits for processes with limits of their own: 15 s for
-    a comparison of formulas, `task.timeout_s` for a program.
+    Without effect outside the main thread. What is graded there waits for processes with limits of their own: 5 s of
+    processor and 45 s in all for a comparison of formulas, `task.timeout_s` for a program. What is read there, the
+    answer or the program in a reply, takes time in proportion to a bounded text (tests/test_hostile_solutions.py).
     """
     if threading.current_thread() is not threading.main_thread():
         yield

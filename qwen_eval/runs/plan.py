@@ -200,22 +200,26 @@ def _machine(spec: EvalSpec, asked: PlannedRun) -> Iterator[tuple[Cell, Cell, Ce
         config=asked.config, quant=_quant(spec), dtype=device.dtype, kv_cache=spec.model.kv_cache, is_packed=is_packed
     )
     free = device.free_bytes - (0 if device.kind == "cpu" else CUDA_CONTEXT_BYTES)
+    cost = cost.with_head_copy(device.kind, free)
     usable = int(free * spec.engine.memory_fraction)
-    if cost.weight_bytes >= usable:
+    if cost.held_bytes >= usable:
         how = f"do not fit: {usable / GIB:.2f} GiB to use on {device.name}"
-        yield _gib("weights, GiB", cost.weight_bytes, how)
+        yield _gib("weights, GiB", cost.held_bytes, how)
         return
     limits = batch_limits(
         asked.config,
         spec.model.kv_cache,
         device.dtype,
-        usable - cost.weight_bytes,
+        usable - cost.held_bytes,
         max_tokens=MOST_TOKENS[device.kind],
         head_bytes=CUDA_HEAD_BYTES if device.kind == "cuda" else 0,
         is_captured=device.kind == "cuda" and spec.engine.kernels != "plain",
     )
     memory = memory_of(spec, asked.work, cost, limits, device, free)
-    yield _gib("weights, GiB", memory.weight_bytes, f"in {device.dtype}" if cost.quant == "none" else cost.quant)
+    form = f"in {device.dtype}" if cost.quant == "none" else cost.quant
+    copy_gib = round(cost.head_copy_bytes / GIB, 2)
+    copied = f", of which at most {copy_gib:.2f} for a packed copy of the head" if copy_gib else ""
+    yield _gib("weights, GiB", memory.weight_bytes, form + copied)
     yield _gib("cache and activations, GiB", memory.peak_bytes - memory.weight_bytes, "cost model")
     fits = "fits" if memory.peak_bytes <= memory.free_bytes else "does not fit"
     yield _gib("peak, GiB", memory.peak_bytes, f"{fits}: {memory.free_bytes / GIB:.2f} GiB free on {device.name}")
@@ -233,7 +237,7 @@ def memory_of(spec: EvalSpec, work: Work, cost: Cost, limits: BatchLimits, devic
     cached = min(limits.cached_tokens, work.longest * _slots(spec, work, limits, device))
     activations = prefill_bytes(cost.config, packed, cost.dtype, num_sequences=2, kv_cache=cost.kv_cache)
     return Memory(
-        weight_bytes=cost.weight_bytes,
+        weight_bytes=cost.held_bytes,
         kv_bytes=cached * cost.kv_token_bytes,
         activation_bytes=activations,
         free_bytes=free,

@@ -130,6 +130,11 @@ class Run:
         return section(self.result.get("partial"))
 
     @property
+    def is_bundled_sample(self) -> bool:
+        """Whether the rows are the few in the package, which are no benchmark."""
+        return "data" in self.partial
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         found = self.result.get("warnings")
         return tuple(map(str, found)) if isinstance(found, list) else ()

@@ -62,13 +62,15 @@ def noticed_rates(rates: Mapping[str, Metric]) -> str:
 
 
 def footer(spec: EvalSpec, run: Run) -> str:
+    """What is printed when quiet too, so it says whether the number is one of the benchmark."""
+    sample = ", bundled sample" if run.is_bundled_sample else ""
     if run.was_finished:
-        return f"{run.path}: was finished before, nothing asked; {elsewhere(spec)} starts a new run"
+        return f"{run.path}: was finished before, nothing asked{sample}; {elsewhere(spec)} starts a new run"
     session = run.session
     assert session is not None, run.path
     rate = f"{session.num_samples / session.run_s:.3g} samples/s" if session.num_samples else "nothing asked"
     resumed = f", {session.num_resumed} resumed" if session.num_resumed else ""
-    return f"{run.path}: {session.run_s:.1f} s, {rate}{resumed}"
+    return f"{run.path}: {session.run_s:.1f} s, {rate}{resumed}{sample}"
 
 
 def _real(value: float) -> float | None:

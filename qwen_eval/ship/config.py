@@ -208,5 +208,5 @@ def _of_side(side: str, key: str, value: str) -> str:
 
 
 def _quoted(argument: str, old: str, new: str) -> str:
-    listed = cli.list_keys(EvalSpec, tasks=TASKS)
-    return new + cli.bracket_lists([argument], listed)[0].removeprefix(old)
+    keys = cli.list_keys(EvalSpec, tasks=TASKS), cli.text_keys(EvalSpec, tasks=TASKS)
+    return new + cli.bracket_lists([argument], *keys)[0].removeprefix(old)

@@ -18,7 +18,7 @@ from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
 from qwen_eval.data.rows import Source
 from qwen_eval.extraction.numbers import UPSTREAM_GOLD, concluded_number, written
-from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
+from qwen_eval.extraction.symptoms import READ_CHARACTERS, answer_part, completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.sandbox import Mode
 from qwen_eval.sandbox.notebook import CellResult, Notebooks
@@ -324,6 +324,7 @@ def read_call(reply: str, *, is_upstream: bool) -> tuple[str, str, str]:
 
 def code_of(given: str) -> str:
     """The code of an action's input: the first fenced block, quoted text, the JSON field `code`, or all of it."""
+    given = given[:READ_CHARACTERS]  # what a text without any line break costs grows with its square
     for pattern in (_FENCED, _QUOTED):
         if match := pattern.search(given):
             return match[1]

@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import inf
 from typing import Any
 
-# How the answer of these functions counts, by entry point; for all others it must equal the reference's.
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one function is tested. `oracle`: when its answer counts; `most`: what its second argument is at most;
+    `is_complex`: JSON holds its arguments as text, "1j", "(-0-1j)".
+    """
+
+    oracle: str = "same(answer, expected, atol)"
+    most: float = inf
+    is_complex: bool = False
+
+    def inputs(self, row: Mapping[str, Any]) -> list[list[Any]]:
+        found = [args for key in ("base_input", "plus_input") for args in row[key]]
+        found = [args for args in found if self.most == inf or args[1] <= self.most]
+        return [[_number(value) for value in args] for args in found] if self.is_complex else found
+
+
 SETS = (
     "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array "
     "find_dissimilar Diff"
 )
-ORACLES = {
-    "find_zero": "abs(space['poly'](*args, answer)) <= atol",
-    "are_equivalent": "True",  # upstream takes any answer: the reference itself is in doubt
-    "sum_div": "answer == 0 or same(answer, expected, atol)",
-    **dict.fromkeys(("check_str", "text_match_three", "text_starta_endb"), "(answer is not None) == bool(expected)"),
-    **dict.fromkeys(SETS.split(), "set(answer) == set(expected)"),
+RULES = {  # by entry point, all that is special of a problem
+    "find_zero": Rule(oracle="abs(space['poly'](*args, answer)) <= atol"),
+    "are_equivalent": Rule(oracle="True"),  # upstream takes any answer: the reference itself is in doubt
+    "sum_div": Rule(oracle="answer == 0 or same(answer, expected, atol)"),
+    **dict.fromkeys(
+        ("check_str", "text_match_three", "text_starta_endb"), Rule(oracle="(answer is not None) == bool(expected)")
+    ),
+    **dict.fromkeys(SETS.split(), Rule(oracle="set(answer) == set(expected)")),
+    # with more colors it asks for 6 to 128 million items: no candidate may send so much back
+    "combinations_colors": Rule(most=50),
+    **dict.fromkeys(("angle_complex", "convert"), Rule(is_complex=True)),
 }
-
-MOST_COLORS = 50  # Mbpp/255 asks for 6 to 128 million items with more: no candidate may send so much back
-
-COMPLEX_ARGUMENTS = ("angle_complex", "convert")  # JSON holds them as text: "1j", "(-0-1j)"
 
 TEST = """\
 from copy import deepcopy
@@ -70,19 +89,16 @@ def plus_test(row: Mapping[str, Any]) -> str:
     """Source of a test that defines `check(candidate)`."""
     entry_point: str = row["entry_point"]
     reference: str = row["canonical_solution"] if "assertion" in row else row["prompt"] + row["canonical_solution"]
-    inputs: list[list[Any]] = [args for key in ("base_input", "plus_input") for args in row[key]]
-    if entry_point == "combinations_colors":
-        inputs = [args for args in inputs if args[1] <= MOST_COLORS]
-    if entry_point in COMPLEX_ARGUMENTS:
-        inputs = [[_number(value) for value in args] for args in inputs]
-    elif template := next(_called_with(row.get("assertion", ""), entry_point), None):
+    rule = RULES.get(entry_point, Rule())
+    inputs = rule.inputs(row)
+    if not rule.is_complex and (template := next(_called_with(row.get("assertion", ""), entry_point), None)):
         inputs = [_shaped(args, template) for args in inputs]
     return TEST.format(
         reference=reference,
         inputs=inputs,
         atol=row.get("atol") or 0,
         entry_point=entry_point,
-        oracle=ORACLES.get(entry_point, "same(answer, expected, atol)"),
+        oracle=rule.oracle,
     )
 
 

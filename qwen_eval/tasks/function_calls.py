@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_eval.tasks.react import Tool
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 _REACT_TOOL = re.compile(
     r"^(?P<model>\S+): Call this tool to interact with the (?P<human>.*?) API\. What is the .*? API useful for\? "
     r"(?P<description>.*?) ?Parameters: (?P<parameters>\[.*\])",
@@ -51,7 +51,7 @@ def read_call(reply: str) -> FunctionCall | None:
     """The first call of a reply that can be read; None where there is none."""
     for match in _CALL.finditer(reply):
         try:
-            call = json.loads(match[1])
+            call = json.loads(match[1].strip())
             name, arguments = call["name"], call.get("arguments", {})
             if isinstance(arguments, str):  # some models write the object as a text once more
                 arguments = json.loads(arguments)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_eval.config import TaskSpec
-from qwen_eval.core import ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
+from qwen_eval.core import GRADING_TIMEOUT, ConfigError, DataError, Grade, Message, Metric, Prompt, Record, Sample, Turn
 from qwen_eval.data.rows import Source
 from qwen_eval.extraction.math import boxed, concluded_answer, is_same, is_same_upstream, upstream_answer
+from qwen_eval.extraction.math_verifier import ComparisonStopped
 from qwen_eval.extraction.symptoms import completions_of, flags
 from qwen_eval.metrics import share
 from qwen_eval.tasks.generation import GenerativeTask, prompt_text
@@ -80,13 +81,14 @@ class Math(GenerativeTask[MathSpec]):
         completion = completions_of(turns[0])[0]
         answer, read_upstream = concluded_answer(completion.text), upstream_answer(completion.text)
         is_right_upstream = is_same_upstream(read_upstream, sample.target)
+        is_right, stopped = _compared(answer, sample.target)
         return Grade(
-            score=float(is_same(answer, sample.target)),
+            score=float(is_right),
             extracted=answer,
             extracted_upstream=read_upstream,
             score_upstream=float(is_right_upstream),
             values={"level": str(sample.data.get("level", "")).removeprefix("Level ")},
-            flags=flags(completion, has_answer=answer is not None),
+            flags=(*stopped, *flags(completion, has_answer=answer is not None)),
         )
 
     def summarise(self, records: Iterable[Record]) -> dict[str, Metric]:
@@ -98,3 +100,11 @@ class Math(GenerativeTask[MathSpec]):
                 groups[f"level {level}"].append(record.grade.score)
         per_group = {f"accuracy/{name}": share(scores) for name, scores in sorted(groups.items())}
         return super().summarise(records) | per_group
+
+
+def _compared(answer: str | None, gold: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether both mean the same, and the flag of a comparison that was stopped: it counts as wrong."""
+    try:
+        return is_same(answer, gold), ()
+    except ComparisonStopped:
+        return False, (GRADING_TIMEOUT,)

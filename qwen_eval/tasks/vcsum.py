@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Grade, Metric, Prompt, Record, Sample, Tokenizer, Turn
-from qwen_eval.corpus import cut_words
+from qwen_eval.corpus import MAX_CHARACTERS, cut_words
 from qwen_eval.data.rows import Source
 from qwen_eval.extraction.symptoms import answer_part, completions_of, flags
 from qwen_eval.metrics import share
@@ -126,7 +126,7 @@ def best_rouge_l(reply: str, references: Sequence[str]) -> float:
 
 def rouge_l(reply: str, reference: str) -> float:
     """ROUGE-L F of the package `rouge` over words cut by jieba; 0 where one of the texts has none."""
-    hypothesis, gold = (" ".join(cut_words(text).split(" ")[:MAX_WORDS]) for text in (reply, reference))
+    hypothesis, gold = (_first_words(text) for text in (reply, reference))
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, 2 * MAX_WORDS + 2_000))  # the package walks its table by recursion
     try:
@@ -135,6 +135,10 @@ def rouge_l(reply: str, reference: str) -> float:
         return 0.0
     finally:
         sys.setrecursionlimit(before)
+
+
+def _first_words(text: str) -> str:
+    return " ".join(cut_words(text[:MAX_CHARACTERS]).split(" ")[:MAX_WORDS])
 
 
 @cache

@@ -16,6 +16,7 @@ class SamplingParams:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | list[str] | None = None,
+        stop_token_ids: list[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         detokenize: bool = True,

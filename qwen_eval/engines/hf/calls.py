@@ -1,4 +1,5 @@
-"""What transformers is handed with a batch: padded rows, how tokens are drawn, and what watches the batch.
+"""What transformers is handed with a batch: padded rows, how tokens are drawn, what watches the batch; and what is
+read of a model's settings.
 
 Legend: B batch.
 """
@@ -6,11 +7,14 @@ Legend: B batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Padded(TypedDict):
@@ -65,3 +69,15 @@ class StopStrings:
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
     found = [at for at in (text.find(item) for item in stop) if at >= 0]
     return min(found) if found else None
+
+
+def named_ends(model: PreTrainedModel) -> frozenset[int]:
+    """The end tokens of generation_config.json."""
+    found: int | list[int] | None = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset(i for i in (found if isinstance(found, list) else [found]) if i is not None)
+
+
+def is_stretched(model: PreTrainedModel) -> bool:
+    """Whether positions follow the length of what is fed at a time: chunks of a text would be read otherwise."""
+    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
+    return (rope.get("rope_type") or rope.get("type")) in ("dynamic", "longrope")

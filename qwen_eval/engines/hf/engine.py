@@ -31,11 +31,19 @@ from qwen_eval.core import (
     QwenEvalError,
     Rendered,
     Request,
-    Sampling,
     Score,
     TokenLogprobs,
 )
-from qwen_eval.engines.hf.calls import Drawn, Extras, Overflow, Padded, StopStrings, first_stop
+from qwen_eval.engines.hf.calls import (
+    Drawn,
+    Extras,
+    Overflow,
+    Padded,
+    StopStrings,
+    first_stop,
+    is_stretched,
+    named_ends,
+)
 from qwen_eval.engines.hf_tokenizer import HfTokenizer
 from qwen_eval.models.fingerprint import model_fingerprint
 from qwen_eval.models.generation_config import sampling_of
@@ -75,8 +83,10 @@ class HfEngine:
         self._batch_size = batch_size
         self._weights = weights
         self._takes = set(inspect.signature(model.forward).parameters)
-        self._eos_ids = _eos_ids(model, tokenizer.inner)
-        self._pad_id = next(i for i in (tokenizer.inner.pad_token_id, *self._eos_ids, 0) if i is not None)
+        self._named_ends = named_ends(model)
+        own = (tokenizer.inner.pad_token_id, tokenizer.inner.eos_token_id, *sorted(self._named_ends), 0)
+        self._pad_id = next(i for i in own if i is not None)
+        self._is_stretched = is_stretched(model)
         self._sampling = sampling_of(model.generation_config.to_diff_dict()) if model.generation_config else None
         # the checkpoint's own defaults (a repetition penalty of 1.05 in Qwen2.5) would fill what requests leave at 1.0
         model.generation_config = GenerationConfig()
@@ -115,8 +125,7 @@ class HfEngine:
         scores = [(i, request) for i, request in enumerate(requests) if isinstance(request, Score)]
         generates = [(i, request) for i, request in enumerate(requests) if isinstance(request, Generate)]
         yield from self._choose_all(chooses)
-        for index, score in scores:
-            yield index, self._score(score)
+        yield from self._in_batches(scores, lambda batch: [self._score(batch[0][1])], most=1)
         yield from self._generate_all(generates)
 
     # --- choices -----------------------------------------------------------------------------------------------------
@@ -126,8 +135,8 @@ class HfEngine:
         asked.sort(key=lambda item: -len(item[1]))  # long ones first: what does not fit in memory shows at once
         single = [item for item in asked if all(len(choice) == 1 for choice in item[2])]
         yield from self._in_batches(single, self._choose_single)
-        for index, prompt, choices in (item for item in asked if not all(len(choice) == 1 for choice in item[2])):
-            yield index, self._choose_long(prompt, choices)
+        long = [item for item in asked if not all(len(choice) == 1 for choice in item[2])]
+        yield from self._in_batches(long, lambda batch: [self._choose_long(*batch[0][1:])], most=1)
 
     def _choice_ids(self, request: Choose) -> tuple[list[int], list[list[int]]]:
         ids = list(request.kept(tuple(self.tokenizer.render(request.prompt))))
@@ -183,13 +192,16 @@ class HfEngine:
         logprobs: list[float] = []
         num_greedy = 0
         cache: Cache | None = None
-        for start in range(0, len(ids) - 1, SCORE_CHUNK):  # the last token predicts nothing that is asked
-            chunk = ids[start : min(start + SCORE_CHUNK, len(ids) - 1)]
+        num_fed, size = len(ids) - 1, SCORE_CHUNK  # the last token predicts nothing that is asked
+        if self._is_stretched:
+            num_fed = size = request.num_fed or len(ids)
+        for start in range(0, num_fed, size):
+            chunk = ids[start : min(start + size, num_fed)]
             out = self._model(input_ids=self._tensor([chunk]), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             begin = max(0, first - 1 - start)  # rows before it predict context
             wanted_T = self._tensor(ids[start + begin + 1 : start + len(chunk) + 1])
-            logits_TV = out.logits[0, begin:].float()
+            logits_TV = out.logits[0, begin : begin + len(wanted_T)].float()
             if len(wanted_T):
                 logprobs += logits_TV.log_softmax(-1).gather(1, wanted_T[:, None])[:, 0].tolist()
                 num_greedy += int((logits_TV.argmax(-1) == wanted_T).sum())
@@ -198,19 +210,30 @@ class HfEngine:
     # --- texts -------------------------------------------------------------------------------------------------------
 
     def _generate_all(self, requests: Sequence[tuple[int, Generate]]) -> Iterator[tuple[int, Answer]]:
-        """Greedy requests in batches; sampled ones alone, so that a text depends only on its request and seed."""
-        groups: dict[tuple[int, tuple[str, ...], Sampling], list[tuple[int, Generate]]] = defaultdict(list)
+        """Greedy requests in batches, so that a text depends only on its request and seed: sampled ones are drawn
+        alone, and with a penalty transformers counts the padding as text.
+        """
+        groups: dict[tuple[object, ...], list[tuple[int, Generate]]] = defaultdict(list)
+        alone: list[tuple[int, Generate]] = []
         for index, request in requests:
-            if request.sampling.is_greedy:
-                groups[request.max_new_tokens, request.stop, request.sampling].append((index, request))
-            else:
-                yield index, Completions(completions=tuple(self._sample(request, draw) for draw in range(request.n)))
+            key = (request.max_new_tokens, request.stop, request.sampling, self._ends(request))
+            is_alone = not request.sampling.is_greedy or request.sampling.repetition_penalty != 1
+            (alone if is_alone else groups[key]).append((index, request))
+        yield from self._in_batches(alone, lambda batch: self._drawn(batch[0][1]), most=1)
         for group in groups.values():
             yield from self._in_batches(group, lambda batch: self._greedy([request for _, request in batch]))
+
+    def _ends(self, request: Generate) -> frozenset[int]:
+        return self.tokenizer.end_ids(request.prompt, self._named_ends)
 
     def _greedy(self, batch: Sequence[Generate]) -> list[Answer]:
         completions = self._generate(batch)
         return [Completions(completions=(item,) * request.n) for item, request in zip(completions, batch)]
+
+    def _drawn(self, request: Generate) -> list[Answer]:
+        if request.sampling.is_greedy:
+            return self._greedy([request])
+        return [Completions(completions=tuple(self._sample(request, draw) for draw in range(request.n)))]
 
     def _sample(self, request: Generate, draw: int) -> Completion:
         torch.manual_seed(request.sampling.seed * 1_000_003 + draw)
@@ -245,7 +268,7 @@ class HfEngine:
             max_new_tokens=request.max_new_tokens,
             do_sample=not sampling.is_greedy,
             repetition_penalty=sampling.repetition_penalty,
-            eos_token_id=self._eos_ids or None,
+            eos_token_id=sorted(self._ends(request)) or None,
             pad_token_id=self._pad_id,
             **(Drawn() if sampling.is_greedy else drawn),
         )
@@ -253,7 +276,8 @@ class HfEngine:
     def _completion(self, tokens: list[int], request: Generate) -> Completion:
         """Cut a generated row, which is padded once its text has ended, at what ended it."""
         reason: FinishReason = "length"
-        ends = [at for at, token in enumerate(tokens) if token in self._eos_ids]
+        end_ids = self._ends(request)
+        ends = [at for at, token in enumerate(tokens) if token in end_ids]
         if ends:
             tokens, reason = tokens[: ends[0] + 1], "eos"
         text = self.tokenizer.decode(tokens[:-1] if ends else tokens)
@@ -274,12 +298,14 @@ class HfEngine:
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def _in_batches(
-        self, items: Sequence[Item], answer: Callable[[Sequence[Item]], list[Answer]]
+        self, items: Sequence[Item], answer: Callable[[Sequence[Item]], list[Answer]], *, most: int | None = None
     ) -> Iterator[tuple[int, Answer]]:
-        """Items are (index, ...). A batch that does not fit in memory is halved and tried again."""
+        """Items are (index, ...), at most `most` at a time. A batch that does not fit in memory is halved and tried
+        again.
+        """
         at = 0
         while at < len(items):
-            batch = items[at : at + self._batch_size]
+            batch = items[at : at + (most or self._batch_size)]
             try:
                 answers = answer(batch)
             except RuntimeError as error:
@@ -403,14 +429,6 @@ def one_line(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(f"{where}: transformers cannot load it: {_line(error)}") from error
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a text by the generation config, the tokenizer, or ChatML."""
-    config: int | list[int] | None = getattr(model.generation_config, "eos_token_id", None)
-    ids: list[int | None] = [*(config if isinstance(config, list) else [config]), tokenizer.eos_token_id]
-    ids += [tokenizer.get_vocab().get("<|im_end|>")]
-    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -198,6 +198,7 @@ class VllmEngine:
         return self._make_sampling(
             max_tokens=request.max_new_tokens,
             stop=list(request.stop) or None,
+            stop_token_ids=sorted(self.tokenizer.end_ids(request.prompt, frozenset())),  # and those it knows itself
             n=request.n,
             temperature=sampling.temperature,
             top_p=sampling.top_p,

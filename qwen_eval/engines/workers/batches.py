@@ -30,21 +30,38 @@ class BatchQueue:
         ]
         self._place = {index: place for place, index in enumerate(self._order)}
         self._left = list(range(len(requests)))  # places in the order
+        self._most: dict[int, int] = {}  # place of a suspect -> requests of its batch at most
         self._num_workers = num_workers
         self._least = min(MIN_REQUESTS, -(-len(requests) // num_workers))
 
     def __len__(self) -> int:
         return len(self._left)
 
+    @property
+    def is_suspect_next(self) -> bool:
+        """Whether a worker died over the next batch."""
+        return bool(self._left) and self._left[0] in self._most
+
     def take(self) -> list[int]:
-        """Indexes of the next batch; [] when nothing is left."""
-        num = self._cut(self._wanted())
+        """Indexes of the next batch; [] when nothing is left. Suspects and others are in different batches."""
+        num = self._num_alike(self._left[0]) if self.is_suspect_next else self._cut(self._wanted())
+        num = next((n for n in range(num) if (self._left[n] in self._most) != self.is_suspect_next), num)
         batch, self._left = self._left[:num], self._left[num:]
         return [self._order[place] for place in batch]
 
-    def give_back(self, indexes: Iterable[int]) -> None:
-        """Requests that a worker did not answer: they are the next ones, where they stood before."""
-        self._left = sorted([*self._left, *(self._place[index] for index in indexes)])
+    def give_back(self, indexes: Iterable[int], *, most: int | None = None) -> None:
+        """Requests that a worker did not answer: they are the next ones, where they stood before.
+
+        `most`: it died over them. They are suspects, asked in batches of so many at most.
+        """
+        places = [self._place[index] for index in indexes]
+        if most is not None:
+            self._most |= dict.fromkeys(places, most)
+        self._left = sorted([*self._left, *places])
+
+    def _num_alike(self, first: int) -> int:
+        """How many suspects may stand in one batch with the first of them."""
+        return min(self._most[first], len(self._left))
 
     def _wanted(self) -> int:
         """How many requests make the wanted size."""

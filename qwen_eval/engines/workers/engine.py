@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 from qwen_eval.activity import stage
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import JSON, Answer, ConfigError, EngineError, Prompt, QwenEvalError, Rendered, Request, Score
-from qwen_eval.engines.workers.batches import BatchQueue
+from qwen_eval.engines.workers.batches import BatchQueue, beginning
 from qwen_eval.engines.workers.cluster import Cluster, connect
 from qwen_eval.engines.workers.handle import COUNTS, ActorHandle
 from qwen_eval.engines.workers.worker import OpenedWorker, Slice, versions
 
 MUST_AGREE = ("weights", "dtype", "chat_template")  # of Engine.info: they decide answers
+SUSPECTS_SHARE = 8  # a batch over which a worker died is asked again in parts of this fraction of it
+MAX_DEATHS_ALONE = 3  # over one request, with nothing else under way: it has no answer
+SHOWN_CHARACTERS = 60  # of a prompt, in an error
 RENDER_CACHE = 4096  # prompts: the run renders each again when it stores the record
 WAIT_S = 1.0  # Ctrl-C is heard at least so often
 
@@ -37,6 +41,7 @@ class WorkersEngine:
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(self._tokenizer.render(prompt)))
         self._run = 0
         self.failures: dict[int, str] = {}
+        self._deaths_alone: Counter[int] = Counter()  # of this run, by request
         self.num_restarts = 0
 
     @property
@@ -69,6 +74,7 @@ class WorkersEngine:
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         self.failures = {}
+        self._deaths_alone.clear()
         self._run += 1
         requests = self._reachable(requests)
         queue = BatchQueue(requests, len(self._handles))
@@ -79,7 +85,7 @@ class WorkersEngine:
                 for handle in self._handles:
                     handle.feed(queue, requests)
                 for handle in self._ready():
-                    yield from self._taken(handle, queue)
+                    yield from self._taken(handle, queue, requests)
         finally:
             for handle in self._handles:
                 handle.begin(0)  # what is still under way is of no interest any more
@@ -102,7 +108,9 @@ class WorkersEngine:
             self._cluster.refuse_loss()
         return [heads[call] for call in done]
 
-    def _taken(self, handle: ActorHandle, queue: BatchQueue) -> Iterator[tuple[int, Answer]]:
+    def _taken(
+        self, handle: ActorHandle, queue: BatchQueue, requests: Sequence[Request]
+    ) -> Iterator[tuple[int, Answer]]:
         result = received(self._cluster.ray, handle)
         if isinstance(result, OpenedWorker):
             check_equal(self._handles)
@@ -117,8 +125,19 @@ class WorkersEngine:
                 raise result.error
         else:
             self.num_restarts += 1
-            queue.give_back(handle.held)
-            handle.restart(result)
+            under_way = [index for index in handle.held if not self._is_given_up(index, handle)]
+            queue.give_back(under_way, most=max(1, len(handle.held) // SUSPECTS_SHARE))
+            handle.restart(result, described([requests[index] for index in handle.held]))
+
+    def _is_given_up(self, index: int, handle: ActorHandle) -> bool:
+        """Counts the death of a worker that held nothing else; that request fails where it is not the first time."""
+        if len(handle.held) > 1:
+            return False
+        self._deaths_alone[index] += 1
+        if self._deaths_alone[index] < MAX_DEATHS_ALONE:
+            return False
+        self.failures[index] = f"{MAX_DEATHS_ALONE} workers died while they answered it alone"
+        return True
 
     def _reachable(self, requests: Sequence[Request]) -> list[Request]:
         """Hidden states are written by the workers: their directory must be one and the same for all."""
@@ -155,7 +174,7 @@ def received(ray: Any, handle: ActorHandle) -> OpenedWorker | Slice | Exception:
         cause = getattr(error, "cause", None)
         if not isinstance(cause, QwenEvalError):
             raise
-        if handle.num_deaths == 0:
+        if handle.is_new:
             raise cause from None
         return cause  # as it loads again: memory of the dead one may not be free yet
     except ray.exceptions.RayError as error:
@@ -204,6 +223,16 @@ def _wait_opened(cluster: Cluster, handles: Sequence[ActorHandle]) -> None:
                     handle.restart(result)
                 else:
                     starting.advance()
+
+
+def described(requests: Sequence[Request]) -> str:
+    """The first of these requests by the end of its prompt, and how many there are; "" for none."""
+    if not requests:
+        return ""
+    prompt = requests[0].prompt
+    text = f"{len(prompt.ids)} token ids" if prompt.ids is not None else beginning(prompt).replace("\0", " ")
+    shown = " ".join(text.split())[-SHOWN_CHARACTERS:]
+    return f'the request that ends on "{shown}"' + (f" and {len(requests) - 1} others" if len(requests) > 1 else "")
 
 
 def check_equal(handles: Sequence[ActorHandle]) -> None:

@@ -13,7 +13,9 @@ from qwen_eval.engines.workers.worker import EngineWorker, OpenedWorker, Slice
 
 COUNTS = ("computed_tokens", "prompt_tokens", "generated_tokens", "busy_s", "num_oom")  # of Engine.info
 CALLS_AHEAD = 2  # of a worker: while the driver reads one slice the next is made
-MAX_DEATHS = 3  # of one worker in a row, without an answer
+MAX_STARTS = 3  # deaths in a row of a worker that has never loaded its model: it cannot
+MAX_RESTARTS = 10  # the same of one that had: its machine was short of memory, or kills processes
+MAX_DEATHS = 6  # of one worker in a row without an answer: enough to single out a request that kills it, and one more
 CLOSE_S = 60.0  # to end the processes of an engine that has some
 
 
@@ -27,7 +29,9 @@ class ActorHandle:
         self.info: Mapping[str, Any] = {}
         self.calls: deque[Any] = deque()
         self.held: dict[int, bool] = {}
-        self.num_deaths = 0  # in a row
+        self.has_opened = False
+        self._num_deaths = self._num_lost_starts = 0  # in a row: while it answered, while it loaded its model
+        self._is_suspect = False  # what it holds
         self._past: dict[str, Any] = {}  # what those that died had counted
         self.begin(0)
         self._start()
@@ -46,7 +50,7 @@ class ActorHandle:
         if self.opened is None:
             return
         while len(self.calls) < CALLS_AHEAD:
-            indexes = queue.take() if self._num_given == self._num_started else []
+            indexes = self._taken(queue)
             if not indexes and not self.held:
                 return
             self.held |= dict.fromkeys(indexes, True)
@@ -54,31 +58,55 @@ class ActorHandle:
             batch = [(index, requests[index]) for index in indexes]
             self.calls.append(self.actor.more.remote(self._run, batch))
 
+    def _taken(self, queue: BatchQueue) -> list[int]:
+        """The next batch; [] while there is none to give. Nothing is given beside a batch of suspects."""
+        if self._num_given != self._num_started or (self.held and (self._is_suspect or queue.is_suspect_next)):
+            return []
+        self._is_suspect = queue.is_suspect_next
+        return queue.take()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its first process is loading the model."""
+        return not self.has_opened and not self._num_lost_starts
+
     def note(self, result: OpenedWorker | Slice) -> None:
         if isinstance(result, OpenedWorker):
             self.opened, self.info = result, result.info
+            self.has_opened, self._num_lost_starts = True, 0
             return
         self.info = result.info
         if result.run == self._run:
             self._num_started = result.num_started
         if result.answers:
-            self.num_deaths = 0
+            self._num_deaths = 0
 
-    def restart(self, death: Exception) -> None:
-        """A new process in place of one that died; EngineError after too many deaths."""
-        self.num_deaths += 1
-        if self.num_deaths >= MAX_DEATHS:
-            reason = " ".join(str(death).split())
-            raise EngineError(
-                f"worker {self.number} died {self.num_deaths} times in a row without an answer; what is graded is "
-                f"stored, the same command asks for the rest ({reason[:300]})"
-            )
+    def restart(self, death: Exception, under_way: str = "") -> None:
+        """A new process in place of one that died over `under_way`; EngineError after too many deaths."""
+        if self.opened is None:
+            self._num_lost_starts += 1
+            self._refuse(death, self._num_lost_starts, "while it loaded the model", self._most_starts)
+        elif under_way:
+            self._num_deaths += 1
+            self._refuse(death, self._num_deaths, f"without an answer, at last over {under_way}", MAX_DEATHS)
         self.kill()
         self._past = {key: self.count(key) for key in COUNTS}
         self.info = {key: 0 if key in COUNTS else value for key, value in self.info.items()}
         self.held = {}
         self._num_given = self._num_started = 0
         self._start()
+
+    @property
+    def _most_starts(self) -> int:
+        return MAX_RESTARTS if self.has_opened else MAX_STARTS
+
+    def _refuse(self, death: Exception, num: int, when: str, most: int) -> None:
+        if num >= most:
+            reason = " ".join(str(death).split())
+            raise EngineError(
+                f"worker {self.number} died {num} times in a row {when}; what is graded is stored, "
+                f"the same command asks for the rest ({reason[:300]})"
+            )
 
     def count(self, key: str) -> Any:
         return self._past.get(key, 0) + self.info.get(key, 0)
