@@ -4,14 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Where it is set, as in many containers, each process of the tests would compile the package and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-machines new-user lint check typed gate reports clean
 
 demo: $(STAMP)
 	$(BIN)/python -m qwen_eval
 
+# Each worker begins with one half of the files and takes from the other's at the end: with the plain -n 2 both would
+# start Ray, train the same model, and so on for each fixture of a file.
+TWO := -n 2 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(TWO)
 
 # The numerics as other CPUs compute them: AVX2 without bf16 units asked for bf16; then fp32, as a CPU without bf16
 # units computes by default, unless this is one. About two minutes of two cores.
@@ -20,9 +26,9 @@ NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quan
 	non_finite evaluate planted needle))
 
 test-machines: $(STAMP)
-	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest -n 2 $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest $(TWO) $(NUMERICS)
 	if $(BIN)/python -c "import sys; from qwen_eval.models.quant.kernels import dense_dtype as d; sys.exit('32' in str(d()))"; \
-	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest -n 2 $(NUMERICS); fi
+	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest $(TWO) $(NUMERICS); fi
 
 # docs/first_hour.md, word by word, with the wheel in an empty environment: about three minutes.
 new-user: $(STAMP)

@@ -10,6 +10,11 @@ import pytest
 from qwen_eval.runs import progress
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests first: at the end no worker waits for one that another has just begun."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine lines about slow stages would stand between those that a test looks at. They are there in
