@@ -39,7 +39,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     toy.register()
 
     def call(*arguments: str) -> Done:
-        code = main(["--config-dir", str(toy.CONF), *arguments])
+        code = main(list(arguments))
         said = capfd.readouterr()
         return Done(code, said.out, said.err)
 

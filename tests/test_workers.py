@@ -323,6 +323,7 @@ def test_what_a_killed_worker_held_is_asked_again(fakes: WorkersEngine) -> None:
     assert "2 workers died" in fakes.info["warnings"][-1]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_worker_that_always_dies_ends_the_run_in_one_line(cluster: Cluster) -> None:
     engine = open_engine(EngineSpec(name="fake", workers=2, fake_delay_s=30.0), ModelSpec(name="m"))
     assert isinstance(engine, WorkersEngine)
