@@ -12,12 +12,13 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(STAMP)
 	$(BIN)/python -m qwen_eval
 
-# Each worker begins with one half of the files and takes from the other's at the end: with the plain -n 2 both would
-# start Ray, train the same model, and so on for each fixture of a file.
-TWO := -n 2 --dist worksteal
+# Three for two cores: one often waits, for a server, a limit of time or a process that it has killed. Each begins with a
+# third of the files and takes from the others' at the end, so that what a file's tests share, such as Ray, is made once.
+WORKERS := 3
+SHARED := -n $(WORKERS) --dist worksteal
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TWO)
+	$(BIN)/python -m pytest $(SHARED)
 
 # The numerics as other CPUs compute them: AVX2 without bf16 units asked for bf16; then fp32, as a CPU without bf16
 # units computes by default, unless this is one. About two minutes of two cores.
@@ -26,9 +27,9 @@ NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quan
 	non_finite evaluate planted needle))
 
 test-machines: $(STAMP)
-	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest $(TWO) $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest $(SHARED) $(NUMERICS)
 	if $(BIN)/python -c "import sys; from qwen_eval.models.quant.kernels import dense_dtype as d; sys.exit('32' in str(d()))"; \
-	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest $(TWO) $(NUMERICS); fi
+	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest $(SHARED) $(NUMERICS); fi
 
 # docs/first_hour.md, word by word, with the wheel in an empty environment: about three minutes.
 new-user: $(STAMP)
