@@ -26,8 +26,8 @@ def stored_config(spec: Mapping[str, JSON]) -> EvalSpec:
         # what stands between these braces would be looked up in this machine's environment
         raise StoreError("spec.json: holds ${…}, which no run of ours writes; refused")
     try:
-        schema = _schema(task_class(name).Spec, kind(_engine_name(config)).spec)
-        found: Any = OmegaConf.to_object(OmegaConf.merge(schema, config))
+        engine: Any = kind(_engine_name(config)).spec
+        found: Any = OmegaConf.to_object(OmegaConf.merge(_schema(task_class(name).Spec, engine), config))
     except (OmegaConfBaseException, ConfigError, TypeError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise StoreError(f"the run's configuration is of another version: {reason}") from error
