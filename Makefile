@@ -4,14 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Where it is set, as in many containers, each process of the tests would compile the package and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-machines kernels new-user lint check typed gate reports clean
 
 demo: $(STAMP)
 	$(BIN)/python -m qwen_eval
 
+# Three for two cores: one often waits, for a server, a limit of time or a process that it has killed. Each begins with a
+# third of the files and takes from the others' at the end, so that what a file's tests share, such as Ray, is made once.
+WORKERS := 3
+SHARED := -n $(WORKERS) --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(SHARED)
 
 # The numerics as other CPUs compute them: AVX2 without bf16 units asked for bf16; then fp32, as a CPU without bf16
 # units computes by default, unless this is one. About two minutes of two cores.
@@ -20,9 +27,9 @@ NUMERICS := $(addprefix tests/test_,$(addsuffix .py,dense bnb gptq kv_quant quan
 	non_finite evaluate planted needle))
 
 test-machines: $(STAMP)
-	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest -n 2 $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 QWEN_EVAL_CPU_DTYPE=bf16 $(BIN)/python -m pytest $(SHARED) $(NUMERICS)
 	if $(BIN)/python -c "import sys; from qwen_eval.models.quant.kernels import dense_dtype as d; sys.exit('32' in str(d()))"; \
-	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest -n 2 $(NUMERICS); fi
+	then QWEN_EVAL_CPU_DTYPE=fp32 $(BIN)/python -m pytest $(SHARED) $(NUMERICS); fi
 
 # The kernels of GPUs on a machine without one: what they compute, in Triton's interpreter, and that they compile for
 # A100 and H100. Installs triton (a gigabyte); about two minutes of two cores.

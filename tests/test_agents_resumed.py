@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_eval.__main__ import main as evaluation
 from qwen_eval.report.__main__ import main as report
 
 ROOT = Path(__file__).parents[1]
@@ -24,24 +25,22 @@ COMMANDS = {
 }
 
 
-def started(task: str, runs: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qwen_eval", f"task={task}", *COMMON, *COMMANDS[task], f"runs_dir={runs}"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def arguments(task: str, runs: Path) -> list[str]:
+    return [f"task={task}", *COMMON, *COMMANDS[task], f"runs_dir={runs}"]
 
 
 def finished(task: str, runs: Path) -> Path:
-    process = started(task, runs)
-    said = process.communicate(timeout=300)[0].decode(errors="replace")
-    assert process.returncode == 0, said
+    assert evaluation(arguments(task, runs)) == 0
     return runs / "eval" / task / "qwen-nano-chat" / "default"
 
 
 def killed_after_a_record(task: str, runs: Path) -> int:
     """How many records there were when it was killed."""
     records = runs / "eval" / task / "qwen-nano-chat" / "default" / "records.jsonl"
-    process = started(task, runs)
+    command = [sys.executable, "-m", "qwen_eval", *arguments(task, runs)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     while process.poll() is None and not (records.is_file() and records.read_bytes().count(b"\n") >= 1):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

@@ -11,6 +11,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,9 @@ def is_shim(name: str) -> bool:
     return is_at_root and len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= SHIM_LINES
 
 
-IMPORTS = [item for name in MODULES for item in imports_of(name)]
+@cache  # not while tests are collected, which every worker does
+def imports() -> list[Import]:
+    return [item for name in MODULES for item in imports_of(name)]
 
 
 def test_an_import_is_lazy_in_a_function_and_for_type_checkers() -> None:
@@ -150,12 +153,12 @@ def test_an_import_is_lazy_in_a_function_and_for_type_checkers() -> None:
 
 
 def test_core_imports_nothing_of_ours() -> None:
-    assert [str(item) for item in IMPORTS if item.importer == "core"] == []
+    assert [str(item) for item in imports() if item.importer == "core"] == []
 
 
 def test_each_room_imports_only_the_rooms_below_it() -> None:
     wrong = []
-    for item in IMPORTS:
+    for item in imports():
         room, other = room_of(item.importer), room_of(item.imported)
         if room != other and not is_entry_point(item.importer) and other not in ALLOWED.get(room, "").split():
             wrong.append(str(item))
@@ -179,7 +182,7 @@ def test_the_allowed_imports_only_point_down() -> None:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Also through a lazy import, or one for type checkers alone."""
     ahead: dict[str, set[str]] = defaultdict(set)
-    for item in IMPORTS:
+    for item in imports():
         ahead[item.importer].add(item.imported)
     assert _circle(ahead) is None
 
@@ -204,18 +207,18 @@ def test_a_circle_would_be_found() -> None:
 
 
 def test_our_own_modules_are_imported_lazily_only_at_entry_points() -> None:
-    lazy = [item for item in IMPORTS if item.is_lazy and not is_entry_point(item.importer)]
+    lazy = [item for item in imports() if item.is_lazy and not is_entry_point(item.importer)]
     assert [str(item) for item in lazy if (item.importer, item.imported) not in DOORS] == []
 
 
 @pytest.mark.parametrize(("importer", "imported"), DOORS)
 def test_a_door_that_is_no_longer_used_is_taken_off_the_list(importer: str, imported: str) -> None:
-    doors = [item for item in IMPORTS if (item.importer, item.imported) == (importer, imported)]
+    doors = [item for item in imports() if (item.importer, item.imported) == (importer, imported)]
     assert {item.is_lazy for item in doors} == {True}
 
 
 def test_entry_points_are_imported_by_entry_points_and_their_own_room_alone() -> None:
-    wrong = [item for item in IMPORTS if is_entry_point(item.imported) and not is_entry_point(item.importer)]
+    wrong = [item for item in imports() if is_entry_point(item.imported) and not is_entry_point(item.importer)]
     assert [str(item) for item in wrong if room_of(item.importer) != room_of(item.imported)] == []
 
 

@@ -43,7 +43,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     toy.register()
 
     def call(*arguments: str) -> Done:
-        code = main(["--config-dir", str(toy.CONF), *arguments])
+        code = main(list(arguments))
         said = capfd.readouterr()
         return Done(code, said.out, said.err)
 
@@ -262,6 +262,22 @@ def test_a_grid_is_every_cell_in_a_directory_of_its_own(tmp_path: Path, command:
     assert [str(path.parent.relative_to(tmp_path / "runs" / "eval")) for path in results] == [
         f"toy/{model}/protocol={protocol}" for model in ("toy", "toy-chat") for protocol in ("robust", "upstream")
     ]
+
+
+def test_one_cell_has_the_settings_that_it_has_in_a_grid_with_a_file_or_with_a_flag(
+    tmp_path: Path, command: Command
+) -> None:
+    """Hydra's own command composes the last three, ours the first."""
+    (tmp_path / "conf").mkdir()
+    asked = ["task=toy", "model=toy-chat", "engine=fake", "limit=3", "task.levels=1,2", "model.system=It's [x]"]
+    found = []
+    for i, more in enumerate(([], ["-m"], ["hydra.searchpath=[file://conf]"], ["--config-dir", "conf"])):
+        assert command(*more, *asked, f"run_dir=r{i}").returncode == 0
+        config = json.loads((tmp_path / f"r{i}" / "spec.json").read_text())["config"]
+        assert config.pop("run_dir") == f"r{i}"
+        found.append(config)
+    assert found[0]["task"]["levels"] == [1, 2]
+    assert found[1:] == found[:1] * 3
 
 
 def test_a_cell_that_fails_does_not_take_the_grid_with_it(tmp_path: Path, command: Command) -> None:

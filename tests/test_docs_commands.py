@@ -110,6 +110,7 @@ def test_no_command_is_left_out() -> None:
     assert len(RUNNABLE) > 10
 
 
+@pytest.mark.slow
 def test_the_commands_that_need_only_the_package_run_as_written_one_after_the_other(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     toy.register()
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(["--config-dir", str(toy.CONF), "task=toy", "task.num=4", "task.max_new_tokens=2", *arguments])
+        code = main(["task=toy", "task.num=4", "task.max_new_tokens=2", *arguments])
         said = capfd.readouterr()
         return code, said.out, said.err
 

@@ -31,6 +31,7 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_line_is_a_command(tool: ModuleType) -> None:
     plan = tool.load_plan()
     num = len(plan.gate)

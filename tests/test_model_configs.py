@@ -266,6 +266,7 @@ def test_a_dead_hub_says_how_to_go_on_without_it(tmp_path: Path) -> None:
     assert said.endswith("pass model.path=DIR")
 
 
+@pytest.mark.slow
 def test_a_silent_hub_is_given_up_in_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, never answers
         start = time.perf_counter()

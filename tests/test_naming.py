@@ -34,7 +34,7 @@ def command(tmp_path: Path, qwen2: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     toy.register()
 
     def call(*arguments: str) -> tuple[int, str]:
-        code = main(["--config-dir", str(toy.CONF), "task=toy", "task.num=3", "task.max_new_tokens=2", *arguments])
+        code = main(["task=toy", "task.num=3", "task.max_new_tokens=2", *arguments])
         return code, capfd.readouterr().err
 
     return call
@@ -92,7 +92,7 @@ def test_an_endpoint_is_named_after_its_model(
     assert code == 2
     assert "no server answers" in error
     assert not (tmp_path / "runs").exists(), "a run that never began leaves no directory"
-    assert main(["--config-dir", str(toy.CONF), "task=toy", "task.num=3", *server, "plan=true"]) == 0
+    assert main(["task=toy", "task.num=3", *server, "plan=true"]) == 0
     assert "toy · Model-7B: plan" in capfd.readouterr().out
 
 

@@ -41,7 +41,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     toy.register()
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(["--config-dir", str(toy.CONF), *ASKS, *arguments])
+        code = main([*ASKS, *arguments])
         said = capfd.readouterr()
         return code, said.out, said.err
 

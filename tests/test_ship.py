@@ -45,7 +45,7 @@ def ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     toy.register()
 
     def call(*argv: str) -> Done:
-        code = main(["--config-dir", str(toy.CONF), *argv])
+        code = main(list(argv))
         said = capsys.readouterr()
         return Done(code, said.out, said.err)
 
@@ -136,10 +136,11 @@ def test_one_model_at_a_time_gives_the_certificate_of_both_together(tmp_path: Pa
     assert timeless(certificate(tmp_path, "both")) == timeless(certificate(tmp_path, "one"))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_same_certificate_but_for_times(tmp_path: Path, ship: Ship) -> None:
     argv = [*TOY, "two_sided=true"]
     assert ship(*argv, "tag=whole").code == 0
-    command = [sys.executable, "-c", SHIP, "--config-dir", str(toy.CONF), *argv, "tag=killed"]
+    command = [sys.executable, "-c", SHIP, *argv, "tag=killed"]
     num_kills = 0
     for side, goal in (("reference", 3_000), ("candidate", 3_000), ("candidate", 60_000)):
         records = directory(tmp_path, "killed") / "toy" / side / "records.jsonl"
@@ -177,7 +178,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate of "do not ship", made once."""
     toy.register()
     root = tmp_path_factory.mktemp("made")
-    assert main(["--config-dir", str(toy.CONF), *TOY, RIGHT, WRONG, f"runs_dir={root / 'runs'}"]) == 1
+    assert main([*TOY, RIGHT, WRONG, f"runs_dir={root / 'runs'}"]) == 1
     return root
 
 

@@ -150,6 +150,7 @@ def without_numbers(text: str) -> list[str]:
     return [re.split(r"\s{2,}|\d", line)[0] for line in lines]
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet_whatever_libraries_have_to_say(tmp_path: Path) -> None:
     """In a process of its own, since libraries speak as they are imported: transformers, and its bar of the weights."""
     write_tiny_qwen2(tmp_path / "m")

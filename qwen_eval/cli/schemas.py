@@ -18,6 +18,7 @@ from qwen_eval.tasks.registry import TASKS, task_class
 PACKAGE = Path(__file__).parents[1]
 DEFAULTS = ("mmlu", "native")  # of the commands that have a task and an engine
 SCHEMA = re.compile(r"\b(\w+)_schema\b")
+_stored: dict[tuple[str | None, str], type] = {}  # (group, name) -> what Hydra has been told
 OPEN = ("hydra", "experiment=", "config-dir", "-cd", "searchpath", "config-name", "-cn", "config-path", "-cp")
 
 
@@ -54,18 +55,26 @@ def default_groups(config_name: str) -> set[str]:
 def register(config_name: str, schema: type, folders: Sequence[Path], words: Sequence[str]) -> None:
     """Tell Hydra the schemas: `eval_schema`, `model/model_schema`, `engine/engine_schema`, `engine/<engine>_schema`,
     `task/<task>_schema`."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    store.store(name=f"{'eval' if config_name == 'config' else config_name}_schema", node=schema)
-    store.store(group="model", name="model_schema", node=ModelSpec)
-    store.store(group="engine", name="engine_schema", node=EngineSpec)
+    _store(None, f"{'eval' if config_name == 'config' else config_name}_schema", schema)
+    _store("model", "model_schema", ModelSpec)
+    _store("engine", "engine_schema", EngineSpec)
     for name in named(words, "engine", ENGINES):
-        _store_option(store, "engine", name, engine_kind(name).spec, folders)
+        _store_option("engine", name, engine_kind(name).spec, folders)
     for name in named(words, "task", TASKS):
         spec = _task_spec(name)
         if spec is not None:
-            _store_option(store, "task", name, spec, folders)
+            _store_option("task", name, spec, folders)
+
+
+def _store(group: str | None, name: str, schema: type, *, is_named: bool = False) -> None:
+    """`is_named`: the option itself, with its name as `name`. In a process of many calls each is stored once: OmegaConf
+    takes five milliseconds to read a schema."""
+    if _stored.get((group, name)) is schema:
+        return
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(group=group, name=name, node=schema(name=name) if is_named else schema)
+    _stored[group, name] = schema
 
 
 def named(argv: Sequence[str], group: str, known: Iterable[str]) -> list[str]:
@@ -104,13 +113,11 @@ def given_folders(argv: Sequence[str]) -> list[Path]:
     return [Path(folder) for folder in (*apart, *joined)]
 
 
-def _store_option(store: Any, group: str, name: str, spec: Any, folders: Sequence[Path]) -> None:
+def _store_option(group: str, name: str, spec: Any, folders: Sequence[Path]) -> None:
     """The schema, and the option itself where no folder has a yaml of its name."""
-    store.store(group=group, name=f"{name}_schema", node=spec)
-    if spec.name == MISSING:
-        spec = spec(name=name)
+    _store(group, f"{name}_schema", spec)
     if not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
-        store.store(group=group, name=name, node=spec)
+        _store(group, name, spec, is_named=spec.name == MISSING)
 
 
 def _task_spec(name: str) -> Any:

@@ -116,12 +116,17 @@ def _of_unsealed(directory: Path, spec: Mapping[str, JSON], result: Mapping[str,
         return Damage(
             reason=f"damaged: {RECORDS} has {len(records)} records, {RESULT} is of {result.get('n')}; {RESTORE}"
         )
-    stored, headline = _stored_headline(result), _headline(spec, records, result)
-    if stored is None or headline is None:
+    stored = _stored_headline(result)
+    if stored is None or any(_is_same(mean, stored) for mean in _means(records)):
         return None
-    if any(math.isclose(found, stored, rel_tol=SAME, abs_tol=SAME) for found in (headline, *_means(records))):
+    headline = _headline(spec, records, result)
+    if headline is None or _is_same(headline, stored):
         return None
     return Damage(reason=f"damaged: the records give {headline:.6g}, {RESULT} says {stored:.6g}; {RESTORE}")
+
+
+def _is_same(found: float, stored: float) -> bool:
+    return math.isclose(found, stored, rel_tol=SAME, abs_tol=SAME)
 
 
 def doubled(ids: Sequence[str]) -> str | None:

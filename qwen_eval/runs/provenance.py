@@ -8,8 +8,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 from qwen_eval.core import JSON
@@ -32,10 +33,11 @@ DECIDING = ("torch", "transformers", "tokenizers", "tiktoken")  # another major 
 
 def provenance() -> dict[str, JSON]:
     """Recorded beside every result, compared with nothing."""
+    git = git_state()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git": git_state(),
-        "packages": package_versions(),
+        "git": None if git is None else dict(git),
+        "packages": dict(package_versions()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_model(),
@@ -45,7 +47,8 @@ def provenance() -> dict[str, JSON]:
     }
 
 
-def package_versions() -> dict[str, str]:
+@cache  # many runs may come of one process, and its code and packages are those that it began with
+def package_versions() -> Mapping[str, str]:
     """Versions of the packages that are installed, without importing one."""
     versions = {}
     for name in PACKAGES:
@@ -60,7 +63,8 @@ def deciding_versions() -> dict[str, str]:
     return {name: version.split(".")[0] for name, version in package_versions().items() if name in DECIDING}
 
 
-def git_state() -> dict[str, JSON] | None:
+@cache
+def git_state() -> Mapping[str, JSON] | None:
     """Commit and dirty flag of the checkout this package is imported from; None for an installed copy."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():

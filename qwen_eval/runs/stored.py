@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from qwen_eval.config import EngineSpec, EvalSpec, TaskSpec
@@ -25,16 +26,24 @@ def stored_config(spec: Mapping[str, JSON]) -> EvalSpec:
         # what stands between these braces would be looked up in this machine's environment
         raise StoreError("spec.json: holds ${…}, which no run of ours writes; refused")
     try:
-        schema = OmegaConf.structured(EvalSpec)
-        schema.task = OmegaConf.structured(task_class(name).Spec)
-        schema.engine = OmegaConf.structured(kind(_engine_name(config)).spec)
-        found: Any = OmegaConf.to_object(OmegaConf.merge(schema, config))
+        engine: Any = kind(_engine_name(config)).spec
+        found: Any = OmegaConf.to_object(OmegaConf.merge(_schema(task_class(name).Spec, engine), config))
     except (OmegaConfBaseException, ConfigError, TypeError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise StoreError(f"the run's configuration is of another version: {reason}") from error
     assert isinstance(found, EvalSpec), type(found)
     assert isinstance(found.task, TaskSpec), type(found.task)
     return found
+
+
+@cache  # a report reads hundreds of runs; merging leaves it as it is
+def _schema(task: type, engine: type) -> Any:
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(EvalSpec)
+    schema.task = OmegaConf.structured(task)
+    schema.engine = OmegaConf.structured(engine)
+    return schema
 
 
 def _engine_name(config: Mapping[str, JSON]) -> str:
