@@ -43,7 +43,6 @@ def overlapped(engine: NativeEngine, is_captured: bool, monkeypatch: pytest.Monk
     if is_captured:
         engine.generator.make_graphs = recorded_graphs
         monkeypatch.setattr("qwen_eval.models.runner.buckets_for", lambda _: SMALL)
-        monkeypatch.setattr("qwen_eval.engines.native.workspace.buckets_for", lambda _: SMALL)
     return engine
 
 
@@ -93,7 +92,8 @@ def ids_of(found: Sequence[Completions]) -> list[tuple[tuple[int, ...], str]]:
 def test_a_wasted_step_neither_advances_a_rows_noise_nor_writes_into_a_reassigned_slot(
     trick: str, codec: str, is_captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, options = replace(CONFIG, **TRICKS[trick]), {"codec": CODECS[codec]}
+    config = replace(CONFIG, **TRICKS[trick])
+    options: dict[str, Any] = {"codec": CODECS[codec]}
     asks = stopped(mixed(15), answers(engine_of(config, **options), mixed(15)))
     alone = answers(engine_of(config, **options, max_batch_size=1, prefix_sharing=False), asks)
     watched = Watched(monkeypatch)
@@ -119,7 +119,7 @@ def test_a_step_is_wasted_only_where_the_end_could_not_be_foreseen(monkeypatch: 
         fed[0] += len(ids) if type(attend).__name__ == "DecodeAttend" else 0
         return step(ids, rotations, attend, *rest)
 
-    engine.forward.model.forward = counted  # type: ignore[method-assign]
+    engine.forward.model.forward = counted  # type: ignore
     found = answers(engine, asks)
     assert all(answer.completions[0].finish_reason == "length" for answer in found)
     assert fed[0] == sum(answer.completions[0].num_tokens - 1 for answer in found)

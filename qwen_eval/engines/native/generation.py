@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
+from qwen_eval.engines.native.prefix_tree import MIN_PART_OF_RUNNING
 from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
-from qwen_eval.engines.native.scheduler import Counters, halved, walk
+from qwen_eval.engines.native.scheduler import Counters, Packing, halved, walk
 from qwen_eval.engines.native.workspace import Fetched, MakeGraphs, Need, Workspace, make_workspace
 from qwen_eval.models.cost import choice_bytes
 from qwen_eval.models.decode import RunningRow, StepResult
@@ -91,8 +92,10 @@ class Generator:
         on_step: OnStep | None = None,
         overlap: bool | None = None,
         make_graphs: MakeGraphs = cuda_graphs,
+        packing: Packing | None = None,
     ) -> None:
         self.forward, self.tokenizer = forward, tokenizer
+        self.packing = packing or Packing()
         self.max_cached_tokens, self.token_bytes = max_cached_tokens, token_bytes
         self.share = share and not forward.codec.is_chunked
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
@@ -172,6 +175,8 @@ class Generator:
             limits=[len(row.prompt) - 1 if self.share else 0 for row in rows],
             lengths=[len(row.prompt) for row in rows],
             counters=self.counters,
+            packing=self.packing,
+            min_part=MIN_PART_OF_RUNNING,
         )
         for wave in waves:
             for branch in wave:
@@ -206,6 +211,7 @@ class _Batch:
     def __init__(self, owner: Generator, rows: Sequence[Row], num_slots: int, capacity: int) -> None:
         queue = owner._queue(rows)
         self.owner, self.forward, self.queue, self.num_slots = owner, owner.forward, queue, num_slots
+        self.num_awaited = max(1, int(num_slots * owner.packing.free_slots))  # slots free before others are admitted
         self.counters = owner.counters
         workspace = owner.workspace(rows, num_slots, capacity)
         self.slots, self.choice, self.decoding = workspace.slots, workspace.choice, workspace.decoding
@@ -216,7 +222,8 @@ class _Batch:
 
     def run(self) -> Iterator[Row]:
         while self.active or self.next_up is not None:
-            while self.next_up is not None and len(self.active) < self.num_slots:
+            is_time = self.num_slots - len(self.active) >= self.num_awaited or not self.active
+            while is_time and self.next_up is not None and len(self.active) < self.num_slots:
                 self._admit()
                 yield from self._retire()
             if self.active:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor
 
 from qwen_eval.core import EngineError
-from qwen_eval.engines.native.scheduler import Counters, halved, is_out_of_memory, walk
+from qwen_eval.engines.native.scheduler import Branch, Counters, Packing, halved, is_out_of_memory, walk
 from qwen_eval.models.attend import upload
 from qwen_eval.models.cost import CUDA_HEAD_BYTES
 from qwen_eval.models.kv_cache import Prefix
@@ -87,11 +88,13 @@ class Scorer:
         max_batch_tokens: int = 4096,
         max_batch_size: int | None = None,
         model_dtype_logits: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self.forward = forward
         self.share = share and not forward.codec.is_chunked
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         self.model_dtype_logits = model_dtype_logits  # the original's: choice logits rounded to the model's dtype
+        self.packing = packing or Packing()
         self.counters = Counters()
 
     def run(self, jobs: Sequence[Job], *, on_hidden: OnHidden | None = None) -> Iterator[tuple[int, Scores]]:
@@ -111,29 +114,45 @@ class Scorer:
             limits=[jobs[i].first_row if self.share else 0 for i in members],
             lengths=[jobs[i].length for i in members],
             counters=self.counters,
+            packing=self.packing,
             wave_tokens=self.max_batch_tokens,
         )
         under_way: deque[list[_Found]] = deque()
-        for wave in waves:
-            suffixes = [
-                _Suffix(index=members[m], job=jobs[members[m]], prefix=b.prefix) for b in wave for m in b.members
-            ]
-            for found in self._run_wave(suffixes, on_hidden):
-                under_way.append(found)
-                if len(under_way) > self._batches_under_way:
-                    yield from _fetched(under_way.popleft())
+        for found in self._batches(waves, jobs, members, on_hidden):
+            under_way.append(found)
+            if len(under_way) > self._batches_under_way:
+                yield from _fetched(under_way.popleft())
         for found in under_way:
             yield from _fetched(found)
+
+    def _batches(
+        self, waves: Iterator[list[Branch]], jobs: Sequence[Job], members: Sequence[int], on_hidden: OnHidden | None
+    ) -> Iterator[list[_Found]]:
+        """Sequences of all prefixes side by side; a batch that a wave does not fill waits for those of the next."""
+        queue: list[_Suffix] = []
+        for wave in waves:
+            queue += [_Suffix(index=members[m], job=jobs[members[m]], prefix=b.prefix) for b in wave for m in b.members]
+            wave.clear()  # so that a prefix is freed with the last sequence that continues it
+            queue.sort(key=self._order)
+            yield from self._run_queue(queue, on_hidden, may_wait=True)
+        yield from self._run_queue(queue, on_hidden, may_wait=False)
 
     @property
     def _batches_under_way(self) -> int:
         return 0 if self.forward.device.type == "cpu" else BATCHES_UNDER_WAY
 
-    def _run_wave(self, suffixes: Sequence[_Suffix], on_hidden: OnHidden | None) -> Iterator[list[_Found]]:
-        """Sequences of all prefixes of the wave side by side, the longest first."""
-        queue = sorted(suffixes, key=lambda suffix: suffix.num_tokens)
+    def _order(self, suffix: _Suffix) -> tuple[int, int]:
+        """The longest last, or those of about one length (up to twice) by their prefixes."""
+        if self.packing.by_prefix:
+            return suffix.num_tokens.bit_length(), id(suffix.prefix)
+        return suffix.num_tokens, 0
+
+    def _run_queue(self, queue: list[_Suffix], on_hidden: OnHidden | None, *, may_wait: bool) -> Iterator[list[_Found]]:
+        """Batches off the end of `queue`; with `may_wait` it keeps what more sequences could join."""
         while queue:
             batch = self._next_batch([suffix.num_tokens for suffix in queue])
+            if may_wait and batch == len(queue) and self._may_keep(queue):
+                return
             try:
                 found = self._run_batch(queue[-batch:], on_hidden)
             except RuntimeError as error:
@@ -142,10 +161,17 @@ class Scorer:
             del queue[-batch:]
             yield found
 
+    def _may_keep(self, queue: Sequence[_Suffix]) -> bool:
+        """Whether memory holds their prefixes beside those of the next wave."""
+        prefixes = {id(suffix.prefix): suffix.depth for suffix in queue}
+        return sum(prefixes.values()) <= self.packing.kept_tokens // 2
+
     def _next_batch(self, lengths: Sequence[int]) -> int:
-        """How many of the longest sequences (at the end) fit the token budget, padding counted; at least one."""
+        """How many sequences at the end fit the token budget, padding counted; at least one."""
         most = len(lengths) if self.max_batch_size is None else min(len(lengths), self.max_batch_size)
-        return max(1, min(most, self.max_batch_tokens // max(lengths[-1], 1)))
+        longest = accumulate(reversed(lengths), max)
+        fitting = takewhile(lambda it: it[0] * it[1] <= self.max_batch_tokens, enumerate(islice(longest, most), 1))
+        return max(1, sum(1 for _ in fitting))
 
     def _shrink(self, error: RuntimeError, batch: int) -> None:
         if batch == 1 and is_out_of_memory(error):

@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_eval.activity import stage
 from qwen_eval.core import Sampling
 from qwen_eval.engines.native.sampling import TokenChoice
-from qwen_eval.models.decode import Decoding, StepResult, buckets_for
+from qwen_eval.models.decode import Decoding, StepResult
 from qwen_eval.models.graph import StepGraphs, cuda_graphs
 from qwen_eval.models.kv_cache import Slots
 from qwen_eval.models.runner import ModelRunner
@@ -51,9 +51,8 @@ def make_workspace(
     make_graphs: MakeGraphs = cuda_graphs,
 ) -> Workspace:
     """`lengths`: of the prompts, `samplings`: of all rows that will run."""
-    num_slots = buckets_for(runner.device).rows(need.num_slots)  # rows of padding have slots too
-    slots = runner.slots(num_slots, need.capacity)
-    choice = TokenChoice(samplings, num_slots, runner.config.vocab_size, runner.head_device)
+    slots = runner.slots(need.num_slots, need.capacity)
+    choice = TokenChoice(samplings, need.num_slots, runner.config.vocab_size, runner.head_device)
     graphs = make_graphs(runner.device) if len(runner.devices) == 1 else None  # a graph is of one device
     with stage("warming up", is_brief=True):
         decoding = runner.decoding(
