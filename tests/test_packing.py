@@ -71,7 +71,7 @@ def test_a_batch_that_a_wave_does_not_fill_waits_for_the_next_one() -> None:
     engine = engine_of(packing=packing, max_batch_tokens=400)
     packed = engine.forward.packed
 
-    def counted(sequences: list, *rest: object, **options: object) -> torch.Tensor:
+    def counted(sequences: list[Any], *rest: object, **options: object) -> torch.Tensor:
         sizes.append(len(sequences))
         return packed(sequences, *rest, **options)  # type: ignore[arg-type]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
 from qwen_eval.engines.native.prefix_tree import MIN_PART_OF_RUNNING
 from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
-from qwen_eval.engines.native.scheduler import Counters, Packing, halved, walk
-from qwen_eval.engines.native.workspace import Fetched, MakeGraphs, Need, Workspace, make_workspace
+from qwen_eval.engines.native.scheduler import Counters, Fetched, Packing, halved, walk
+from qwen_eval.engines.native.workspace import MakeGraphs, Need, Workspace, make_workspace
 from qwen_eval.models.cost import choice_bytes
 from qwen_eval.models.decode import RunningRow, StepResult
 from qwen_eval.models.device import DTYPES
@@ -223,15 +223,26 @@ class _Batch:
     def run(self) -> Iterator[Row]:
         while self.active or self.next_up is not None:
             is_time = self.num_slots - len(self.active) >= self.num_awaited or not self.active
-            while is_time and self.next_up is not None and len(self.active) < self.num_slots:
-                self._admit()
+            while is_time and self._has_room():
+                for flight in self._admitted():
+                    self._accept(flight)
                 yield from self._retire()
             if self.active:
                 self._advance()
                 yield from self._retire()
         self.owner.note_steps(self.decoding.graphs)
 
-    def _admit(self) -> None:
+    def _has_room(self) -> bool:
+        return self.next_up is not None and len(self.active) < self.num_slots
+
+    def _admitted(self) -> list[_Flight]:
+        """The prefills of as many rows as there is room for, under way together."""
+        flights = []
+        while self._has_room():
+            flights.append(self._admit())
+        return flights
+
+    def _admit(self) -> _Flight:
         """Prefill as many waiting rows of one prefix as there is room for, in one packed forward."""
         assert self.next_up is not None
         _, prefix = self.next_up
@@ -242,25 +253,24 @@ class _Batch:
             length = len(row.prompt) - (prefix.length if prefix else 0)
             if length > self.forward.chunk:
                 if not rows:
-                    self._admit_long(row, prefix)
+                    return self._admit_long(row, prefix)
                 break
             budget -= length
             if budget < 0 and rows:
                 break
             rows.append(row)
             self.next_up = next(self.queue, None)
-        if rows:
-            self._prefill(rows, prefix)
+        return self._prefill(rows, prefix)
 
-    def _admit_long(self, row: Row, prefix: Prefix | None) -> None:
+    def _admit_long(self, row: Row, prefix: Prefix | None) -> _Flight:
         """A prompt beyond one chunk gets a prefix of its own, all but its last token."""
         depth = prefix.length if prefix else 0
         self.counters.computed_tokens += len(row.prompt) - 1 - depth
         own = self.forward.grown(prefix, row.prompt[depth:-1], len(row.prompt))
         self.next_up = next(self.queue, None)
-        self._prefill([row], own)
+        return self._prefill([row], own)
 
-    def _prefill(self, rows: list[Row], prefix: Prefix | None) -> None:
+    def _prefill(self, rows: list[Row], prefix: Prefix | None) -> _Flight:
         depth = prefix.length if prefix else 0
         suffixes = [row.prompt[depth:] for row in rows]
         first = len(self.active)
@@ -278,8 +288,8 @@ class _Batch:
         )
         self.choice.admit(first, [Draw(sampling=row.sampling, prompt=row.prompt, k=row.k) for row in rows])
         tokens_B = self.choice(self.forward.model.logits(hidden), first)
-        self._accept(_Flight(rows=rows, tokens=Fetched(tokens_B)))
         self.is_arranged = False
+        return _Flight(rows=rows, tokens=Fetched(tokens_B))
 
     def _arrange(self) -> None:
         """Tell the device which rows run, after any of them came or went."""
@@ -311,7 +321,9 @@ class _Batch:
         return _Flight(rows=list(self.active), tokens=Fetched(tokens_B))
 
     def _accept(self, flight: _Flight) -> None:
-        running = [(row, token) for row, token in zip(flight.rows, flight.tokens.wait()) if row.finish_reason is None]
+        running = [
+            (row, token) for row, token in zip(flight.rows, flight.tokens.wait().tolist()) if row.finish_reason is None
+        ]
         for row, token in running:
             if token == NON_FINITE:
                 row.finish_reason = "non-finite"

@@ -1,4 +1,5 @@
-"""What scoring and generation share: the walk over the prefix tree, token counts, running out of memory."""
+"""What scoring and generation share: the walk over the prefix tree, values on their way to the host, token counts,
+running out of memory."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen_eval.engines.native.prefix_tree import MIN_SAVED_TOKENS, Node, build
 from qwen_eval.models.kv_cache import Prefix
@@ -141,6 +143,23 @@ def _together(runner: ModelRunner, growing: Sequence[_Step], counters: Counters)
     except RuntimeError as error:
         halved(error, len(growing), len(growing), counters)
         return None
+
+
+class Fetched:
+    """Values on their way to the host: what the device computes next does not wait for `wait`, nor that for it."""
+
+    def __init__(self, values: Tensor) -> None:
+        is_cuda = values.device.type == "cuda"
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=is_cuda)
+        self._host.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
 
 
 def halved(error: RuntimeError, size: int, num_sequences: int, counters: Counters) -> int:

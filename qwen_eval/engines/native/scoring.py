@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen_eval.core import EngineError
-from qwen_eval.engines.native.scheduler import Branch, Counters, Packing, halved, is_out_of_memory, walk
+from qwen_eval.engines.native.scheduler import Branch, Counters, Fetched, Packing, halved, is_out_of_memory, walk
 from qwen_eval.models.attend import upload
 from qwen_eval.models.cost import CUDA_HEAD_BYTES
 from qwen_eval.models.kv_cache import Prefix
@@ -117,13 +117,13 @@ class Scorer:
             packing=self.packing,
             wave_tokens=self.max_batch_tokens,
         )
-        under_way: deque[list[_Found]] = deque()
+        under_way: deque[_Flight] = deque()
         for found in self._batches(waves, jobs, members, on_hidden):
-            under_way.append(found)
+            under_way.append(_Flight(found))
             if len(under_way) > self._batches_under_way:
-                yield from _fetched(under_way.popleft())
-        for found in under_way:
-            yield from _fetched(found)
+                yield from under_way.popleft().scores()
+        for flight in under_way:
+            yield from flight.scores()
 
     def _batches(
         self, waves: Iterator[list[Branch]], jobs: Sequence[Job], members: Sequence[int], on_hidden: OnHidden | None
@@ -304,11 +304,19 @@ class _Found:
     hits_R: Tensor | None
 
 
-def _fetched(found: Sequence[_Found]) -> Iterator[tuple[int, Scores]]:
-    """One transfer for all scores of a batch."""
-    pieces = [t for f in found for t in (f.logits, f.logsumexp, f.hits_R) if t is not None]
-    values = iter(torch.split(torch.cat(pieces).cpu(), [len(piece) for piece in pieces]))
-    for f in found:
-        logits, logsumexp = next(values), next(values)
-        num_greedy = 0 if f.hits_R is None else int(next(values).sum())
-        yield f.index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=num_greedy)
+class _Flight:
+    """The scores of a batch on their way to the host, in one transfer behind the batch, before those that follow."""
+
+    def __init__(self, found: Sequence[_Found]) -> None:
+        self._owners = [(f.index, len(f.logits), len(f.logsumexp), f.hits_R is not None) for f in found]
+        self._fetched = Fetched(
+            torch.cat([t for f in found for t in (f.logits, f.logsumexp, f.hits_R) if t is not None])
+        )
+
+    def scores(self) -> Iterator[tuple[int, Scores]]:
+        values, at = self._fetched.wait(), 0
+        for index, num_logits, num_sums, has_hits in self._owners:
+            sizes = [num_logits, num_sums, num_logits * has_hits]
+            logits, logsumexp, hits = torch.split(values[at : at + sum(sizes)], sizes)
+            yield index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=int(hits.sum()))
+            at += sum(sizes)

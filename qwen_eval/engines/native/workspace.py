@@ -68,21 +68,3 @@ def make_workspace(
 def _chosen(model: Transformer, choice: TokenChoice, hidden_BE: Tensor) -> StepResult:
     tokens_B = choice(model.logits(hidden_BE))
     return tokens_B, tokens_B
-
-
-class Fetched:
-    """Tokens on their way to the host: what the device computes next does not wait for `wait`."""
-
-    def __init__(self, tokens_B: Tensor) -> None:
-        is_cuda = tokens_B.device.type == "cuda"
-        self._host = torch.empty(len(tokens_B), dtype=tokens_B.dtype, pin_memory=is_cuda)
-        self._host.copy_(tokens_B, non_blocking=True)
-        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(tokens_B.device))
-
-    def wait(self) -> list[int]:
-        if self._event is not None:
-            self._event.synchronize()
-        tokens: list[int] = self._host.tolist()
-        return tokens
