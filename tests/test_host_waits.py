@@ -25,7 +25,7 @@ COUNTING = ("aten::nonzero", "aten::masked_select", "aten::unique")  # the size 
 DRAWN = Sampling(temperature=0.9, top_p=0.9, top_k=20, repetition_penalty=1.2, seed=3)
 
 
-class HostWaits(TwoDevices):
+class HostWaits(TwoDevices):  # type: ignore[no-untyped-call]
     """`events`: "forward" of each packed forward, and the name of each operation that brings a value to the host."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
 
 DATA = Path(__file__).parent / "data"
-GPU = Packing(wave_tokens=700, kept_tokens=900, min_saved=8, by_prefix=True, free_slots=0.5)
+GPU = Packing(wave_tokens=700, kept_tokens=900, min_saved=8, fills_batches=True, by_prefix=True, free_slots=0.5)
 SUBJECTS = [[subject] * 40 for subject in range(1, 13)]  # heads of 40 tokens
 
 
@@ -63,7 +63,7 @@ def test_a_wave_holds_as_many_prefixes_as_may_be_computed_and_kept() -> None:
 
 def test_a_batch_that_a_wave_does_not_fill_waits_for_the_next_one() -> None:
     """Twelve waves of one subject each, whose questions fill less than half a batch."""
-    packing = Packing(wave_tokens=40)
+    packing = Packing(wave_tokens=40, fills_batches=True)
     jobs = [
         Job(ids=(*head, *range(100, 110 + i), 7), choices=(1, 2)) for head in SUBJECTS for i in range(8)
     ]  # 88 to 144 tokens a subject, padding not counted
@@ -84,7 +84,7 @@ def test_a_batch_that_a_wave_does_not_fill_waits_for_the_next_one() -> None:
 
 @pytest.mark.parametrize(("per_wave", "waiting"), [(1, 1), (5, 2)])
 def test_prefixes_are_freed_with_the_last_sequence_that_continues_them(per_wave: int, waiting: int) -> None:
-    packing = Packing(wave_tokens=40 * per_wave, kept_tokens=100 * waiting)
+    packing = Packing(wave_tokens=40 * per_wave, kept_tokens=100 * waiting, fills_batches=True)
     engine = engine_of(packing=packing, max_batch_tokens=400)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     empty = engine.forward.empty_prefix

@@ -287,6 +287,7 @@ def gpu_packing(forward: ModelRunner, limits: BatchLimits) -> Packing:
         wave_tokens=forward.long_chunk,
         kept_tokens=max(1, limits.cached_tokens // 2),
         min_saved=256,
+        fills_batches=True,
         by_prefix=True,
         free_slots=1 / 12,
     )

@@ -35,6 +35,7 @@ class Packing:
     wave_tokens: int | None = None  # new tokens of prefixes computed together; None: a chunk
     kept_tokens: int = 2**31  # tokens of the prefixes of a wave, with those they continue, which are copied
     min_saved: int = MIN_SAVED_TOKENS  # tokens, below which a prefix is not worth its kernels
+    fills_batches: bool = False  # what a wave leaves over waits for the next
     by_prefix: bool = False  # sequences of about one length are packed by their prefixes, not by their exact lengths
     free_slots: float = 0.0  # share of the slots of a running batch that is free before others are admitted
 

@@ -128,13 +128,13 @@ class Scorer:
     def _batches(
         self, waves: Iterator[list[Branch]], jobs: Sequence[Job], members: Sequence[int], on_hidden: OnHidden | None
     ) -> Iterator[list[_Found]]:
-        """Sequences of all prefixes side by side; a batch that a wave does not fill waits for those of the next."""
+        """Sequences of all prefixes of a wave side by side, on a GPU with what earlier waves left over."""
         queue: list[_Suffix] = []
         for wave in waves:
             queue += [_Suffix(index=members[m], job=jobs[members[m]], prefix=b.prefix) for b in wave for m in b.members]
             wave.clear()  # so that a prefix is freed with the last sequence that continues it
             queue.sort(key=self._order)
-            yield from self._run_queue(queue, on_hidden, may_wait=True)
+            yield from self._run_queue(queue, on_hidden, may_wait=self.packing.fills_batches)
         yield from self._run_queue(queue, on_hidden, may_wait=False)
 
     @property
