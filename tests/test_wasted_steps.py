@@ -60,15 +60,15 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_rows = 0
-        admit = generation._Batch._admit
+        admitted = generation._Batch._admitted
 
-        def look_and_admit(batch: generation._Batch) -> None:
+        def look_and_admit(batch: generation._Batch) -> list[generation._Flight]:
             assert batch.flight is None, "a step is under way while slots change hands"
             for slot, row in enumerate(batch.active):
                 self.look(batch, slot, row)
-            admit(batch)
+            return admitted(batch)
 
-        monkeypatch.setattr(generation._Batch, "_admit", look_and_admit)
+        monkeypatch.setattr(generation._Batch, "_admitted", look_and_admit)
 
     def look(self, batch: generation._Batch, slot: int, row: Row) -> None:
         self.num_rows += len(row.tokens) > 1

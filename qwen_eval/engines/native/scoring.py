@@ -117,9 +117,9 @@ class Scorer:
             packing=self.packing,
             wave_tokens=self.max_batch_tokens,
         )
-        under_way: deque[_Flight] = deque()
+        under_way: deque[_BatchScores] = deque()
         for found in self._batches(waves, jobs, members, on_hidden):
-            under_way.append(_Flight(found))
+            under_way.append(_BatchScores(found))
             if len(under_way) > self._batches_under_way:
                 yield from under_way.popleft().scores()
         for flight in under_way:
@@ -304,7 +304,7 @@ class _Found:
     hits_R: Tensor | None
 
 
-class _Flight:
+class _BatchScores:
     """The scores of a batch on their way to the host, in one transfer behind the batch, before those that follow."""
 
     def __init__(self, found: Sequence[_Found]) -> None:
