@@ -194,8 +194,9 @@ class Cost:
         else:
             sequences = max(1, min(batch, self.max_batch_tokens // prompt_tokens))
             past, packed = 0, sequences * prompt_tokens
-        options = {"past": past, "num_sequences": sequences}
-        peak = prefill_bytes(self.config, packed, self.dtype, kv_cache=self.kv_cache, **options)
+        peak = prefill_bytes(
+            self.config, packed, self.dtype, kv_cache=self.kv_cache, past=past, num_sequences=sequences
+        )
         return peak + logits_bytes(self.config, sequences, self.dtype)
 
     def activation_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
