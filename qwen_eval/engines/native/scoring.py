@@ -318,5 +318,5 @@ class _BatchScores:
         for index, num_logits, num_sums, has_hits in self._owners:
             sizes = [num_logits, num_sums, num_logits * has_hits]
             logits, logsumexp, hits = torch.split(values[at : at + sum(sizes)], sizes)
-            yield index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=int(hits.sum()))
+            yield index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=int(hits.sum()) if has_hits else 0)
             at += sum(sizes)
