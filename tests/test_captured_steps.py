@@ -37,7 +37,6 @@ def test_captured_steps_give_the_same_texts(trick: str, sampling: str, monkeypat
     requests = generations(12, sampling=SAMPLINGS[sampling])
     plain = answers(engine_of(config, prefix_sharing=False), requests)
     monkeypatch.setattr("qwen_eval.models.runner.buckets_for", lambda _: SMALL)
-    monkeypatch.setattr("qwen_eval.engines.native.workspace.buckets_for", lambda _: SMALL)
     engine = captured(engine_of(config, prefix_sharing=False, max_batch_size=5))
     assert answers(engine, requests) == plain
     assert "captured" in engine.info["decode_steps"]

@@ -98,6 +98,19 @@ def test_a_prefill_takes_the_predicted_bytes(name: str, num_tokens: int, num_seq
     assert counted.peak == pytest.approx(wanted, rel=NEAR)
 
 
+@pytest.mark.parametrize("name", ["qwen-7b", "qwen2.5-7b"])
+@pytest.mark.parametrize("num_sequences", [32, 128])
+def test_sequences_after_a_prefix_take_the_predicted_bytes(name: str, num_sequences: int) -> None:
+    """16,384 tokens that all continue one prefix: the most that is joined at a time."""
+    runner, length = ModelRunner(model_of(name)), 16384 // num_sequences
+    prefix = runner.grown(None, [1] * 700, 700)
+    with CountedBytes("meta") as counted:
+        owners = [prefix] * num_sequences
+        runner.packed([[1] * length] * num_sequences, [length] * num_sequences, prefixes=owners, last_only=True)
+    wanted = cost.prefill_bytes(runner.config, 16384, "bf16", past=700, num_sequences=num_sequences, is_grown=False)
+    assert counted.peak == pytest.approx(wanted, rel=NEAR)
+
+
 @pytest.mark.parametrize("free", [3 * GIB, 20 * GIB, 60 * GIB])
 def test_the_parts_of_the_free_memory_are_no_more_than_it(free: int) -> None:
     """Activations and logits, graphs, prefixes and their copies, slots."""
@@ -105,7 +118,7 @@ def test_the_parts_of_the_free_memory_are_no_more_than_it(free: int) -> None:
     limits = cost.batch_limits(
         config, "auto", "bf16", free, max_tokens=16384, head_bytes=GIB // 2, is_captured=True
     )  # fmt: skip
-    forward = cost.prefill_bytes(config, limits.packed_tokens, "bf16", num_sequences=2)
+    forward = cost.prefill_bytes(config, limits.packed_tokens, "bf16", past=1, num_sequences=2, is_grown=False)
     parts = [forward + GIB // 2, limits.graph_bytes, 2 * limits.pool_bytes, limits.cached_tokens * limits.token_bytes]
     assert 0.9 * free < free // 3 + sum(parts[1:]) <= free
     assert sum(parts) <= free

@@ -186,8 +186,9 @@ def test_packed_forwards_read_nothing_back(trick: str) -> None:
 def test_buckets_hold_what_is_needed_in_few_sizes(needed: int) -> None:
     assert EXACT.keys(needed) == EXACT.rows(needed) == needed
     assert needed <= COARSE.keys(needed) <= max(256, needed * 2)
-    assert needed <= COARSE.rows(needed) < needed + 8
+    assert needed <= COARSE.rows(needed) < needed + max(8, needed / 4)
     assert len({COARSE.keys(n) for n in range(1, 32769)}) <= 40
+    assert len({COARSE.rows(n) for n in range(1, 257)}) <= 20
 
 
 def test_prefixes_side_by_side_equal_prefixes_one_by_one() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from counted_bytes import CountedBytes
 from safetensors import safe_open
 from torch import Tensor
 
@@ -298,3 +299,35 @@ def test_the_layout_of_packed_tiles_is_found_out(tiles: int) -> None:
 def test_the_rows_of_the_packed_kernel_follow_the_measurement(dense_s: float, limit: int | None) -> None:
     found = kernels.crossover(lambda is_dense, rows: dense_s if is_dense else rows * 1e-4)
     assert found == limit
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_read_as_bytes_are_those_read_as_words(bits: int) -> None:
+    values = torch.randint(0, 1 << bits, (96, 40), generator=torch.Generator().manual_seed(bits))
+    packed = gptq.pack_rows(values, bits)
+    assert torch.equal(gptq.unpack_bytes(packed, bits), values.t().to(torch.uint8))
+    assert torch.equal(gptq.unpack_bytes(packed[:, 8:24], bits), values[:, 8:24].t().to(torch.uint8))  # a view
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_packing_takes_little_more_memory_than_the_codes(bits: int, desc_act: bool) -> None:
+    """As bytes: int32 of each code, and copies of that, were 12 and 28 times as large."""
+    config = gptq.GptqConfig(bits=bits, desc_act=desc_act)
+    tensors = gptq.random_tensors((2048, 2048), config, has_bias=False, generator=torch.Generator().manual_seed(0))
+    gptq.build_linear(tensors, config, dtype=torch.bfloat16, device="cpu")  # what is made once
+    with CountedBytes("cpu") as counted:
+        linear = gptq.build_linear(tensors, config, dtype=torch.bfloat16, device="cpu")
+    if not isinstance(linear, kernels.PackedLinear):
+        pytest.skip("this CPU has no packed kernel")
+    held = linear.packed.nbytes + linear.scale_zero.nbytes
+    assert counted.peak < held + (1 + 5 * bits // 4) * 2048 * 2048
+
+
+def test_large_random_codes_are_drawn_in_a_moment_and_no_two_rows_are_alike() -> None:
+    config = gptq.GptqConfig(bits=4)
+    tensors = gptq.random_tensors((4096, 4096), config, has_bias=False, generator=torch.Generator().manual_seed(0))
+    words = tensors["qweight"]
+    assert words.shape == (512, 4096)
+    assert len(words.unique(dim=0)) == 512
+    assert len(words.t()[:512].unique(dim=0)) == 512

@@ -10,10 +10,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
+import bench_generation
+import bench_scoring
 import gpu_report
 from gpu_report import SMOKE, Work
 
 from qwen_eval import cli
+from qwen_eval.core import DataError
 from qwen_eval.profile.config import ProfileSpec, check
 
 
@@ -64,3 +67,17 @@ def test_every_cell_is_a_valid_profile(work: Work) -> None:
     for arguments in work.cells().values():
         spec = cli.compose([*arguments, "model.weights=random"], config_name="profile", schema=ProfileSpec)
         check(spec)
+
+
+def test_the_commands_against_the_other_harness_are_understood_and_their_end_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mains = {"tools/bench_scoring.py": bench_scoring.main, "tools/bench_generation.py": bench_generation.main}
+    for program, *arguments in gpu_report.comparisons("python", "mmlu", "test.jsonl").values():
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        with pytest.raises(DataError, match=r"mmlu|test\.jsonl"):  # once every option is understood
+            mains[program]()
+    found = gpu_report.compared({"echo": ["-c", "print('a\\nb')"], "stop": ["-c", "raise SystemExit('no GPU')"]})
+    assert [(cell["status"], cell["said"]) for cell in found] == [("ok", ["a", "b"]), ("failed", ["no GPU"])]
+    gpu_report.write({**RESULTS, "against": found}, Work(), tmp_path)
+    assert "stop against lm-evaluation-harness (failed):" in (tmp_path / "nvidia-h200.md").read_text()

@@ -61,7 +61,7 @@ def dense_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> Layer
 def packed_layer(shape: Shape, bits: int, device: torch.device) -> Layer:
     layer: Layer = []
     for k, n in shape.linears:
-        codes = torch.randint(0, 1 << bits, (k, n))
+        codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
         zeros = torch.full((k // GROUP, n), 1 << (bits - 1))
         scales = torch.rand(k // GROUP, n) * 0.002 + 0.001
         layer.append(kernels.pack(codes, zeros, scales, kernels.Groups(GROUP, None), bits, None, device=device))

@@ -2,6 +2,7 @@
 
     python tools/bench_scoring.py --mmlu DIR [--peer PYTHON] [--vllm PYTHON] [--questions 100] [--dtype bf16]
     python tools/bench_scoring.py --mmlu DIR --hidden 2048 --questions 4    # our share of the GEMM peak, no peer needed
+    python tools/bench_scoring.py --mmlu DIR --peer PYTHON --device cuda --hidden 2048 --layers 24 --batch-size auto
 
 PYTHON is the interpreter of an environment that has lm_eval[hf] (or vllm). Prints wall seconds of the scoring itself
 (models are loaded before the clock starts), tokens computed, ratio, equal answers, and the share of the GEMM peak that
@@ -20,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peers import LM_EVAL_HEAD, ROOT, clock_name, in_turns, write_checkpoint
+from peers import LM_EVAL_HEAD, ROOT, add_options, clock_name, common_payload, in_turns, write_checkpoint
 
 SUBJECTS = ("anatomy", "astronomy", "marketing", "world_religions")
 
@@ -29,21 +30,22 @@ import json, sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/tools"]
 request = json.load(open(sys.argv[1]))
 import torch
-from peers import gemm_peak
+from peers import peak_flops
 from qwen_eval.config import EngineSpec, ModelSpec
 from qwen_eval.core import Choose, Prompt
 from qwen_eval.engines.native.engine import open_engine
 torch.set_num_threads(request["threads"])
 clock = getattr(time, request["clock"])
-engine = open_engine(EngineSpec(), ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"]))
+engine = open_engine(EngineSpec(), ModelSpec(name="bench", path=request["checkpoint"], dtype=request["dtype"],
+                                           device=request["device"]))
 asks = [Choose(prompt=Prompt.raw(q["prompt"]), choices=(" A", " B", " C", " D")) for q in request["questions"]]
 list(engine.run(asks[:8]))
 engine.scorer.counters.computed_tokens = 0
-peak = gemm_peak(request["dtype"], clock)
+peak = peak_flops(request["device"], request["dtype"], clock)
 start = clock()
 found = dict(engine.run(asks))
 seconds = clock() - start
-peak = max(peak, gemm_peak(request["dtype"], clock))
+peak = max(peak, peak_flops(request["device"], request["dtype"], clock))
 layers = engine.forward.model.layers
 linears = [m for layer in [*layers[:-1], layers[-1].attn.qkv] for m in layer.modules() if hasattr(m, "in_features")]
 flops = 2 * sum(m.in_features * m.out_features for m in linears) * engine.scorer.counters.computed_tokens
@@ -58,9 +60,9 @@ LM_EVAL = (
 asks = [Instance("loglikelihood", {}, (q["prompt"], c), i, (None, None, 1))
         for i, q in enumerate(request["questions"]) for c in (" A", " B", " C", " D")]
 lm.loglikelihood(asks[:8], disable_tqdm=True)
-start = time.perf_counter()
+start = now()
 found = [value for value, _ in lm.loglikelihood(asks, disable_tqdm=True)]
-seconds = time.perf_counter() - start
+seconds = now() - start
 json.dump({"seconds": seconds, "logprobs": [found[i:i + 4] for i in range(0, len(found), 4)]},
           open(request["result"], "w"))
 """
@@ -117,27 +119,15 @@ def agreement(a: list[list[float]], b: list[list[float]]) -> tuple[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mmlu", required=True, help="folder with dev/ and test/ in the official csv layout")
-    parser.add_argument("--peer", help="python of an environment with lm_eval[hf]")
     parser.add_argument("--vllm", help="python of an environment with vllm")
     parser.add_argument("--questions", type=int, default=25, help="per subject, four subjects")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval")
     parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    add_options(parser, dtype="bf16")
     arguments = parser.parse_args()
     rows = questions(arguments.mmlu, arguments.questions)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), vocab_size=arguments.vocab, hidden=arguments.hidden, layers=arguments.layers)
-        payload: dict[str, Any] = {
-            "checkpoint": folder,
-            "questions": rows,
-            "dtype": arguments.dtype,
-            "threads": arguments.threads,
-            "batch_size": arguments.batch_size,
-        }
+        payload: dict[str, Any] = {"checkpoint": folder, "questions": rows, **common_payload(arguments)}
         workers = {"ours": (sys.executable, OURS.format(root=str(ROOT)))}
         if arguments.peer:
             workers["lm-eval"] = (arguments.peer, LM_EVAL)

@@ -1,11 +1,12 @@
 """Every figure of the GPU table of docs/profile.md on this machine, in one command: reports/gpu/DEVICE.md and .json.
 
     python tools/gpu_report.py [--out reports/gpu] [--questions 14042]   # a 7B shape of random weights
+    python tools/gpu_report.py --peer PYTHON --mmlu DIR --gsm8k FILE     # and against lm-evaluation-harness
     python tools/gpu_report.py --smoke --out /tmp/gpu                    # a miniature on the CPU, to try the command
 
 Decode, encode and memory come from `python -m qwen_eval.profile`, predicted bytes beside measured ones. The choice
 questions are made up, about as long as those of MMLU 5-shot: 57 heads of 600 tokens, questions of 120. A cell that
-fails is a row with its reason. Against lm-evaluation-harness: tools/bench_scoring.py and tools/bench_generation.py.
+fails is a row with its reason. PYTHON is the interpreter of an environment with lm_eval[hf].
 """
 
 from __future__ import annotations
@@ -163,8 +164,38 @@ def _questions(cell: Cell) -> str:
     return f"{cell['seconds']:.1f} s, {cell['tokens']:,} tokens, {cell['share']:.0%} of the matrix product's peak"
 
 
+def comparisons(python: str, mmlu: str, gsm8k: str) -> dict[str, list[str]]:
+    """Commands that ask the same of lm-evaluation-harness, on a model of 24 layers of width 2,048."""
+    both = ["--peer", python, "--device", "cuda", "--dtype", "bf16", "--hidden", "2048", "--layers", "24",
+            "--batch-size", "auto", "--rounds", "1"]  # fmt: skip
+    return {
+        "MMLU 5-shot": ["tools/bench_scoring.py", "--mmlu", mmlu, "--questions", "100", *both],
+        "GSM8K 8-shot": [
+            "tools/bench_generation.py",
+            "--gsm8k",
+            gsm8k,
+            "--questions",
+            "128",
+            "--new-tokens",
+            "128",
+            *both,
+        ],
+    }
+
+
+def compared(commands: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """What each command printed last, or why it failed."""
+    cells: list[dict[str, Any]] = []
+    for name, arguments in commands.items():
+        print(f"{name}: {' '.join(arguments)}", flush=True)
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-4:]
+        cells.append({"status": "ok" if done.returncode == 0 else "failed", "what": name, "said": said})
+    return cells
+
+
 def page(results: Mapping[str, Sequence[Cell]], work: Work, device: str) -> str:
-    kernels = {name: cells[0].get("engine", {}) for name, cells in results.items()}
+    kernels = {name: cells[0].get("engine", {}) for name, cells in results.items() if cells}
     used = [
         f"- {name}: " + ", ".join(f"{key} {facts[key]}" for key in KERNELS if facts.get(key))
         for name, facts in kernels.items()
@@ -174,6 +205,15 @@ def page(results: Mapping[str, Sequence[Cell]], work: Work, device: str) -> str:
     lines += [f"| {what} | {found} |" for what, found in table(results, work)]
     lines += ["", "| peak memory | predicted / measured |", "|---|---|"]
     lines += [f"| {what} | {found} |" for what, found in memory(results)]
+    for cell in results.get("against", ()):
+        lines += [
+            "",
+            f"{cell['what']} against lm-evaluation-harness ({cell['status']}):",
+            "",
+            "```",
+            *cell["said"],
+            "```",
+        ]
     return "\n".join([*lines, "", "Kernels:", "", *used, "", "Made by `python tools/gpu_report.py`.", ""])
 
 
@@ -185,7 +225,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "gpu")
     parser.add_argument("--questions", type=int, default=14042, help="choice questions; MMLU has 14,042")
     parser.add_argument("--smoke", action="store_true", help="a miniature, to try the command without a GPU")
+    parser.add_argument("--peer", help="python of an environment with lm_eval[hf]")
+    parser.add_argument("--mmlu", help="folder with dev/ and test/ in the official layout")
+    parser.add_argument("--gsm8k", help="the official test.jsonl")
     options = parser.parse_args()
+    if options.peer and not (options.mmlu and options.gsm8k):
+        parser.error("--peer needs --mmlu and --gsm8k")
     work = SMOKE if options.smoke else Work()
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -196,6 +241,8 @@ def main() -> None:
         results["choices"] = [choices(work, 8 if options.smoke else options.questions)]
     except Exception as error:  # the cells before it took minutes and are kept
         results["choices"] = [{"status": "failed", "reason": f"{type(error).__name__}: {error}"}]
+    if options.peer:
+        results["against"] = compared(comparisons(options.peer, options.mmlu, options.gsm8k))
     write(results, work, options.out)
 
 

@@ -3,6 +3,7 @@ set of questions, workers in their own environments, and the machine's measured 
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -28,8 +29,13 @@ torch.set_num_threads(request["threads"])
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 lm = HFLM(pretrained=request["checkpoint"], dtype={"bf16": "bfloat16", "fp32": "float32"}[request["dtype"]],
-          device="cpu", batch_size=request["batch_size"])
-"""  # of a worker in lm-evaluation-harness's environment: `lm` is the model, `Instance` one request
+          device=request["device"], batch_size=request["batch_size"])
+
+def now():
+    if request["device"] != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+"""  # of a worker in lm-evaluation-harness's environment: `lm` is the model, `Instance` one request, `now` the clock
 
 
 def write_checkpoint(folder: Path, *, vocab_size: int = 151936, hidden: int = 512, layers: int = 8) -> Path:
@@ -90,8 +96,51 @@ def in_turns(
     return results
 
 
+def add_options(parser: argparse.ArgumentParser, *, dtype: str) -> None:
+    """What both benchmarks take: where both harnesses run and on what."""
+    parser.add_argument("--peer", help="python of an environment with lm_eval[hf]")
+    parser.add_argument("--device", default="cpu", help="of both: cpu or cuda")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=dtype)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", default="8", help="of lm-eval; auto: what it finds the memory to hold")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+
+
+def common_payload(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "device": options.device,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "batch_size": options.batch_size if options.batch_size.startswith("auto") else int(options.batch_size),
+    }
+
+
+def peak_flops(device: str, dtype: str, clock: Clock = time.perf_counter) -> float:
+    """FLOP/s of a matrix product on the device that is measured."""
+    if device == "cpu":
+        return gemm_peak(dtype, clock)
+    import torch
+
+    from qwen_eval.models.device import measured_flops
+
+    return measured_flops(str(torch.device(device)), dtype)
+
+
+def peak_bandwidth(device: str, clock: Clock = time.perf_counter) -> float:
+    """Bytes per second of reading its memory."""
+    if device == "cpu":
+        return read_bandwidth(3, clock)
+    import torch
+
+    from qwen_eval.models.device import measured_bandwidth
+
+    return measured_bandwidth(str(torch.device(device)))
+
+
 def gemm_peak(dtype_name: str, clock: Clock = time.perf_counter) -> float:
-    """FLOP/s of a 2048-cubed product on this machine, best of seven; in bf16 also with a prepacked weight."""
+    """FLOP/s of a 2048-cubed product on this CPU, best of seven; in bf16 also with a prepacked weight."""
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]

@@ -25,6 +25,7 @@ from qwen_eval.models.transformer import SplitLinear, Transformer, dense_linear
 from qwen_eval.models.weight_files import Tensors, open_weights, weight_files
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HOST = torch.device("cpu")
 # Buffers that old checkpoints carry and nobody reads.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "logn_tensor")
 
@@ -54,20 +55,23 @@ class TensorFiles:
     def __contains__(self, name: object) -> bool:
         return name in self.files
 
-    def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
-        """The tensor, checked for shape (where one is expected) and for NaN and infinities."""
+    def read(self, name: str, shape: Sequence[int] | None = None, device: torch.device = HOST) -> Tensor:
+        """The tensor, checked for shape (where one is expected), and on `device` for NaN and infinities."""
         if name not in self.files:
             raise ModelError(f"{self.directory}: tensor {name} is missing")
         self._used.add(name)
-        tensor = self._checked(self._open(self.files[name]).get_tensor(name), name, shape)
+        tensor = self._checked(self._open(self.files[name]).get_tensor(name), name, shape, device)
         self.on_read(tensor.nbytes)
         return tensor
 
-    def _checked(self, tensor: Tensor, name: str, shape: Sequence[int] | None = None) -> Tensor:
+    def _checked(
+        self, tensor: Tensor, name: str, shape: Sequence[int] | None = None, device: torch.device = HOST
+    ) -> Tensor:
         if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise ModelError(f"{name}: shape {list(tensor.shape)} in the checkpoint, {list(shape)} by config.json")
         if tensor.dtype not in (*FLOATS, torch.int32) or (shape is not None and tensor.dtype not in FLOATS):
             raise ModelError(f"{name}: {tensor.dtype} is not read natively; only fp32, fp16, bf16 and GPTQ are")
+        tensor = tensor.to(device)  # a GPU looks through it in passing, one core at less than a gigabyte a second
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ModelError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
         return tensor
@@ -187,13 +191,14 @@ def _load_weight(
     if name == "embed" and config.tie_embeddings and f"{source}.weight" not in files:
         (source,) = checkpoint_names(config, "head")  # tied weights may be stored under either name
     assert isinstance(module.weight, Tensor)
-    weight = files.read(f"{source}.weight", module.weight.shape)
+    weight = files.read(f"{source}.weight", module.weight.shape, placement.device)
     module.weight = nn.Parameter(_place(weight, placement), requires_grad=False)
 
 
 def _place(tensor: Tensor, placement: Placement) -> Tensor:
     # a copy: safetensors memory is a map of the file, and a file that changes under us must not change the weights
-    return tensor.to(device=placement.device, dtype=placement.dtype, copy=True).contiguous()
+    is_map = tensor.device.type == "cpu"
+    return tensor.to(device=placement.device, dtype=placement.dtype, copy=is_map).contiguous()
 
 
 def _load_linear(
@@ -214,10 +219,11 @@ def _load_linear(
         model.set_submodule(name, parts[0] if len(parts) == 1 else SplitLinear(parts))
         return
     shapes = _part_shapes(config, name)
-    weight = _joined(files, sources, "weight", shapes)
+    device = HOST if placement.from_dense is not None else placement.device
+    weight = _joined(files, sources, "weight", shapes, device)
     bias = None
     if module.bias is not None:
-        bias = _joined(files, sources, "bias", [shape[:1] for shape in shapes])
+        bias = _joined(files, sources, "bias", [shape[:1] for shape in shapes], device)
     else:
         _refuse_nonzero_bias(files, sources)
     if placement.from_dense is not None:
@@ -243,7 +249,9 @@ def _load_part(
             raise ModelError(f"{source}: packed weights of {packed}, {list(shape)} by config.json")
         return module
     linear = dense_linear(source, shape[1], shape[0], has_bias)
-    linear.weight = nn.Parameter(_place(files.read(f"{source}.weight", shape), placement), requires_grad=False)
+    linear.weight = nn.Parameter(
+        _place(files.read(f"{source}.weight", shape, placement.device), placement), requires_grad=False
+    )
     if bias is not None:
         linear.bias = nn.Parameter(_place(bias, placement), requires_grad=False)
     return linear
@@ -269,8 +277,10 @@ def _part_shapes(config: ModelConfig, name: str) -> list[tuple[int, int]]:
     return [(shape.outputs, shape.inputs) for shape in linear.stored_shapes]
 
 
-def _joined(files: TensorFiles, sources: Sequence[str], suffix: str, shapes: Sequence[Sequence[int]]) -> Tensor:
-    parts = [files.read(f"{source}.{suffix}", shape) for source, shape in zip(sources, shapes)]
+def _joined(
+    files: TensorFiles, sources: Sequence[str], suffix: str, shapes: Sequence[Sequence[int]], device: torch.device
+) -> Tensor:
+    parts = [files.read(f"{source}.{suffix}", shape, device) for source, shape in zip(sources, shapes)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

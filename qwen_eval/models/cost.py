@@ -101,11 +101,19 @@ def kv_token_bytes(config: ModelConfig, kv_cache: str, dtype: str) -> int:
 
 
 def prefill_bytes(
-    config: ModelConfig, num_tokens: int, dtype: str, *, past: int = 0, num_sequences: int = 1, kv_cache: str = "auto"
+    config: ModelConfig,
+    num_tokens: int,
+    dtype: str,
+    *,
+    past: int = 0,
+    num_sequences: int = 1,
+    kv_cache: str = "auto",
+    is_grown: bool = True,
 ) -> int:
     """The largest set of activations alive at once while `num_tokens` packed tokens go through a layer.
 
-    `past`: tokens before them in the cache. Weights and cache are not included, logits (`logits_bytes`) neither.
+    `past`: tokens before them in the cache, which they lengthen if `is_grown`. Weights and cache are not included,
+    logits (`logits_bytes`) neither.
     """
     element = ELEMENT_BYTES[dtype]
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -116,13 +124,14 @@ def prefill_bytes(
     turn = 2 * stream + qkv + kv_heads * element + heads * (12 if is_half else 8)
     attend = 2 * stream + qkv + (heads + kv_heads) * element + heads * element
     attend += 2 * heads * element if config.kv_group > 1 else 0  # causal kernels want keys for every query head
-    attend += qkv + heads * element if num_sequences > 1 else 0  # padded copies
-    attend += 3 * kv_heads * 4 if kv_cache == "int8" else 0
-    if past:
-        attend += heads * (12 + element)  # two partial results joined in fp32
+    padded = qkv + heads * element if num_sequences > 1 else 0  # copies, which are freed before
+    joined = heads * (12 + element) if past else 0  # two partial results are joined in fp32
+    attend += max(padded, joined) + (3 * kv_heads * 4 if kv_cache == "int8" else 0)
     mlp = 2 * stream + 2 * config.mlp_size * element
     # growing a prefix copies one layer's cache
-    grown = (past + num_tokens) * kv_token_bytes(config, kv_cache, dtype) // config.num_layers if past else 0
+    grown = (
+        (past + num_tokens) * kv_token_bytes(config, kv_cache, dtype) // config.num_layers if past and is_grown else 0
+    )
     return num_tokens * max(norm, turn, attend, mlp) + grown
 
 
@@ -208,8 +217,9 @@ class Cost:
         else:
             sequences = max(1, min(batch, self.max_batch_tokens // prompt_tokens))
             past, packed = 0, sequences * prompt_tokens
-        options = {"past": past, "num_sequences": sequences}
-        peak = prefill_bytes(self.config, packed, self.dtype, kv_cache=self.kv_cache, **options)
+        peak = prefill_bytes(
+            self.config, packed, self.dtype, kv_cache=self.kv_cache, past=past, num_sequences=sequences
+        )
         return peak + logits_bytes(self.config, sequences, self.dtype)
 
     def activation_bytes(self, batch: int, prompt_tokens: int, new_tokens: int) -> int:
@@ -306,7 +316,7 @@ def batch_limits(
     activations = free_bytes // 3
 
     def fits(tokens: int) -> bool:
-        peak = prefill_bytes(config, tokens, dtype, num_sequences=2, kv_cache=kv_cache)
+        peak = prefill_bytes(config, tokens, dtype, past=1, num_sequences=2, kv_cache=kv_cache, is_grown=False)
         return peak + min(head_bytes, logits_bytes(config, tokens, "fp32")) <= activations
 
     def fits_long(tokens: int) -> bool:

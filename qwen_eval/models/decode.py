@@ -35,22 +35,26 @@ class Buckets:
     is_exact_rows: bool
 
     def keys(self, needed: int) -> int:
-        step = self.num_keys
-        while needed > 8 * step and self.num_keys > 1:
-            step *= 2
-        return -(-needed // step) * step
+        return needed if self.num_keys == 1 else _rounded(needed, self.num_keys)
 
     def rows(self, needed: int) -> int:
-        """1, 2, 4, 8, then multiples of 8."""
+        """1, 2, 4, 8, then multiples of 8, of 16 beyond 64, of 32 beyond 128, and so on."""
         if self.is_exact_rows:
             return needed
-        return next((size for size in (1, 2, 4) if size >= needed), -(-needed // 8) * 8)
+        return next((size for size in (1, 2, 4) if size >= needed), _rounded(needed, 8))
 
     def rows_within(self, wanted: int, room: int) -> int:
         """`wanted` rows, or as many as `room` rows of memory hold: padding takes memory too."""
         if self.rows(min(wanted, room)) <= room:
             return min(wanted, room)
         return next((size for size in range(room, 0, -1) if self.rows(size) <= room), 1)
+
+
+def _rounded(needed: int, step: int) -> int:
+    """Up to a multiple of `step`, which doubles beyond 8 of them, and so on: less than a quarter is added."""
+    while needed > 8 * step:
+        step *= 2
+    return -(-needed // step) * step
 
 
 EXACT = Buckets(num_keys=1, is_exact_rows=True)

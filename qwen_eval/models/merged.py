@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qwen_eval.core import ModelError
-from qwen_eval.models.checkpoint import TensorFiles
+from qwen_eval.models.checkpoint import HOST, TensorFiles
 from qwen_eval.models.config import shown
 from qwen_eval.models.lora import base_of, is_adapter, read_lora_config
 from qwen_eval.models.weight_files import Tensors, open_weights
@@ -43,17 +44,17 @@ class MergedFiles(TensorFiles):
             raise ModelError(f"{self.file}: {shown(strange[0])} changes a weight that the base has not, or has packed")
         self.files |= {name: self.file for name in self.stored if name == _weight_of(name)}
 
-    def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
+    def read(self, name: str, shape: Sequence[int] | None = None, device: torch.device = HOST) -> Tensor:
         if name not in self.changed:
-            return super().read(name, shape)
+            return super().read(name, shape, device)
         if name in self.stored:  # trained whole (modules_to_save)
             self._used.add(name)
-            return self._checked(self.adapter.get_tensor(self.stored[name]), name, shape)
+            return self._checked(self.adapter.get_tensor(self.stored[name]), name, shape, device)
         weight = super().read(name, shape)
         delta = self._delta(name.removesuffix(".weight"))
         if delta.shape != weight.shape:
             raise ModelError(f"{self.file}: changes {name} by {list(delta.shape)}, the base has {list(weight.shape)}")
-        return weight.float() + delta
+        return (weight.float() + delta).to(device)
 
     def _delta(self, module: str) -> Tensor:
         """[out, in] fp32."""

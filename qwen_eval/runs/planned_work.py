@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qwen_eval.core import Choose, Generate, Request, Score
-from qwen_eval.engines.native.prefix_tree import Node, build
+from qwen_eval.engines.native.prefix_tree import MIN_PART_OF_RUNNING, build
 
 BYTES_PER_TOKEN = 3  # where no tokenizer is at hand; between English (4 or more) and Chinese (2 to 3)
 
@@ -96,18 +96,18 @@ def _read_apart(read: Sequence[Text]) -> tuple[int, float]:
 
 def _read(read: Sequence[Text], alpha_length: int | None) -> tuple[int, float]:
     """(tokens, attended) with every shared beginning read once, as the engine's prefix tree has it."""
-    groups: dict[int, list[Text]] = defaultdict(list)
+    groups: dict[tuple[int, bool], list[Text]] = defaultdict(list)
     for item in read:
         length = len(item.ids)
-        groups[0 if not alpha_length or length <= alpha_length else math.ceil(math.log2(length / alpha_length))].append(
-            item
-        )
-    found = [_tree(group) for group in groups.values()]
+        is_short = not alpha_length or length <= alpha_length
+        alpha = 0 if is_short else math.ceil(math.log2(length / (alpha_length or 1)))
+        groups[alpha, item.max_new_tokens > 0].append(item)
+    found = [_tree(group, MIN_PART_OF_RUNNING if runs else 0.0) for (_, runs), group in groups.items()]
     return sum(num for num, _ in found), sum(attended for _, attended in found)
 
 
-def _tree(group: Sequence[Text]) -> tuple[int, float]:
-    pending: list[Node] = [build([item.ids for item in group], [item.shared for item in group])]
+def _tree(group: Sequence[Text], min_part: float) -> tuple[int, float]:
+    pending = [build([item.ids for item in group], [item.shared for item in group], min_part=min_part)]
     num, attended = 0, 0.0
     while pending:
         node = pending.pop()

@@ -32,7 +32,7 @@ from qwen_eval.core import (
     ids_sha256,
 )
 from qwen_eval.engines.native.generation import Generator, Row, completion_of, refuse_empty
-from qwen_eval.engines.native.scheduler import is_out_of_memory
+from qwen_eval.engines.native.scheduler import Packing, is_out_of_memory
 from qwen_eval.engines.native.scoring import Job, Scorer, Scores
 from qwen_eval.engines.native.workspace import MakeGraphs
 from qwen_eval.models import fused
@@ -63,6 +63,7 @@ class NativeEngine:
         token_bytes: int | None = None,
         protocol: str = "robust",
         make_graphs: MakeGraphs = cuda_graphs,
+        packing: Packing | None = None,
     ) -> None:
         self.forward = forward
         self._tokenizer = tokenizer
@@ -75,6 +76,7 @@ class NativeEngine:
             max_batch_tokens=max_batch_tokens,
             max_batch_size=max_batch_size,
             model_dtype_logits=protocol == "upstream",
+            packing=packing,
         )
         self.generator = Generator(
             forward,
@@ -85,6 +87,7 @@ class NativeEngine:
             max_cached_tokens=max_cached_tokens,
             token_bytes=token_bytes,
             make_graphs=make_graphs,
+            packing=packing,
         )
         self._render_ids = lru_cache(maxsize=RENDER_CACHE)(lambda prompt: tuple(tokenizer.render(prompt)))
         self._busy_s = 0.0
@@ -279,7 +282,27 @@ def open_engine(spec: EngineSpec, model: ModelSpec, *, protocol: str = "robust")
         max_cached_tokens=None if spec.max_batch_size else limits.cached_tokens,
         protocol=protocol,
         token_bytes=limits.token_bytes,
+        packing=packing_for(opened.forward, limits),
         make_graphs=(lambda _: None) if spec.kernels == "plain" else partial(cuda_graphs, max_bytes=limits.graph_bytes),
+    )
+
+
+def packing_for(forward: ModelRunner, limits: BatchLimits) -> Packing:
+    """Half of the cache is for the prefixes of a wave, the rest for those of sequences that wait and for parents."""
+    if forward.device.type == "cpu":
+        return Packing(kept_tokens=max(1, limits.cached_tokens // 2))
+    return gpu_packing(forward, limits)
+
+
+def gpu_packing(forward: ModelRunner, limits: BatchLimits) -> Packing:
+    """Fewer and larger forwards, each after few prefixes: tools/predict_gpu.py says what that gives."""
+    return Packing(
+        wave_tokens=forward.long_chunk,
+        kept_tokens=max(1, limits.cached_tokens // 2),
+        min_saved=256,
+        fills_batches=True,
+        by_prefix=True,
+        free_slots=1 / 12,
     )
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qwen_eval.core import Completion, EngineError, FinishReason, Sampling, Tokenizer
+from qwen_eval.engines.native.prefix_tree import MIN_PART_OF_RUNNING
 from qwen_eval.engines.native.sampling import NON_FINITE, Draw, TokenChoice
-from qwen_eval.engines.native.scheduler import Counters, halved, walk
+from qwen_eval.engines.native.scheduler import Counters, Packing, halved, walk
 from qwen_eval.engines.native.workspace import MakeGraphs, Need, Workspace, make_workspace
 from qwen_eval.models.cost import choice_bytes
 from qwen_eval.models.decode import RunningRow, StepResult, buckets_for
@@ -92,8 +93,10 @@ class Generator:
         on_step: OnStep | None = None,
         overlap: bool | None = None,
         make_graphs: MakeGraphs = cuda_graphs,
+        packing: Packing | None = None,
     ) -> None:
         self.forward, self.tokenizer = forward, tokenizer
+        self.packing = packing or Packing()
         self.max_cached_tokens, self.token_bytes = max_cached_tokens, token_bytes
         self.share = share and not forward.codec.is_chunked
         self.max_slots, self.prefill_tokens = max_slots, prefill_tokens
@@ -173,6 +176,8 @@ class Generator:
             limits=[len(row.prompt) - 1 if self.share else 0 for row in rows],
             lengths=[len(row.prompt) for row in rows],
             counters=self.counters,
+            packing=self.packing,
+            min_part=MIN_PART_OF_RUNNING,
         )
         for wave in waves:
             for branch in wave:
@@ -207,6 +212,7 @@ class _Batch:
     def __init__(self, owner: Generator, rows: Sequence[Row], num_slots: int, capacity: int) -> None:
         queue = owner._queue(rows)
         self.owner, self.forward, self.queue, self.num_slots = owner, owner.forward, queue, num_slots
+        self.num_awaited = max(1, int(num_slots * owner.packing.free_slots))  # slots free before others are admitted
         self.counters = owner.counters
         workspace = owner.workspace(rows, num_slots, capacity)
         self.slots, self.choice, self.decoding = workspace.slots, workspace.choice, workspace.decoding
@@ -217,15 +223,27 @@ class _Batch:
 
     def run(self) -> Iterator[Row]:
         while self.active or self.next_up is not None:
-            while self.next_up is not None and len(self.active) < self.num_slots:
-                self._admit()
+            is_time = self.num_slots - len(self.active) >= self.num_awaited or not self.active
+            while is_time and self._has_room():
+                for flight in self._admitted():
+                    self._accept(flight)
                 yield from self._retire()
             if self.active:
                 self._advance()
                 yield from self._retire()
         self.owner.note_steps(self.decoding.graphs)
 
-    def _admit(self) -> None:
+    def _has_room(self) -> bool:
+        return self.next_up is not None and len(self.active) < self.num_slots
+
+    def _admitted(self) -> list[_Flight]:
+        """The prefills of as many rows as there is room for, under way together."""
+        flights = []
+        while self._has_room():
+            flights.append(self._admit())
+        return flights
+
+    def _admit(self) -> _Flight:
         """Prefill as many waiting rows of one prefix as there is room for, in one packed forward."""
         assert self.next_up is not None
         _, prefix = self.next_up
@@ -236,25 +254,24 @@ class _Batch:
             length = len(row.prompt) - (prefix.length if prefix else 0)
             if length > self.forward.chunk:
                 if not rows:
-                    self._admit_long(row, prefix)
+                    return self._admit_long(row, prefix)
                 break
             budget -= length
             if budget < 0 and rows:
                 break
             rows.append(row)
             self.next_up = next(self.queue, None)
-        if rows:
-            self._prefill(rows, prefix)
+        return self._prefill(rows, prefix)
 
-    def _admit_long(self, row: Row, prefix: Prefix | None) -> None:
+    def _admit_long(self, row: Row, prefix: Prefix | None) -> _Flight:
         """A prompt beyond one chunk gets a prefix of its own, all but its last token."""
         depth = prefix.length if prefix else 0
         self.counters.computed_tokens += len(row.prompt) - 1 - depth
         own = self.forward.grown(prefix, row.prompt[depth:-1], len(row.prompt))
         self.next_up = next(self.queue, None)
-        self._prefill([row], own)
+        return self._prefill([row], own)
 
-    def _prefill(self, rows: list[Row], prefix: Prefix | None) -> None:
+    def _prefill(self, rows: list[Row], prefix: Prefix | None) -> _Flight:
         depth = prefix.length if prefix else 0
         suffixes = [row.prompt[depth:] for row in rows]
         first = len(self.active)
@@ -272,8 +289,8 @@ class _Batch:
         )
         self.choice.admit(first, [Draw(sampling=row.sampling, prompt=row.prompt, k=row.k) for row in rows])
         tokens_B = self.choice(self.forward.model.logits(hidden), first)
-        self._accept(_Flight(rows=rows, tokens=Fetched(tokens_B)))
         self.is_arranged = False
+        return _Flight(rows=rows, tokens=Fetched(tokens_B))
 
     def _arrange(self) -> None:
         """Tell the device which rows run, after any of them came or went."""

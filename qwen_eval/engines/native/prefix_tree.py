@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
+# Rows of two prefixes that run together read both at each step: one that adds little to the other saves less than that.
+MIN_PART_OF_RUNNING = 1 / 8
 MIN_SAVED_TOKENS = 64  # a shared node costs about one small forward: it must save more than that
 
 
@@ -25,10 +27,17 @@ class Node:
         return self.depth + len(self.ids)
 
 
-def build(sequences: Sequence[Sequence[int]], limits: Sequence[int], *, min_saved: int = MIN_SAVED_TOKENS) -> Node:
+def build(
+    sequences: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    *,
+    min_saved: int = MIN_SAVED_TOKENS,
+    min_part: float = 0.0,
+) -> Node:
     """The tree over all sequences; at most the first `limits[i]` tokens of sequence i are shared.
 
-    A node is made where it saves at least `min_saved` tokens: (sequences below - 1) x its own tokens.
+    A node is made where it saves at least `min_saved` tokens, (sequences below - 1) x its own tokens, and where its own
+    are at least `min_part` of those before it.
     """
     keys = [np.asarray(s, dtype=">u4").tobytes() for s in sequences]  # big-endian bytes sort like the integers
     order = sorted(range(len(sequences)), key=keys.__getitem__)
@@ -41,7 +50,8 @@ def build(sequences: Sequence[Sequence[int]], limits: Sequence[int], *, min_save
             node.leaves.append(order[low])
             continue
         common = int(shared[low + 1 : high].min())
-        if (common - node.end) * (high - low - 1) >= min_saved:
+        own = common - node.end
+        if own * (high - low - 1) >= min_saved and own >= min_part * node.end:
             child = Node(ids=tuple(sequences[order[low]][node.end : common]), depth=node.end)
             node.children.append(child)
             node = child

@@ -1,14 +1,16 @@
-"""What scoring and generation share: the walk over the prefix tree, token counts, running out of memory."""
+"""What scoring and generation share: the walk over the prefix tree, values on their way to the host, token counts,
+running out of memory."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from qwen_eval.engines.native.prefix_tree import Node, build
+from qwen_eval.engines.native.prefix_tree import MIN_SAVED_TOKENS, Node, build
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
 
@@ -29,6 +31,18 @@ class Counters:
     computed_tokens: int = 0
     generated_tokens: int = 0
     num_oom: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How work is put together for a device: many small kernels cost a GPU more than some work done twice."""
+
+    wave_tokens: int | None = None  # new tokens of prefixes computed together; None: a chunk
+    kept_tokens: int = 2**31  # tokens of the prefixes of a wave, with those they continue, which are copied
+    min_saved: int = MIN_SAVED_TOKENS  # tokens, below which a prefix is not worth its kernels
+    fills_batches: bool = False  # what a wave leaves over waits for the next
+    by_prefix: bool = False  # sequences of about one length are packed by their prefixes, not by their exact lengths
+    free_slots: float = 0.0  # share of the slots of a running batch that is free before others are admitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +72,34 @@ def walk(
     limits: Sequence[int],
     lengths: Sequence[int],
     counters: Counters,
+    packing: Packing,
     wave_tokens: int = 1,
+    min_part: float = 0.0,
 ) -> Iterator[list[Branch]]:
     """All sequences, in waves of branches whose prefixes are computed together when the wave is asked for.
 
     At most the first `limits[i]` tokens of sequence i are shared; `lengths[i]` decides its NTK alpha: sequences of
-    different alphas share nothing. A wave holds prefixes of up to `wave_tokens` new tokens, at least one prefix.
+    different alphas share nothing. A wave holds prefixes of up to `wave_tokens` new tokens, as far as `packing`
+    allows, at least one prefix. `min_part`: of `build`.
     """
-    pending = [_root(sequences, limits, lengths, members) for members in _by_alpha(runner, lengths)]
+    options = {"min_saved": packing.min_saved, "min_part": min_part}
+    pending = [_root(sequences, limits, lengths, members, options) for members in _by_alpha(runner, lengths)]
     while pending:
-        wave = _next_wave(pending, min(wave_tokens, runner.chunk))
-        prefixes = _grown(runner, wave, counters)
-        branches = []
-        for step, prefix in zip(wave, prefixes):
-            if step.node.leaves:
-                branches.append(Branch(members=tuple(step.members[i] for i in step.node.leaves), prefix=prefix))
-            pending.extend(
-                _Step(node=child, parent=prefix, members=step.members, total_length=step.total_length)
-                for child in step.node.children
-            )
-        if branches:
-            yield branches
+        wave = _next_wave(pending, min(wave_tokens, packing.wave_tokens or runner.chunk), packing.kept_tokens)
+        yield _branches(runner, wave, pending, counters)  # in no variable here: the next wave needs the memory
+
+
+def _branches(runner: ModelRunner, wave: Sequence[_Step], pending: list[_Step], counters: Counters) -> list[Branch]:
+    """Compute the prefixes of a wave, and add what continues them to `pending`."""
+    branches = []
+    for step, prefix in zip(wave, _grown(runner, wave, counters)):
+        if step.node.leaves:
+            branches.append(Branch(members=tuple(step.members[i] for i in step.node.leaves), prefix=prefix))
+        pending.extend(
+            _Step(node=child, parent=prefix, members=step.members, total_length=step.total_length)
+            for child in step.node.children
+        )
+    return branches
 
 
 def _by_alpha(runner: ModelRunner, lengths: Sequence[int]) -> list[list[int]]:
@@ -89,18 +110,22 @@ def _by_alpha(runner: ModelRunner, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _root(
-    sequences: Sequence[Sequence[int]], limits: Sequence[int], lengths: Sequence[int], members: Sequence[int]
+    sequences: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    lengths: Sequence[int],
+    members: Sequence[int],
+    options: Mapping[str, Any],
 ) -> _Step:
-    root = build([sequences[i] for i in members], [limits[i] for i in members])
+    root = build([sequences[i] for i in members], [limits[i] for i in members], **options)
     return _Step(node=root, parent=None, members=members, total_length=lengths[members[0]])
 
 
-def _next_wave(pending: list[_Step], wave_tokens: int) -> list[_Step]:
-    """Steps off the end of `pending` while their new tokens fit."""
+def _next_wave(pending: list[_Step], wave_tokens: int, kept_tokens: int) -> list[_Step]:
+    """Steps off the end of `pending` while their new tokens fit, and all tokens of their prefixes, which are copies."""
     wave = [pending.pop()]
-    room = wave_tokens - len(wave[0].node.ids)
-    while pending and len(pending[-1].node.ids) <= room:
-        room -= len(pending[-1].node.ids)
+    room, kept = wave_tokens - len(wave[0].node.ids), kept_tokens - wave[0].node.end
+    while pending and len(pending[-1].node.ids) <= room and pending[-1].node.end <= kept:
+        room, kept = room - len(pending[-1].node.ids), kept - pending[-1].node.end
         wave.append(pending.pop())
     return wave
 

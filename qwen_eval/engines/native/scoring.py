@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor
 
-from qwen_eval.engines.native.scheduler import Counters, halved, walk
+from qwen_eval.engines.native.scheduler import Branch, Counters, Packing, halved, walk
 from qwen_eval.models.cost import CUDA_HEAD_BYTES
 from qwen_eval.models.kv_cache import Prefix
 from qwen_eval.models.runner import ModelRunner
@@ -86,11 +87,13 @@ class Scorer:
         max_batch_tokens: int = 4096,
         max_batch_size: int | None = None,
         model_dtype_logits: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self.forward = forward
         self.share = share and not forward.codec.is_chunked
         self.max_batch_tokens, self.max_batch_size = max_batch_tokens, max_batch_size
         self.model_dtype_logits = model_dtype_logits  # the original's: choice logits rounded to the model's dtype
+        self.packing = packing or Packing()
         self.counters = Counters()
 
     def run(self, jobs: Sequence[Job], *, on_hidden: OnHidden | None = None) -> Iterator[tuple[int, Scores]]:
@@ -110,29 +113,45 @@ class Scorer:
             limits=[jobs[i].first_row if self.share else 0 for i in members],
             lengths=[jobs[i].length for i in members],
             counters=self.counters,
+            packing=self.packing,
             wave_tokens=self.max_batch_tokens,
         )
-        under_way: deque[_Fetching] = deque()
-        for wave in waves:
-            suffixes = [
-                _Suffix(index=members[m], job=jobs[members[m]], prefix=b.prefix) for b in wave for m in b.members
-            ]
-            for found in self._run_wave(suffixes, on_hidden):
-                under_way.append(_Fetching(found))
-                if len(under_way) > self._batches_under_way:
-                    yield from under_way.popleft().scores()
+        under_way: deque[_BatchScores] = deque()
+        for found in self._batches(waves, jobs, members, on_hidden):
+            under_way.append(_BatchScores(found))
+            if len(under_way) > self._batches_under_way:
+                yield from under_way.popleft().scores()
         for flight in under_way:
             yield from flight.scores()
+
+    def _batches(
+        self, waves: Iterator[list[Branch]], jobs: Sequence[Job], members: Sequence[int], on_hidden: OnHidden | None
+    ) -> Iterator[list[_Found]]:
+        """Sequences of all prefixes of a wave side by side, on a GPU with what earlier waves left over."""
+        queue: list[_Suffix] = []
+        for wave in waves:
+            queue += [_Suffix(index=members[m], job=jobs[members[m]], prefix=b.prefix) for b in wave for m in b.members]
+            wave.clear()  # so that a prefix is freed with the last sequence that continues it
+            queue.sort(key=self._order)
+            yield from self._run_queue(queue, on_hidden, may_wait=self.packing.fills_batches)
+        yield from self._run_queue(queue, on_hidden, may_wait=False)
 
     @property
     def _batches_under_way(self) -> int:
         return 0 if self.forward.device.type == "cpu" else BATCHES_UNDER_WAY
 
-    def _run_wave(self, suffixes: Sequence[_Suffix], on_hidden: OnHidden | None) -> Iterator[list[_Found]]:
-        """Sequences of all prefixes of the wave side by side, the longest first."""
-        queue = sorted(suffixes, key=lambda suffix: suffix.num_tokens)
+    def _order(self, suffix: _Suffix) -> tuple[int, int]:
+        """The longest last, or those of about one length (up to twice) by their prefixes."""
+        if self.packing.by_prefix:
+            return suffix.num_tokens.bit_length(), id(suffix.prefix)
+        return suffix.num_tokens, 0
+
+    def _run_queue(self, queue: list[_Suffix], on_hidden: OnHidden | None, *, may_wait: bool) -> Iterator[list[_Found]]:
+        """Batches off the end of `queue`; with `may_wait` it keeps what more sequences could join."""
         while queue:
             batch = self._next_batch([suffix.num_tokens for suffix in queue])
+            if may_wait and batch == len(queue) and self._may_keep(queue):
+                return
             try:
                 found = self._run_batch(queue[-batch:], on_hidden)
             except RuntimeError as error:
@@ -141,10 +160,17 @@ class Scorer:
             del queue[-batch:]
             yield found
 
+    def _may_keep(self, queue: Sequence[_Suffix]) -> bool:
+        """Whether memory holds their prefixes beside those of the next wave."""
+        prefixes = {id(suffix.prefix): suffix.depth for suffix in queue}
+        return sum(prefixes.values()) <= self.packing.kept_tokens // 2
+
     def _next_batch(self, lengths: Sequence[int]) -> int:
-        """How many of the longest sequences (at the end) fit the token budget, padding counted; at least one."""
+        """How many sequences at the end fit the token budget, padding counted; at least one."""
         most = len(lengths) if self.max_batch_size is None else min(len(lengths), self.max_batch_size)
-        return max(1, min(most, self.max_batch_tokens // max(lengths[-1], 1)))
+        longest = accumulate(reversed(lengths), max)
+        fitting = takewhile(lambda it: it[0] * it[1] <= self.max_batch_tokens, enumerate(islice(longest, most), 1))
+        return max(1, sum(1 for _ in fitting))
 
     def _shrink(self, error: RuntimeError, batch: int) -> None:
         self.max_batch_tokens = halved(error, self.max_batch_tokens, batch, self.counters)
@@ -273,21 +299,19 @@ class _Found:
     hits_R: Tensor | None
 
 
-class _Fetching:
-    """The scores of one batch on their way to the host, in one transfer that is begun when they are launched.
-
-    A copy asked for later would wait for the batches launched meanwhile too.
-    """
+class _BatchScores:
+    """The scores of a batch on their way to the host, in one transfer behind the batch, before those that follow."""
 
     def __init__(self, found: Sequence[_Found]) -> None:
-        pieces = [t for f in found for t in (f.logits, f.logsumexp, f.hits_R) if t is not None]
-        self.owners = [(f.index, f.hits_R is not None) for f in found]
-        self.lengths = [len(piece) for piece in pieces]
-        self.values = Fetched(torch.cat(pieces))
+        self._owners = [(f.index, len(f.logits), len(f.logsumexp), f.hits_R is not None) for f in found]
+        self._fetched = Fetched(
+            torch.cat([t for f in found for t in (f.logits, f.logsumexp, f.hits_R) if t is not None])
+        )
 
     def scores(self) -> Iterator[tuple[int, Scores]]:
-        values = iter(torch.split(self.values.wait(), self.lengths))
-        for index, has_hits in self.owners:
-            logits, logsumexp = next(values), next(values)
-            num_greedy = int(next(values).sum()) if has_hits else 0
-            yield index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=num_greedy)
+        values, at = self._fetched.wait(), 0
+        for index, num_logits, num_sums, has_hits in self._owners:
+            sizes = [num_logits, num_sums, num_logits * has_hits]
+            logits, logsumexp, hits = torch.split(values[at : at + sum(sizes)], sizes)
+            yield index, Scores(logits=logits, logsumexp=logsumexp, num_greedy=int(hits.sum()) if has_hits else 0)
+            at += sum(sizes)

@@ -24,6 +24,7 @@ from qwen_eval.models.quant import formats, kernels
 
 BITS = (4, 8)
 SLAB_N = 8192  # outputs dequantized at a time
+TILE = 65521  # random words: a prime, so that rows of any usual width never begin at the same place of it twice
 HONOURED = "quant_method bits group_size desc_act sym checkpoint_format format dynamic"
 # How the weights were found, and which kernels its authors used; which modules are packed, the tensors say.
 HARMLESS = """
@@ -181,16 +182,21 @@ def _check_groups(g_idx: Tensor | None, config: GptqConfig, groups: int, name: s
 
 def unpack(tensors: Mapping[str, Tensor], config: GptqConfig, *, name: str = "linear") -> Codes:
     """The integers of a Linear, zero points as they are meant (not minus one)."""
-    in_features, out_features = check(tensors, config, name=name)
+    zero_GN, group_K = _zeros_and_groups(tensors, config, name)
     q_KN = unpack_rows(tensors["qweight"], config.bits)
+    return Codes(q_KN, zero_GN, tensors["scales"], group_K.to(q_KN.device))
+
+
+def _zeros_and_groups(tensors: Mapping[str, Tensor], config: GptqConfig, name: str) -> tuple[Tensor, Tensor]:
+    """Of checked tensors: zero points as they are meant, int32 [G, N], and groups, int64 [K], where `g_idx` lies."""
+    in_features, out_features = check(tensors, config, name=name)
     zero_GN = unpack_rows(tensors["qzeros"].t(), config.bits).t()[:, :out_features]
     if stored_format(zero_GN, config, name) == V1:
         zero_GN = (zero_GN + 1) & (config.levels - 1)
     group_K = tensors.get("g_idx")
     if group_K is None:
-        size = in_features if config.group_size == -1 else config.group_size
-        group_K = torch.arange(in_features, device=q_KN.device) // size
-    return Codes(q_KN, zero_GN, tensors["scales"], group_K.long())
+        group_K = torch.arange(in_features) // (in_features if config.group_size == -1 else config.group_size)
+    return zero_GN, group_K.long()
 
 
 def stored_format(stored_GN: Tensor, config: GptqConfig, name: str) -> str:
@@ -218,6 +224,14 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     return values.reshape(-1, packed.shape[1])
 
 
+def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
+    """What `unpack_rows` gives, transposed, as uint8 [columns, rows]: a quarter of the memory, read as bytes."""
+    bytes_CW = packed.t().contiguous().view(torch.uint8)  # of a word the lowest first, on every machine torch runs on
+    if bits == 8:
+        return bytes_CW
+    return torch.stack((bytes_CW & 15, bytes_CW >> 4), -1).flatten(1)
+
+
 def pack_rows(values: Tensor, bits: int) -> Tensor:
     """The inverse of `unpack_rows`; the number of rows is a multiple of 32 / bits."""
     per_word = 32 // bits
@@ -241,7 +255,7 @@ def random_tensors(
     zero = half - 1 if config.checkpoint_format == V1 else half
     words = (in_features * config.bits // 32, out_features)
     tensors = {
-        "qweight": torch.randint(-(2**31), 2**31, words, dtype=torch.int32, generator=generator),
+        "qweight": _random_words(math.prod(words), generator).view(words),
         "qzeros": pack_rows(
             torch.full((-(-out_features // config.per_word) * config.per_word, groups), zero), config.bits
         )
@@ -254,6 +268,12 @@ def random_tensors(
     if has_bias:
         tensors["bias"] = torch.zeros(out_features, dtype=torch.float16)
     return tensors
+
+
+def _random_words(count: int, generator: torch.Generator) -> Tensor:
+    """int32 [count]; drawing those of a large model would take longer than loading it, so a tile repeats."""
+    tile = torch.randint(-(2**31), 2**31, (min(count, TILE),), dtype=torch.int32, generator=generator)
+    return tile.repeat(-(-count // TILE))[:count]
 
 
 def build_linear(
@@ -269,14 +289,17 @@ def build_linear(
     The module has `.kernel` and `.weight_bytes`. In fp32 it is always the exact dequantized weight.
     """
     device = torch.device(device)
-    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}  # unpacked there: a GPU does it in passing
-    codes = unpack(tensors, config, name=name)
+    # unpacked there, in passing; groups on the host, which knows them without waiting
+    tensors = {key: tensor if key == "g_idx" else tensor.to(device) for key, tensor in tensors.items()}
     bias = tensors.get("bias")
     if kernels.has_packed(dtype, device):
-        groups = kernels.contiguous_groups(codes.group_K, codes.scale_GN.shape[0])
+        zero_GN, group_K = _zeros_and_groups(tensors, config, name)
+        groups = kernels.contiguous_groups(group_K, len(zero_GN))
         if groups is not None:
-            return kernels.pack(codes.q_KN, codes.zero_GN, codes.scale_GN, groups, config.bits, bias, device=device)
-    return kernels.DequantizedLinear(codes.weight.to(device, dtype), None if bias is None else bias.to(device, dtype))
+            q_NK = unpack_bytes(tensors["qweight"], config.bits)
+            return kernels.pack(q_NK, zero_GN, tensors["scales"], groups, config.bits, bias, device=device)
+    weight_NK = unpack(tensors, config, name=name).weight
+    return kernels.DequantizedLinear(weight_NK.to(device, dtype), None if bias is None else bias.to(device, dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,7 +194,7 @@ def contiguous_groups(group_K: Tensor, num_groups: int) -> Groups | None:
 
 
 def pack(
-    q_KN: Tensor,
+    q_NK: Tensor,
     zero_GN: Tensor,
     scale_GN: Tensor,
     groups: Groups,
@@ -203,24 +203,25 @@ def pack(
     *,
     device: torch.device,
 ) -> PackedLinear:
-    """Repack unpacked codes into torch's int4 layout. Larger groups than the kernel has are split, scales repeated."""
-    in_features, out_features = q_KN.shape
+    """Repack codes (uint8) into torch's int4 layout. Larger groups than the kernel has are split, scales repeated."""
+    out_features, in_features = q_NK.shape
+    q_NK = q_NK.to(device)
     if groups.permutation is not None:
-        q_KN = q_KN[groups.permutation]
+        q_NK = q_NK.index_select(1, groups.permutation.to(device))
     repeats = in_features // groups.size // len(scale_GN)
     scale_GN = scale_GN.float().repeat_interleave(repeats, 0)
     zero_GN = zero_GN.repeat_interleave(repeats, 0)
     half = 1 << (bits - 1)
     shift_GN = (half - zero_GN) * scale_GN
     if bits == 8:
-        q_KN = torch.cat([q_KN >> 4, q_KN & 15])
+        q_NK = torch.cat([q_NK >> 4, q_NK & 15], 1)
         # the scale is rounded first: with 16 s and 8 s exact multiples of it the two planes fit together exactly
         scale_GN = scale_GN.bfloat16().float()
         shift_GN = torch.cat([shift_GN, 8 * scale_GN])
         scale_GN = torch.cat([16 * scale_GN, scale_GN])
     scale_zero = torch.stack([scale_GN, shift_GN], -1).bfloat16()
     padding = -out_features % BLOCK_N
-    packed = _int4_pack(F.pad(q_KN.t(), (0, 0, 0, padding)).contiguous().to(device))
+    packed = _int4_pack(F.pad(q_NK, (0, 0, 0, padding)))
     return PackedLinear(
         packed,
         F.pad(scale_zero, (0, 0, 0, padding)).contiguous().to(device),
@@ -234,12 +235,11 @@ def pack(
 
 
 def _int4_pack(q_NK: Tensor) -> Tensor:
-    packed: Tensor
-    if q_NK.device.type == "cpu":
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK.int(), 1)
-    else:  # tinygemm: the even input is the high nibble
-        pairs = (q_NK[:, ::2] << 4 | q_NK[:, 1::2]).to(torch.uint8).contiguous()
-        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _inner_tiles(q_NK.shape[1]))
+    if q_NK.device.type == "cpu":  # which wants int32: a slab of whole blocks at a time
+        pack_slab = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        return torch.cat([pack_slab(slab_NK.int(), 1) for slab_NK in torch.split(q_NK, SLAB_N)])
+    pairs = (q_NK[:, ::2] << 4 | q_NK[:, 1::2]).to(torch.uint8).contiguous()  # tinygemm: the even input is high
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, _inner_tiles(q_NK.shape[1]))
     return packed
 
 
