@@ -123,10 +123,10 @@ def prefill_bytes(
     norm = 3 * stream + config.hidden_size * (8 + element * is_half)
     turn = 2 * stream + qkv + kv_heads * element + heads * (12 if is_half else 8)
     attend = 2 * stream + qkv + (heads + kv_heads) * element + heads * element
-    attend += 2 * heads * element if config.kv_group > 1 else 0  # causal kernels want keys for every query head
-    padded = qkv + heads * element if num_sequences > 1 else 0  # copies, which are freed before
+    own = 2 * heads * element if config.kv_group > 1 else 0  # causal kernels want keys for every query head
+    own += qkv + heads * element if num_sequences > 1 else 0  # padded copies; all are freed before
     joined = heads * (12 + element) if past else 0  # two partial results are joined in fp32
-    attend += max(padded, joined) + (3 * kv_heads * 4 if kv_cache == "int8" else 0)
+    attend += max(own, joined) + (3 * kv_heads * 4 if kv_cache == "int8" else 0)
     mlp = 2 * stream + 2 * config.mlp_size * element
     # growing a prefix copies one layer's cache
     grown = (
