@@ -32,7 +32,7 @@ from qwen_eval.models.checkpoint import Placement, random_model
 from qwen_eval.models.config import ModelConfig
 from qwen_eval.models.decode import COARSE
 from qwen_eval.models.graph import cuda_graphs
-from qwen_eval.models.kv_cache import Int8Codec, Prefix
+from qwen_eval.models.kv_cache import Int8Codec, PlainCodec, Prefix
 from qwen_eval.models.load import choose_dtype, open_forward
 from qwen_eval.models.quant import gptq, kernels
 from qwen_eval.models.rope import Rope, RowTables
@@ -248,7 +248,7 @@ def test_the_decode_kernel_is_tried_on_the_device_of_each_layer(monkeypatch: pyt
     with fake_cuda(2):
         model = model_on(GPU, elsewhere={"layers.2": SECOND, "norm": SECOND, "head": SECOND})
         monkeypatch.setattr(fused, "_has_triton", lambda: True)
-        assert choose_decode_kernel(model, "fused") == "triton"
+        assert choose_decode_kernel(model, "fused", PlainCodec(model.dtype)) == "triton"
     assert tried == [(GPU, 0), (SECOND, 1)]
 
 

@@ -325,8 +325,8 @@ def test_a_layer_of_a_step_is_few_launches(
 
 
 def test_kernels_are_tried_before_they_are_used() -> None:
-    assert flaw(DEVICE, torch.float32, CONFIG) is None
-    assert "float64" in str(flaw(DEVICE, torch.float64, CONFIG))
+    assert flaw(DEVICE, torch.float32, CONFIG, is_int8=True) is None
+    assert "float64" in str(flaw(DEVICE, torch.float64, CONFIG, is_int8=False))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a fault of the interpreter: products in bf16")

@@ -102,13 +102,12 @@ def launches(shape: Shape, dtype: torch.dtype) -> Iterator[Callable[[], object]]
             given = (qkv, cos, cos, logn, norm and (norm, norm), rows, cache, cache)
             yield lambda given=given: block.turn_and_keep(*given)  # type: ignore[misc]
     yield lambda: block.quantize(draw(1, shape.kv_heads, 4, shape.dim, dtype=dtype))
-    for batch in (1, 64):
+    for batch in (1, 7, 64):
         place, q = torch.zeros(batch, dtype=torch.long), draw(batch, shape.heads, shape.dim, dtype=dtype)
         for cache in caches(shape, dtype):
             for is_shared in (False, True):
-                keys = Keys(
-                    k=cache, v=cache, place_B=place, first_B=place, end_B=place, num_keys=4096, is_shared=is_shared
-                )
+                rows = {"place_B": place, "first_B": place, "end_B": place}
+                keys = Keys(k=cache, v=cache, **rows, num_keys=64 * batch, is_shared=is_shared)
                 yield lambda q=q, keys=keys: attend(q, [keys])  # type: ignore[misc]
 
 

@@ -50,7 +50,7 @@ class ModelRunner:
         self.prefill_chunk = prefill_chunk
         self.long_chunk = prefill_chunk  # of a prompt alone, which fills a GPU only with more tokens than a CPU
         self.pool_bytes = MAX_POOL_BYTES
-        self.decode_kernel = decode_kernel or choose_decode_kernel(model, self.kernel)
+        self.decode_kernel = decode_kernel or choose_decode_kernel(model, self.kernel, self.codec)
 
     @property
     def device(self) -> torch.device:
@@ -233,7 +233,7 @@ class ModelRunner:
         return hidden
 
 
-def choose_decode_kernel(model: Transformer, kernel: str) -> str:
+def choose_decode_kernel(model: Transformer, kernel: str, codec: KvCodec) -> str:
     """ "triton" on CUDA where it is there and gives the plain twin's numbers, else "plain", with the reason."""
     if kernel == "eager" or fused.name(model.device, model.dtype) == "plain":
         return "plain"
@@ -243,7 +243,7 @@ def choose_decode_kernel(model: Transformer, kernel: str) -> str:
         if fused.name(device, model.dtype) == "plain":
             return f"plain (layers lie on {device})"
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches its kernels
-            found = flaw(device, model.dtype, model.config)
+            found = flaw(device, model.dtype, model.config, is_int8=not codec.is_exact)
         if found is not None:
             fused.distrust(device, model.dtype, found)
             return f"plain ({found})"

@@ -25,6 +25,11 @@ MAX_SPLITS = 32
 MIN_TILE, MAX_TILE = 16, 64  # query rows of one product, 16 in FP32
 
 
+# Numbers that change from step to step, and rows of one tensor: a kernel is compiled once, whatever they are.
+VARYING = ["num_splits", "num_parts", "first_part", "num_queries", "members"]
+ROWS = ["places", "firsts", "ends"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """Stored keys and values [P,K,S,*], and which of them row i sees: `first_B[i]` to `end_B[i]` of `place_B[i]`.
@@ -51,7 +56,7 @@ def _dequantized(
     return ((codes_SD.to(tl.float32) - zero_S[:, None]) * step_S[:, None]).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS)
 def _attend_heads(
     q: tl.tensor, k: tl.tensor, v: tl.tensor,
     k_scale: tl.tensor, k_zero: tl.tensor, v_scale: tl.tensor, v_zero: tl.tensor,
@@ -97,7 +102,7 @@ def _attend_heads(
     tl.store(lse + part, tl.where(is_empty, -float("inf"), top + tl.log(total)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS)
 def _attend_tiles(
     q: tl.tensor, k: tl.tensor, v: tl.tensor,
     k_scale: tl.tensor, k_zero: tl.tensor, v_scale: tl.tensor, v_zero: tl.tensor,
@@ -156,7 +161,7 @@ def _attend_tiles(
     tl.store(lse + part_M, tl.where(is_empty_M, -float("inf"), top_M + tl.log(total_M)), mask=is_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _join(
     parts: tl.tensor, lses: tl.tensor, out: tl.tensor, lse: tl.tensor, num_parts: tl.tensor,
     block_parts: tl.constexpr, dim: tl.constexpr, block_dim: tl.constexpr,

@@ -76,7 +76,7 @@ def add_rms_norm(x_NE: Tensor, delta_NE: Tensor, weight_E: Tensor, eps: float) -
     return total, out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _silu_product(gate: tl.tensor, up: tl.tensor, count: tl.tensor, block: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     is_in = at < count
@@ -173,7 +173,7 @@ def _keep(
         tl.store(codes + place * dim + at, value, mask=at < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions"])
 def _turn_and_keep(
     qkv: tl.tensor, cos: tl.tensor, sin: tl.tensor, logn: tl.tensor, q_weight: tl.tensor, k_weight: tl.tensor,
     positions: tl.tensor, q_out: tl.tensor,
@@ -236,7 +236,7 @@ def turn_and_keep(
     return q_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _quantize(
     x: tl.tensor, codes: tl.tensor, scale: tl.tensor, zero: tl.tensor,
     grow: tl.tensor, tokens: tl.tensor, x_head: tl.tensor, x_token: tl.tensor,
