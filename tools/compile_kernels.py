@@ -106,8 +106,8 @@ def launches(shape: Shape, dtype: torch.dtype) -> Iterator[Callable[[], object]]
         place, q = torch.zeros(batch, dtype=torch.long), draw(batch, shape.heads, shape.dim, dtype=dtype)
         for cache in caches(shape, dtype):
             for is_shared in (False, True):
-                rows = {"place_B": place, "first_B": place, "end_B": place}
-                keys = Keys(k=cache, v=cache, **rows, num_keys=64 * batch, is_shared=is_shared)
+                spans = {"place_B": place, "first_B": place, "end_B": place}
+                keys = Keys(k=cache, v=cache, **spans, num_keys=64 * batch, is_shared=is_shared)
                 yield lambda q=q, keys=keys: attend(q, [keys])  # type: ignore[misc]
 
 
