@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -22,12 +23,15 @@ from qwen_eval.sandbox import (
     Verdict,
     called_function,
     codec,
+    launch,
     pool,
     run_programs,
     self_test,
     selftest,
 )
+from qwen_eval.sandbox.launch import Worker
 from qwen_eval.sandbox.pool import resolve_mode
+from qwen_eval.sandbox.session import Host
 
 
 def _has(mode: str) -> bool:
@@ -230,6 +234,24 @@ def test_confinement_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pool, "is_possible", lambda: False)
     with pytest.raises(SandboxError, match="sandbox=unsafe"):
         run_programs([Program("it", "", "", "f")], mode="auto")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of the open files here")
+@pytest.mark.parametrize("kind", [Worker, Host])
+def test_what_is_closed_keeps_no_file_open(kind: type[Worker] | type[Host]) -> None:
+    before = os.listdir("/proc/self/fd")
+    opened = kind("unsafe")
+    assert len(os.listdir("/proc/self/fd")) > len(before)
+    opened.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_worker_that_cannot_start_gives_back_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    before = dict(launch._workers_on)
+    with pytest.raises(SandboxError, match="no bwrap on the PATH"):
+        Worker("bubblewrap")
+    assert +launch._workers_on == +Counter(before)
 
 
 @pytest.mark.parametrize("mode", CONFINED)
