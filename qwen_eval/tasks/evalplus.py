@@ -10,6 +10,8 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qwen_eval.extraction.slicing import tree_of
+
 # How the answer of these functions counts, by entry point; for all others it must equal the reference's.
 SETS = (
     "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array "
@@ -88,7 +90,7 @@ def plus_test(row: Mapping[str, Any]) -> str:
 
 def _called_with(assertion: str, entry_point: str) -> Iterator[list[object]]:
     """The arguments of the calls in a row's original assertions: JSON lost which of them were tuples."""
-    for node in ast.walk(ast.parse(assertion)):
+    for node in ast.walk(tree_of(assertion)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == entry_point:
             try:
                 yield [ast.literal_eval(argument) for argument in node.args]
