@@ -24,6 +24,11 @@ def test_variables_functions_and_files_are_kept_between_cells() -> None:
     assert (second.value, second.error) == ("42", "")
 
 
+def test_what_a_model_reads_does_not_depend_on_the_version_of_python() -> None:
+    [result] = notebooks().results("q", ['import re\nprint(re.findall("\\d", "a1"))'])  # Python 3.12 warns of "\d"
+    assert result.output == "['1']\n"
+
+
 def test_another_key_has_another_interpreter() -> None:
     books = notebooks()
     assert books.results("a", ["x = 1"])[0].error == ""
