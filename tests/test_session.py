@@ -99,7 +99,7 @@ def test_a_kernel_that_a_cell_rewrote_is_not_believed() -> None:
 
 def test_a_figure_comes_out_as_png() -> None:
     [drawn] = notebooks(wants_figures=True).results("q", ["plt.plot([1, 2, 3])\nplt.show()"])
-    assert drawn.error == ""
+    assert (drawn.output, drawn.error) == ("", "")
     assert drawn.figure is not None
     assert drawn.figure.startswith(b"\x89PNG")
 
