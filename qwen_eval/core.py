@@ -376,6 +376,13 @@ class GradesElsewhere(Protocol):
 
 
 @runtime_checkable
+class RunsPrograms(Protocol):
+    """A task that runs what a model writes: the version of Python decides which programs can be run."""
+
+    runs_programs: Literal[True]
+
+
+@runtime_checkable
 class DrawsLimit(Protocol):
     """A task whose `samples()` are already those of `limit`: its samples are not to be drawn one by one."""
 

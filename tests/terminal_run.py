@@ -21,11 +21,11 @@ RATE = re.compile(r"\d/s")
 
 def in_terminal(cwd: Path, command: str = COMMAND) -> str:
     """All that a command writes to a terminal of 80 columns, control sequences included."""
-    pid, file = pty.fork()
-    if pid == 0:
-        os.chdir(cwd)
-        environment = {**OURS, "COLUMNS": "80", "TERM": "xterm"}
-        os.execve(sys.executable, [sys.executable, *command.split()[1:]], environment)
+    file, terminal = pty.openpty()  # pty.fork could deadlock where a test before left threads
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    environment = {**OURS, "COLUMNS": "80", "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, *command.split()[1:]], cwd=cwd, env=environment, **ends)
+    os.close(terminal)
     drawn = b""
     while True:
         try:
@@ -35,7 +35,7 @@ def in_terminal(cwd: Path, command: str = COMMAND) -> str:
         if not part:
             break
         drawn += part
-    os.waitpid(pid, 0)
+    process.wait()
     os.close(file)
     return drawn.decode("utf-8", "replace")
 

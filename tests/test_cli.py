@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import toy
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
 from unhurried import SAYS_NO_STAGES
 
 from qwen_eval import __version__
 from qwen_eval.__main__ import main
 from qwen_eval.cli import bracket_lists, compose, conf_dir, list_keys, model_first, text_keys
+from qwen_eval.cli.mistakes import explain
 from qwen_eval.config import EvalSpec
 from qwen_eval.quantize.__main__ import main as quantize
 from qwen_eval.quantize.config import QuantizeSpec
@@ -86,6 +88,15 @@ def test_a_mistake_is_one_line_with_the_way_out(
     assert said in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "package"), [("submitit_slurm", "'qwen_eval[submitit]'"), ("ray", "hydra-ray-launcher")]
+)
+def test_a_launcher_that_is_not_installed_is_told_with_its_package(launcher: str, package: str) -> None:
+    error = MissingConfigException("", missing_cfg_file=f"hydra/launcher/{launcher}", options=["basic"])
+    said = f"hydra/launcher={launcher} needs a package that is not here: pip install {package}"
+    assert explain(error, EvalSpec) == said
 
 
 @pytest.mark.parametrize(

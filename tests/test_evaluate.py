@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from qwen_eval.core import (
 )
 from qwen_eval.data.sources import draw
 from qwen_eval.engines.fake import FakeEngine
-from qwen_eval.runs.evaluate import evaluate, selected
+from qwen_eval.runs.evaluate import evaluate, run_spec, selected
 from qwen_eval.runs.regrade import RegradeSpec, regrade
 from qwen_eval.runs.run import Run, load_run
 from qwen_eval.tasks.registry import TaskContext, build, task_class
@@ -150,6 +151,17 @@ def test_what_decides_the_numbers_cannot_change_within_a_run(
         run_with(spec(tmp_path, **change), FakeEngine())
     assert named in str(caught.value)
     assert len(load_run(tmp_path / "r").records) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "has_programs"),
+    [("humaneval", True), ("mbpp", True), ("code_interpreter", True), ("hf_agent", True), ("gsm8k", False)],
+)
+def test_where_a_models_programs_are_run_the_version_of_python_decides_too(name: str, has_programs: bool) -> None:
+    task = build(task_class(name).Spec(name=name), TaskContext())
+    stored = run_spec(EvalSpec(task=task.spec, model=ModelSpec(name="m")), task, [], {"weights": "w"})
+    version = ".".join(platform.python_version_tuple()[:2])
+    assert stored["decides"]["packages"].get("python") == (version if has_programs else None)
 
 
 def test_what_only_costs_time_may_change(tmp_path: Path) -> None:

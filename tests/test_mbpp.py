@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_eval.core import Completion, Completions, DataError, Generate, Sample, Turn
 from qwen_eval.extraction.programs import program_between_marks
+from qwen_eval.extraction.slicing import called_function
 from qwen_eval.tasks.evalplus import plus_test
-from qwen_eval.tasks.mbpp import Mbpp, entry_point, test_source, upstream_program
+from qwen_eval.tasks.mbpp import Mbpp, entry_point, names_in_tests, test_source, upstream_program
 from qwen_eval.tasks.mbpp import MbppSpec as Spec
 from qwen_eval.tasks.registry import TaskContext
 
@@ -77,6 +81,28 @@ def test_upstream_reads_between_the_first_marks_and_keeps_what_follows_a_quote()
     assert upstream_program("[BEGIN]\n 'def f():\n  pass' \n[DONE] \n [BEGIN]") == "def f():\n  pass"
     assert upstream_program(" 'x = 1' \n[DONE]") == "x = 1"
     assert upstream_program("DONE before") == ""
+
+
+def test_the_entry_point_of_mbpp_is_the_function_its_tests_call() -> None:
+    reference = "def helper(x): return x\ndef sum(a, b): return helper(a) + b\n"
+    assert called_function("assert sum(1, 2) == 3", reference) == "sum"
+    assert called_function("assert 1", reference) == ""
+
+
+@pytest.mark.parametrize("read", [entry_point, names_in_tests])
+def test_what_python_thinks_of_a_rows_code_is_not_printed(read: Callable[[dict[str, Any]], object]) -> None:
+    row = {"code": "import re\ndef f(x): return re.match('\\d', x)", "test_list": ["assert f('\\d') is None"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(row)
+
+
+@pytest.mark.parametrize("part", ["code", "test_setup_code"])
+def test_a_row_that_this_python_cannot_read_is_told_before_anything_is_asked(tmp_path: Path, part: str) -> None:
+    row = {"task_id": 11, "text": "Write f.", "code": "def f(): return 1", "test_list": ["assert f() == 1"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps({**row, part: "def f(:"}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"row 1: its code or its tests are no Python 3\.\d+"):
+        Mbpp(Spec(path=str(tmp_path)), TaskContext()).samples()
 
 
 def test_set_up_code_stands_behind_the_solution() -> None:

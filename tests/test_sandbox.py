@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -20,14 +21,16 @@ from qwen_eval.sandbox import (
     Program,
     SandboxError,
     Verdict,
-    called_function,
     codec,
+    launch,
     pool,
     run_programs,
     self_test,
     selftest,
 )
+from qwen_eval.sandbox.launch import Worker
 from qwen_eval.sandbox.pool import resolve_mode
+from qwen_eval.sandbox.session import Host
 
 
 def _has(mode: str) -> bool:
@@ -232,6 +235,24 @@ def test_confinement_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPat
         run_programs([Program("it", "", "", "f")], mode="auto")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of the open files here")
+@pytest.mark.parametrize("kind", [Worker, Host])
+def test_what_is_closed_keeps_no_file_open(kind: type[Worker] | type[Host]) -> None:
+    before = os.listdir("/proc/self/fd")
+    opened = kind("unsafe")
+    assert len(os.listdir("/proc/self/fd")) > len(before)
+    opened.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_worker_that_cannot_start_gives_back_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    before = dict(launch._workers_on)
+    with pytest.raises(SandboxError, match="no bwrap on the PATH"):
+        Worker("bubblewrap")
+    assert +launch._workers_on == +Counter(before)
+
+
 @pytest.mark.parametrize("mode", CONFINED)
 def test_the_self_test_says_what_it_blocked(mode: str) -> None:
     result = self_test(mode)  # type: ignore[arg-type]
@@ -244,12 +265,6 @@ def test_the_self_test_raises_when_something_is_open(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(selftest, "_results", {})
     with pytest.raises(SandboxError, match="nothing at all"):
         self_test()
-
-
-def test_the_entry_point_of_mbpp_is_the_function_its_tests_call() -> None:
-    reference = "def helper(x): return x\ndef sum(a, b): return helper(a) + b\n"
-    assert called_function("assert sum(1, 2) == 3", reference) == "sum"
-    assert called_function("assert 1", reference) == ""
 
 
 @pytest.mark.parametrize(

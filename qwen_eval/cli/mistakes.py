@@ -16,6 +16,11 @@ from qwen_eval.tasks.registry import TASKS
 
 NO_DEFAULT = re.compile(r"(?:In '([^']+)': )?Could not override '([^']+)'")
 AMBIGUOUS = re.compile(r"Ambiguous value for argument '([^=]+=.*?)'\s")
+LAUNCHERS = {  # of Hydra, that come with a package
+    "submitit_local": "'qwen_eval[submitit]'",
+    "submitit_slurm": "'qwen_eval[submitit]'",
+    "ray": "hydra-ray-launcher",
+}
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 
 
@@ -90,6 +95,8 @@ def _several(argument: str) -> str:
 
 def _unknown_option(missing: str, options: Iterable[str]) -> str:
     group, _, name = missing.rpartition("/")
+    if group == "hydra/launcher" and name in LAUNCHERS:
+        return f"{group}={name} needs a package that is not here: pip install {LAUNCHERS[name]}"
     known = {option for option in options if not option.endswith("_schema")}
     known |= set({"task": TASKS, "engine": ENGINES}.get(group, ()))  # Hydra knows only those that were named
     known |= {path.stem for path in (conf_dir() / group).glob("*.yaml")}  # and lists none for `model=[x]`

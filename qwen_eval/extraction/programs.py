@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 
 from qwen_eval.extraction.slicing import (
@@ -23,6 +22,7 @@ from qwen_eval.extraction.slicing import (
     missing_names,
     parsed,
     statements_of,
+    tree_of,
     without_examples,
 )
 from qwen_eval.extraction.symptoms import READ_CHARACTERS, answer_part
@@ -53,9 +53,7 @@ def longest_program(source: str, *, at_least: int = 0) -> str:
             break
         tree_source = "\n".join(lines)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                ast.parse(tree_source)
+            tree_of(tree_source)
             return tree_source
         except SyntaxError as error:
             bad = min((error.lineno or len(lines)) - 1, len(lines) - 1)

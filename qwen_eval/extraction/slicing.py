@@ -36,14 +36,19 @@ SETTINGS = frozenset(  # calls that change how the interpreter or a library comp
 )
 
 
+def tree_of(source: str) -> ast.Module:
+    """The syntax tree; raises one of UNPARSABLE."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\d" in somebody's code is their own affair; Python 3.12 would print it
+        return ast.parse(source)
+
+
 def parsed(source: str) -> ast.Module | None:
     """The syntax tree, None when this is not a whole Python program."""
     if len(source) > MAX_CHARACTERS:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" in a model's code is its own affair
-            return ast.parse(source)
+        return tree_of(source)
     except UNPARSABLE:
         return None
 
@@ -89,6 +94,17 @@ def _is_foreign(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return True
     return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in sys.stdlib_module_names
+
+
+def called_function(test: str, reference: str) -> str:
+    """The function of the `reference` solution that `test` calls: the entry point where a benchmark names none (MBPP).
+
+    The last one defined where there are several; "" where there is none. Raises one of UNPARSABLE.
+    """
+    defined = [node.name for node in tree_of(reference).body if isinstance(node, ast.FunctionDef)]
+    calls = (node.func for node in ast.walk(tree_of(test)) if isinstance(node, ast.Call))
+    used = {function.id for function in calls if isinstance(function, ast.Name)}
+    return next((name for name in reversed(defined) if name in used), "")
 
 
 def is_stub(source: str, name: str) -> bool:

@@ -269,7 +269,7 @@ def mcnemar_power(n: int, delta: float, discordance: float, alpha: float = ALPHA
     if rate <= 0 or n == 0:
         return 0.0
     spread = 7 * math.sqrt(n * rate * (1 - rate)) + 7
-    totals = np.arange(max(0, int(n * rate - spread)), min(n, int(n * rate + spread)) + 1)
+    totals: NDArray[np.int64] = np.arange(max(0, int(n * rate - spread)), min(n, int(n * rate + spread)) + 1)
     totals = totals[:: max(1, len(totals) // 400)]  # the power is smooth in the number of discordant pairs
     weights, limits = _binomial(totals, n, rate), _critical(totals, alpha)
     chance = (1 + delta / rate) / 2

@@ -201,9 +201,9 @@ def _grid(runs: Sequence[Run], named: Callable[[Run], tuple[str, ...]]) -> list[
     rows: dict[tuple[object, ...], NamedRuns] = {}
     for run in sorted(runs, key=order):
         key, repeat = (named(run), checkpoint_of(run)), 0
-        while run.task in rows.setdefault((*key, repeat), (named(run), {}))[1]:
+        while run.task in rows.setdefault((key, repeat), (named(run), {}))[1]:
             repeat += 1
-        rows[(*key, repeat)][1][run.task] = run
+        rows[key, repeat][1][run.task] = run
     return list(rows.values())
 
 

@@ -34,7 +34,8 @@ def frame_of(records: Sequence[Record]) -> pandas.DataFrame:
 
     rows = [_row(record) for record in records]
     names = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
-    return pandas.DataFrame(rows, columns=list(names))
+    frame: pandas.DataFrame = pandas.DataFrame(rows, columns=list(names))
+    return frame
 
 
 def _row(record: Record) -> dict[str, Any]:

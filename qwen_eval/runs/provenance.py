@@ -59,8 +59,10 @@ def package_versions() -> Mapping[str, str]:
     return versions
 
 
-def deciding_versions() -> dict[str, str]:
-    return {name: version.split(".")[0] for name, version in package_versions().items() if name in DECIDING}
+def deciding_versions(*, has_programs: bool = False) -> dict[str, str]:
+    """`has_programs`: programs of a model are run, which one Python knows how to run and another does not."""
+    found = {name: version.split(".")[0] for name, version in package_versions().items() if name in DECIDING}
+    return found | ({"python": f"{sys.version_info.major}.{sys.version_info.minor}"} if has_programs else {})
 
 
 @cache

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 ALIASES = {
@@ -25,6 +26,8 @@ ALIASES = {
 }  # imported before a cell that uses the name, where the package is there
 FIGURE_BYTES = 4 << 20
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["MPLCONFIGDIR"] = os.path.abspath(".matplotlib")  # there is no home, which some versions refuse, others tell
+warnings.filterwarnings("ignore", "invalid (escape|octal)", SyntaxWarning)  # of Python 3.12: earlier ones do not say so
 _cells: dict[str, Any] = {"__name__": "__main__"}
 
 

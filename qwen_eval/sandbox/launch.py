@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import CodeType
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import IO, Any, Literal, TypeAlias, TypedDict
 
 from qwen_eval.sandbox import seccomp
 from qwen_eval.sandbox.codec import Damaged, Hangup, Oversize, receive_frame, send_order
@@ -31,6 +31,7 @@ RealMode: TypeAlias = Literal["bubblewrap", "namespaces", "unsafe"]
 START_S = 20.0
 START_TRIES = 4
 END_S = 5.0  # for processes that have lost each other
+LOG_BYTES = 1 << 20  # that are read of what a zygote complains of
 GRACE_S = 0.5  # the judge times out by itself; this is for a judge stuck in one long operation
 _INSIDE = ("orders", "codec", "seccomp", "confine", "candidate", "zygote")  # in the order of their imports
 _KILLS = (signal.SIGKILL, signal.SIGTERM)
@@ -110,7 +111,8 @@ class Worker:
         self.mode = mode
         self.num_judged = 0
         self.core = _claim_core()
-        self.zygote_log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._zygote_log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._zygote_said = ""  # known once it is closed
         self.harness, judge_end = socket.socketpair()
         self.harness_fd = self.harness.fileno()
         control, zygote_end = socket.socketpair()
@@ -122,6 +124,9 @@ class Worker:
             send_order(control.fileno(), _boot_message(mode, proc_fd, self.core))
         except Hangup:
             pass  # the wait below tells why
+        except SandboxError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise SandboxError(f"sandbox={mode}: no process can be started ({error.strerror})") from None
@@ -140,7 +145,7 @@ class Worker:
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=self.zygote_log,
+            stderr=self._zygote_log,
             pass_fds=(control_fd, proc_fd),
             start_new_session=True,
         )
@@ -162,8 +167,7 @@ class Worker:
             lost = self._loss(is_starting=True)
             if lost.is_outside:
                 raise lost from None
-            self.zygote_log.seek(0)
-            lines = self.zygote_log.read().decode(errors="replace").strip().splitlines() or [lost.reason]
+            lines = self._zygote_said.splitlines() or [lost.reason]
             raise SandboxError(f"sandbox={self.mode}: {lines[-1][:300]}") from None
         return info
 
@@ -225,7 +229,18 @@ class Worker:
             with _cores_lock:
                 _workers_on[self.core] -= 1
         self.harness.close()
-        return [_end(process, wait_s) for process in (self.judge, self.zygote)]
+        statuses = [_end(process, wait_s) for process in (self.judge, self.zygote)]
+        self._zygote_said = self._zygote_said or last_words(self._zygote_log)
+        return statuses
+
+
+def last_words(log: IO[bytes]) -> str:
+    """What a process that has ended wrote to its `log`, which is closed; "" where it was closed before."""
+    if log.closed:
+        return ""
+    with log:
+        log.seek(0)
+        return log.read(LOG_BYTES).decode(errors="replace").strip()
 
 
 def _end(process: subprocess.Popen[bytes] | None, wait_s: float) -> int | None:

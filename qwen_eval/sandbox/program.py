@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -39,17 +38,3 @@ class Verdict:
     passed: bool
     reason: str
     wall_s: float
-
-
-def called_function(test: str, reference: str) -> str:
-    """The function of the `reference` solution that `test` calls: the entry point where a benchmark names none (MBPP).
-
-    The last one defined where there are several; "" where there is none.
-    """
-    defined = [node.name for node in ast.parse(reference).body if isinstance(node, ast.FunctionDef)]
-    used = {node.func.id for node in ast.walk(ast.parse(test)) if _is_plain_call(node)}  # type: ignore[attr-defined]
-    return next((name for name in reversed(defined) if name in used), "")
-
-
-def _is_plain_call(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)

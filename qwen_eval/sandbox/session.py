@@ -106,9 +106,7 @@ class Host:
             with contextlib.suppress(ConnectionResetError):
                 ready = self._control.recv(4096)
         if not ready or not json.loads(ready).get("ready"):
-            self.close()
-            self._log.seek(0)
-            lines = self._log.read().decode(errors="replace").strip().splitlines() or ["it ended at once"]
+            lines = self.close().splitlines() or ["it ended at once"]
             raise SandboxError(f"sandbox={self.mode}: {lines[-1][:300]}")
 
     def fork(self) -> socket.socket:
@@ -126,12 +124,14 @@ class Host:
         except OSError:
             return False
 
-    def close(self) -> None:
+    def close(self) -> str:
+        """End the zygote; what it complained of."""
         self._control.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._zygote.wait(timeout=0.5)
         self._zygote.kill()
         self._zygote.wait()
+        return launch.last_words(self._log)
 
 
 def _readable(channel: socket.socket, timeout_s: float) -> bool:

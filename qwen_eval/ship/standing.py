@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen_eval.core import ConfigError, Record
 from qwen_eval.report.paired import holm, paired_perplexity
@@ -97,7 +98,7 @@ def verdict(standings: Sequence[Standing], tasks: Sequence[str], alpha: float) -
 # --- items, drawn at random ------------------------------------------------------------------------------------------
 
 
-def draws_of(pairs: Sequence[tuple[Record, Record]], weights: Sequence[float] | np.ndarray) -> Draws:
+def draws_of(pairs: Sequence[tuple[Record, Record]], weights: Sequence[float] | NDArray[np.float64]) -> Draws:
     differences = np.array([score(candidate) - score(reference) for reference, candidate in pairs], dtype=np.float64)
     return Draws(differences=differences, weights=np.asarray(weights, dtype=np.float64))
 

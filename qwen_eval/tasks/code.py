@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, Completion, ConfigError, Grade, Metric, Record, Sample, Sampling, Turn
@@ -43,6 +43,8 @@ Item = tuple[Sample, Sequence[Turn]]
 
 class CodeTask(GenerativeTask[CodeSpecT]):
     """Programs are read out of completions and run in the sandbox. `grade_many` runs those of many samples at once."""
+
+    runs_programs: Literal[True] = True
 
     def __init__(self, spec: CodeSpecT, context: TaskContext):
         super().__init__(spec, context)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, ConfigError, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
@@ -72,6 +72,7 @@ class Episode:
 class CodeInterpreter(GenerativeTask[InterpreterSpec]):
     Spec = InterpreterSpec
     version = 1
+    runs_programs: Literal[True] = True
     bundled = "gsm8k"
 
     def __init__(self, spec: InterpreterSpec, context: TaskContext):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from qwen_eval.extraction.slicing import tree_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -104,7 +106,7 @@ def plus_test(row: Mapping[str, Any]) -> str:
 
 def _called_with(assertion: str, entry_point: str) -> Iterator[list[object]]:
     """The arguments of the calls in a row's original assertions: JSON lost which of them were tuples."""
-    for node in ast.walk(ast.parse(assertion)):
+    for node in ast.walk(tree_of(assertion)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == entry_point:
             try:
                 yield [ast.literal_eval(argument) for argument in node.args]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from qwen_eval.config import TaskSpec
 from qwen_eval.core import JSON, DataError, Generate, Grade, Metric, Prompt, Record, Request, Sample, Turn
@@ -67,6 +67,7 @@ class File(TypedDict):
 class HfAgent(GenerativeTask[HfAgentSpec]):
     Spec = HfAgentSpec
     version = 1
+    runs_programs: Literal[True] = True
     bundled = "hf_agent"
 
     @property

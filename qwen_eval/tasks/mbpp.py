@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 from qwen_eval.core import Completion, ConfigError, DataError, Message, Prompt, Sample
 from qwen_eval.data.rows import Source
 from qwen_eval.extraction.programs import program_between_marks
-from qwen_eval.sandbox import Program, called_function
+from qwen_eval.extraction.slicing import UNPARSABLE, called_function, tree_of
+from qwen_eval.sandbox import Program
 from qwen_eval.tasks.code import CodeSpec, CodeTask, Readings
 from qwen_eval.tasks.evalplus import plus_test
 from qwen_eval.tasks.generation import prompt_text
@@ -53,6 +55,8 @@ class Mbpp(CodeTask[MbppSpec]):
                 raise DataError(f"{source.origin} row {i + 1}: no task_id with tests, not a row of MBPP")
             if self.name == "mbpp_plus" and not row.keys() & {"plus_input", "test"}:
                 raise DataError(f"{source.origin} row {i + 1}: only the shown tests, not a row of MBPP+; use task=mbpp")
+            if fault := _fault_in_python(row):
+                raise DataError(f"{source.origin} row {i + 1}: {fault}; mend or remove the row")
             number = int(str(row["task_id"]).rpartition("/")[2])
             if self.name == "mbpp_plus" or number in SPLITS[self.spec.split]:
                 samples.append(Sample(id=f"mbpp/{number}", data=row))
@@ -119,10 +123,20 @@ def entry_point(row: Mapping[str, Any]) -> str:
     return called_function("\n".join(row["test_list"]), row["code"].replace("\r\n", "\n"))
 
 
+def _fault_in_python(row: Mapping[str, Any]) -> str | None:
+    """Why the row's own code and tests cannot be read by the Python at hand."""
+    try:
+        names_in_tests(row)
+        entry_point(row)
+    except UNPARSABLE as error:
+        return f"its code or its tests are no Python {platform.python_version()} ({error})"
+    return None
+
+
 def names_in_tests(row: Mapping[str, Any]) -> set[str]:
     """The names that the shown tests and their set-up code use: a program must keep those that it defines."""
     source = "\n".join([*tests_of(row), row.get("test_setup_code") or ""]).replace("\r\n", "\n")
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    return {node.id for node in ast.walk(tree_of(source)) if isinstance(node, ast.Name)}
 
 
 def test_source(row: Mapping[str, Any]) -> str:
