@@ -66,7 +66,7 @@ def open_forward(spec: ModelSpec, *, protocol: str = "robust", prefill_chunk: in
     spare = int(HEAD_COPY_SHARE * memory_bytes(torch.device("cpu"))[0])
     # choices read rows of the head, and a tied one is the embedding
     facts["dense_kernels"] = dense.prepare(model.modules(), keep_weight=[model.head], spare_bytes=spare)
-    if model.head.packed is not None:
+    if isinstance(model.head, dense.Linear) and model.head.packed is not None:
         facts["head_copy_bytes"] = model.head.weight.nbytes
     if forward.decode_kernel == "triton":
         from qwen_eval.models.gpu.measure import choose_vector_kernels

@@ -1,5 +1,4 @@
-"""What scoring and generation share: the walk over the prefix tree, values on their way to the host, token counts,
-running out of memory."""
+"""What scoring and generation share: the walk over the prefix tree, token counts, running out of memory."""
 
 from __future__ import annotations
 
