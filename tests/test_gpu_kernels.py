@@ -153,6 +153,17 @@ def rotation_of(heads: Heads) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_parts_are_joined(dtype: torch.dtype) -> None:
+    """As they come from a padded batch, and where one of them saw no key."""
+    draw = Draw(dtype)
+    a, b = draw(2, 5, 24).transpose(0, 1), draw(5, 2, 24)
+    lse_a, lse_b = draw(2, 5, dtype=torch.float32).T * 3, draw(5, 2, dtype=torch.float32) * 3
+    lse_a[0, 0], lse_b[1, 1] = -torch.inf, -torch.inf
+    assert_close(block.joined(a, lse_a, b, lse_b), twin(fused.joined)(a, lse_a, b, lse_b))
+    assert torch.equal(block.joined(a, lse_a, b, lse_b)[0, 0], b[0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_of_the_int8_cache_are_those_of_its_twin(dtype: torch.dtype) -> None:
     draw = Draw(dtype)
     for x in (draw(1, 3, 50, 24), draw(50, 3, 24).transpose(0, 1)[None], draw(2, 1, 3, 16) * 1e-3):

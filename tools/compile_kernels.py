@@ -88,6 +88,8 @@ def launches(shape: Shape, dtype: torch.dtype) -> Iterator[Callable[[], object]]
     yield lambda: block.rms_norm(x, weight, 1e-6)
     yield lambda: block.add_rms_norm(x, x, weight, 1e-6)
     yield lambda: block.silu_product(x, x)
+    part, lse = draw(2, shape.heads, shape.dim, dtype=dtype), draw(2, shape.heads, dtype=torch.float32)
+    yield lambda: block.joined(part, lse, part, lse)
     wide = draw(64, shape.hidden, dtype=dtype)
     for size in BLOCKS:
         for bias in (None, wide[:, 0].contiguous()):

@@ -51,7 +51,7 @@ NODE_S = 1.5e-6  # the least time of a kernel in a captured step,
 CAPTURE_S = 0.03  # recording a step,
 # kernels of one layer in any forward, when sequences are packed, of one run of sequences after a prefix, of keeping the
 # keys and values of a sequence, of copying those of the prefix before them; and those of a decode step.
-PLAIN, PACKED, RUN, KEEP, COPY, STEP = 13, 8, 8, 2, 2, 22
+PLAIN, PACKED, RUN, KEEP, COPY, STEP = 11, 8, 3, 2, 2, 12
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_eval.core import ConfigError
+from qwen_eval.models.fused import joined
 
 
 def partial(
@@ -36,9 +37,7 @@ def partial(
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
     """The attention over both sets of keys, in the dtype of the outputs."""
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    weight_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)  # exp(b) / (exp(a) + exp(b))
-    return torch.lerp(out_a.float(), out_b.float(), weight_b).to(out_a.dtype)
+    return joined(*a, *b)
 
 
 def _repeat(x_BKSD: Tensor, group: int) -> Tensor:

@@ -141,6 +141,13 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @has_kernel
+def joined(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """Attention [*,D] over two sets of keys out of that over each, by their log-sum-exp [*]."""
+    weight_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)  # exp(b) / (exp(a) + exp(b))
+    return torch.lerp(out_a.float(), out_b.float(), weight_b).to(out_a.dtype)
+
+
+@has_kernel
 def quantize(x_BKSD: Tensor) -> Quantized:
     """The int8 cache's own codes."""
     return quantize_per_token(x_BKSD)

@@ -98,8 +98,9 @@ def _attend_heads(
         top = new_top  # type: ignore[assignment]
     part = (row * num_heads + head) * num_parts + first_part + split
     is_empty = begin >= end
-    tl.store(out + part * dim + channels, tl.where(is_empty, 0.0, sum_D / total), mask=has_channel)
-    tl.store(lse + part, tl.where(is_empty, -float("inf"), top + tl.log(total)))
+    divisor = tl.where(is_empty, 1.0, total)
+    tl.store(out + part * dim + channels, sum_D / divisor, mask=has_channel)
+    tl.store(lse + part, tl.where(is_empty, -float("inf"), top + tl.log(divisor)))
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ROWS)
@@ -156,9 +157,10 @@ def _attend_tiles(
         top_M = new_top_M
     part_M = (row_M * num_heads + head_M) * num_parts + first_part + split
     is_empty_M = total_M == 0
-    found_MD = tl.where(is_empty_M[:, None], 0.0, sum_MD / total_M[:, None])
+    divisor_M = tl.where(is_empty_M, 1.0, total_M)
+    found_MD = sum_MD / divisor_M[:, None]
     tl.store(out + part_M[:, None] * dim + channels[None, :], found_MD, mask=is_query[:, None] & has_channel[None, :])
-    tl.store(lse + part_M, tl.where(is_empty_M, -float("inf"), top_M + tl.log(total_M)), mask=is_query)
+    tl.store(lse + part_M, tl.where(is_empty_M, -float("inf"), top_M + tl.log(divisor_M)), mask=is_query)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -176,8 +178,9 @@ def _join(
     at_PD = (row * num_parts + at_P)[:, None] * dim + channels[None, :]
     part_PD = tl.load(parts + at_PD, mask=is_part[:, None] & has_channel[None, :], other=0.0)
     sum_D = tl.sum(weight_P[:, None] * part_PD, 0)
-    tl.store(out + row * dim + channels, tl.where(total == 0, 0.0, sum_D / total), mask=has_channel)
-    tl.store(lse + row, tl.where(total == 0, -float("inf"), top + tl.log(total)))
+    divisor = tl.where(total == 0, 1.0, total)
+    tl.store(out + row * dim + channels, sum_D / divisor, mask=has_channel)
+    tl.store(lse + row, tl.where(total == 0, -float("inf"), top + tl.log(divisor)))
 
 
 def attend(q_BHD: Tensor, sources: Sequence[Keys]) -> tuple[Tensor, Tensor]:

@@ -264,6 +264,39 @@ def quantize(x_BKSD: Tensor) -> Quantized:
     return Quantized(codes, scale, zero)
 
 
+@triton.jit
+def _joined(
+    a: tl.tensor, lse_a: tl.tensor, b: tl.tensor, lse_b: tl.tensor, out: tl.tensor, heads: tl.tensor,
+    a_row: tl.tensor, a_head: tl.tensor, b_row: tl.tensor, b_head: tl.tensor,
+    la_row: tl.tensor, la_head: tl.tensor, lb_row: tl.tensor, lb_head: tl.tensor,
+    dim: tl.constexpr, block: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token, head = row // heads, row % heads
+    at = tl.arange(0, block)
+    value_a = tl.load(a + token * a_row + head * a_head + at, mask=at < dim, other=0.0)
+    wide_a = value_a.to(tl.float32)
+    wide_b = tl.load(b + token * b_row + head * b_head + at, mask=at < dim, other=0.0).to(tl.float32)
+    more = tl.load(lse_b + token * lb_row + head * lb_head) - tl.load(lse_a + token * la_row + head * la_head)
+    weight = 1.0 / (1.0 + tl.exp(-more))
+    step = wide_b - wide_a
+    value = tl.where(weight < 0.5, wide_a + weight * step, wide_b - step * (1.0 - weight))
+    tl.store(out + row * dim + at, value.to(value_a.dtype), mask=at < dim)
+
+
+def joined(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """[N,H,D] of two parts [N,H,D] with their log-sum-exp [N,H]."""
+    num, heads, dim = out_a.shape
+    assert out_a.stride(2) == out_b.stride(2) == 1, "channels of a head lie behind one another"
+    out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
+    if out.numel():
+        _joined[(num * heads,)](
+            out_a, lse_a, out_b, lse_b, out, heads, *out_a.stride()[:2], *out_b.stride()[:2],
+            *lse_a.stride(), *lse_b.stride(), dim=dim, block=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
+    return out
+
+
 def _grow(dtype: torch.dtype) -> float:
     """What keeps a stored scale from being rounded down."""
     return 1 + float(torch.finfo(dtype).eps)

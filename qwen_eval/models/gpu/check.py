@@ -52,6 +52,8 @@ def _pairs(draw: Draw, config: ModelConfig, is_int8: bool) -> Iterator[Pair]:
     pairs = zip(block.add_rms_norm(x, delta, weight, 1e-6), _twin(fused.add_rms_norm)(x, delta, weight, 1e-6))
     yield from (("add_rms_norm", found, wanted) for found, wanted in pairs)
     yield "silu_product", block.silu_product(x.clone(), delta), _twin(fused.silu_product)(x.clone(), delta)
+    parts = draw(3, 2, 24), draw(3, 2).float(), draw(3, 2, 24), draw(3, 2).float()
+    yield "joined", block.joined(*parts), _twin(fused.joined)(*parts)
     wide = draw(7, config.hidden_size)
     for size in BLOCKS:
         yield "vector_product", vector_product(x[:1], wide, None, size), x[:1] @ wide.T
