@@ -218,10 +218,8 @@ def test_sigkill_at_random_moments_changes_no_byte_of_the_metrics(tmp_path: Path
 
 def test_ctrl_c_is_one_line_and_keeps_the_records(tmp_path: Path) -> None:
     command = [*TOY, "task=toy", "model=toy", "engine=fake", "run_dir=r", "engine.fake_delay_s=0.4"]
-    # a shell's background job inherits an ignored SIGINT, and the tests may run in one
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     records = tmp_path / "r" / "records.jsonl"
     while process.poll() is None and not (records.exists() and b"\n" in records.read_bytes()):

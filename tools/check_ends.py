@@ -104,6 +104,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=400, help="samples")
     parser.add_argument("--ends", nargs="+", choices=list(ENDS), default=list(ENDS))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background job children would ignore it
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         model = ["model=qwen-nano", "model.name=nano", f"model.path={arguments.model}", "model.dtype=fp32"]

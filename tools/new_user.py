@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="use the package of this interpreter")
     parser.add_argument("--keep", type=Path, help="work in this directory and leave it")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background job children would ignore it
     with tempfile.TemporaryDirectory() as scratch:
         place = (options.keep or Path(scratch)).resolve()
         home, work = place / "home", place / "work"
