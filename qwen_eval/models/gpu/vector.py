@@ -38,7 +38,7 @@ def _vector_product(
 def vector_product(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None, block: tuple[int, int]) -> Tensor:
     """[1,N], summed in fp32, with the bias, and rounded once."""
     (num_outputs, num_inputs), (block_n, block_k) = weight_NK.shape, block
-    assert x_1K.is_contiguous(), "inputs lie behind one another"
+    x_1K = x_1K.contiguous()
     assert weight_NK.is_contiguous(), "inputs of an output lie behind one another"
     out = torch.empty(1, num_outputs, dtype=x_1K.dtype, device=x_1K.device)
     _vector_product[(triton.cdiv(num_outputs, block_n),)](
